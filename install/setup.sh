@@ -1,0 +1,28 @@
+#!/bin/sh
+# Everything that building, testing and the demo need on a bare Debian 12 or Ubuntu 24.04:
+# distribution packages, then a venv on the distribution's own Python (bcc lives there).
+set -eu
+cd "$(dirname "$0")/.."
+
+packages="
+	python3-venv python3-bpfcc libbpf1 linux-libc-dev
+	binutils gcc libc6-dev clang-format
+	iproute2 iptables conntrack tcpdump openssl
+	containernetworking-plugins nginx-light wrk
+"
+missing=""
+for package in $packages; do
+	dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q ' installed$' ||
+		missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get update -q
+	# RUNLEVEL=1: nginx is a test subject here, its service must not start.
+	# shellcheck disable=SC2086
+	RUNLEVEL=1 apt-get install -y -q --no-install-recommends $missing
+fi
+
+[ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
+.venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
+.venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
