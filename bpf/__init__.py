@@ -1,0 +1,1 @@
+"""The data path: BPF programs in C, and how they are compiled, loaded and read."""

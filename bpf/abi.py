@@ -1,0 +1,78 @@
+"""Python's view of tcpip_bypass.h: every struct that crosses the kernel border.
+
+The frozen plugin imports this module, so it imports nothing but ctypes. That it agrees with
+the header, member by member, is checked by tests/unit/test_abi.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_uint16, c_uint32, c_uint64
+
+MAX_IPS = 8
+MAX_PORT_RANGES = 16
+
+POD_PROXY_ONLY = 1
+CONTROL_PAUSED = 1
+
+HOPS = ("none", "inbound", "outbound", "sidecars", "local", "direct")
+REASONS = ("unpaired", "order", "backlog", "busy", "memory", "paused", "ineligible", "gone")
+OUTCOMES = ("paired", "no_peer", "mismatch", "excluded", "ineligible", "busy", "full")
+
+
+class Addr(ctypes.Structure):
+    """An IPv6 address in network byte order; IPv4 a.b.c.d is ::ffff:a.b.c.d."""
+
+    _fields_ = [("word", c_uint32 * 4)]
+
+
+class PortRange(ctypes.Structure):
+    """Ports from first to last, both included, in host byte order."""
+
+    _fields_ = [("first", c_uint16), ("last", c_uint16)]
+
+
+class Pod(ctypes.Structure):
+    """Value of map ``pods``: what ADD tells the programs about one pod."""
+
+    _fields_ = [
+        ("id", c_uint64),
+        ("flags", c_uint32),
+        ("proxy_uid", c_uint32),
+        ("keepalive_s", c_uint32),
+        ("ip_count", c_uint32),
+        ("excluded_count", c_uint32),
+        ("reserved", c_uint32),
+        ("ip", Addr * MAX_IPS),
+        ("excluded", PortRange * MAX_PORT_RANGES),
+    ]
+
+
+class CgroupStorageKey(ctypes.Structure):
+    """Key of map ``pods``: the kernel's struct bpf_cgroup_storage_key (linux/bpf.h)."""
+
+    _fields_ = [("cgroup_inode_id", c_uint64), ("attach_type", c_uint32), ("pad", c_uint32)]
+
+
+class Control(ctypes.Structure):
+    """The only element of map ``control``."""
+
+    _fields_ = [("flags", c_uint32), ("reserved", c_uint32)]
+
+
+class CounterKey(ctypes.Structure):
+    """Key of map ``counters``."""
+
+    _fields_ = [("pod_id", c_uint64), ("hop", c_uint32), ("reserved", c_uint32)]
+
+
+class Counters(ctypes.Structure):
+    """Value of map ``counters``, one per possible CPU."""
+
+    _fields_ = [
+        ("bypassed_messages", c_uint64),
+        ("bypassed_bytes", c_uint64),
+        ("tcp_messages", c_uint64 * len(REASONS)),
+        ("tcp_bytes", c_uint64),
+        ("connections", c_uint64 * len(OUTCOMES)),
+    ]

@@ -1,0 +1,146 @@
+"""Compiles the programs for the running kernel with bcc and pins them as a new generation.
+
+Only the node program imports this: libbcc brings 220 MB of compiler with it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bpf.btf import BTFError, KernelBTF, Member
+from cni_plugin import names
+
+_HERE = Path(__file__).parent
+SOURCE = _HERE / "tcpip_bypass.c"
+
+# Names in the C file, and what they are pinned as.
+PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG}
+MAP_PINS = (
+    *("conns", "halves"),
+    *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL),
+)
+PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
+
+_OFFSETS = {
+    "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
+    "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
+    "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
+    "PSOCK_REFCNT": ("sk_psock", "refcnt"),
+    "REQUEST_SOCK_LISTENER": ("request_sock", "__req_common.skc_listener"),
+    "SOCKET_WQ_HEAD": ("socket_wq", "wait.head"),
+    "SOCK_FLAGS": ("sock", "__sk_common.skc_flags"),
+    "SOCK_LOCK_OWNED": ("sock", "sk_lock.owned"),
+    "SOCK_NET": ("sock", "__sk_common.skc_net.net"),
+    "SOCK_OPS_SK": ("bpf_sock_ops_kern", "sk"),
+    "SOCK_PROT": ("sock", "__sk_common.skc_prot"),
+    "SOCK_RCVBUF": ("sock", "sk_rcvbuf"),
+    "SOCK_RCVLOWAT": ("sock", "sk_rcvlowat"),
+    "SOCK_UID": ("sock", "sk_uid"),
+    "SOCK_USER_DATA": ("sock", "sk_user_data"),
+    "SOCK_WQ": ("sock", "sk_wq"),
+    "TCP_REQUEST_RCV_ISN": ("tcp_request_sock", "rcv_isn"),
+    "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
+    "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
+    "TCP_SOCK_KEEPALIVE_TIME": ("tcp_sock", "keepalive_time"),
+    "TCP_SOCK_WRITE_SEQ": ("tcp_sock", "write_seq"),
+    "WAIT_ENTRY": ("wait_queue_entry", "entry"),
+    "WAIT_PRIVATE": ("wait_queue_entry", "private"),
+}
+
+
+class LoadError(Exception):
+    """The programs could not be compiled, loaded or pinned; the message says why."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many entries the maps hold. When one is full, new connections stay on TCP."""
+
+    sockets: int = 262_144  # sockhash: two per connection; 16 bytes each are taken at once
+    pending: int = 32_768  # LRU: connections being set up; about 200 bytes each, at once
+    counters: int = 16_384  # pods times hops; taken as needed
+
+
+def kernel_flags(btf: KernelBTF) -> list[str]:
+    """The compiler flags that specialise the programs to this kernel's struct layouts."""
+    flags = [
+        f"-DOFF_{name}={btf.member(struct, path).offset}"
+        for name, (struct, path) in sorted(_OFFSETS.items())
+    ]
+    # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
+    has_mptcp = btf.has_struct("mptcp_sock")
+    is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
+    flags += [
+        f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
+        f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
+        f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
+    ]
+    return flags
+
+
+class Programs:
+    """The compiled and loaded programs, held by this process until they are pinned."""
+
+    def __init__(self, limits: Limits = Limits(), extra_flags: tuple[str, ...] = ()) -> None:
+        os.environ["BCC_KERNEL_SOURCE"] = str(_HERE / "kernel")
+        try:
+            from bcc import BPF, lib  # noqa: PLC0415 - loads libbcc and LLVM
+        except ImportError as error:
+            raise LoadError(
+                f"cannot import bcc: {error}; install python3-bpfcc, and run under the"
+                " distribution's own Python"
+            ) from error
+        self._lib = lib
+        flags = [
+            f"-I{_HERE}",
+            "-idirafter",
+            "/usr/include",
+            "-Wall",
+            f"-DTB_MAX_SOCKETS={limits.sockets}",
+            f"-DTB_MAX_PENDING={limits.pending}",
+            f"-DTB_MAX_COUNTERS={limits.counters}",
+            *extra_flags,
+        ]
+        try:
+            flags += kernel_flags(KernelBTF())
+            self._bpf = BPF(text=SOURCE.read_text(), cflags=flags)
+            self.fds = {
+                "tb_sock_ops": self._bpf.load_func("tb_sock_ops", BPF.SOCK_OPS).fd,
+                "tb_sk_msg": self._bpf.load_func("tb_sk_msg", BPF.SK_MSG).fd,
+            }
+        except BTFError as error:
+            raise LoadError(str(error)) from error
+        except Exception as error:  # bcc raises bare Exception
+            raise LoadError(f"bcc could not build the programs for this kernel: {error}") from error
+        self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
+        self._attach_sk_msg()
+
+    def _map_fd(self, name: str) -> int:
+        fd: int = self._lib.bpf_table_fd(self._bpf.module, name.encode())
+        if fd < 0:
+            raise LoadError(f"bcc made no map {name}")
+        return fd
+
+    def _attach_sk_msg(self) -> None:
+        sk_msg_verdict = 7  # BPF_SK_MSG_VERDICT, linux/bpf.h
+        if self._lib.bpf_prog_attach(
+            self.fds["tb_sk_msg"], self.fds[names.SOCKHASH], sk_msg_verdict, 0
+        ):
+            raise LoadError("the kernel refused to attach tb_sk_msg to the sockhash")
+
+    def pin(self, folder: Path, obj_pin: Callable[[int, str], None]) -> None:
+        """Pins programs and maps in `folder`, a new folder on a bpffs."""
+        folder.mkdir(mode=0o700)
+        for name, fd in self.fds.items():
+            path = folder / PROGRAM_PINS.get(name, name)
+            try:
+                obj_pin(fd, str(path))
+            except OSError as error:
+                hint = ""
+                if error.errno == errno.EPERM:
+                    hint = f"; is {folder.parent} on a bpffs? (mount -t bpf bpf /sys/fs/bpf)"
+                raise LoadError(f"cannot pin {name} at {path}: {error.strerror}{hint}") from error

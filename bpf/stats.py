@@ -1,0 +1,71 @@
+"""Reads the counters that the programs keep per pod and hop."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bpf import abi
+
+POSSIBLE_CPUS = Path("/sys/devices/system/cpu/possible")
+
+
+@dataclass(frozen=True)
+class HopCounters:
+    """What happened on one hop of one pod since it was ADDed, summed over all CPUs."""
+
+    bypassed_messages: int = 0
+    bypassed_bytes: int = 0
+    tcp_bytes: int = 0
+    tcp_messages: dict[str, int] = field(default_factory=dict)  # by reason, non-zero ones
+    connections: dict[str, int] = field(default_factory=dict)  # by outcome, non-zero ones
+
+    def __add__(self, other: HopCounters) -> HopCounters:
+        return HopCounters(
+            self.bypassed_messages + other.bypassed_messages,
+            self.bypassed_bytes + other.bypassed_bytes,
+            self.tcp_bytes + other.tcp_bytes,
+            _sum(self.tcp_messages, other.tcp_messages),
+            _sum(self.connections, other.connections),
+        )
+
+
+def _sum(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
+    return {key: left.get(key, 0) + right.get(key, 0) for key in {**left, **right}}
+
+
+def possible_cpus(text: str | None = None) -> int:
+    """How many values a per-CPU map holds per key: the last possible CPU's number plus one."""
+    ranges = (POSSIBLE_CPUS.read_text() if text is None else text).strip()
+    return int(ranges.replace(",", "-").split("-")[-1]) + 1
+
+
+def pod_counters(pod_id: int, lookup: Callable[[bytes, int], bytes]) -> dict[str, HopCounters]:
+    """The counters of one pod by hop, those hops that have any.
+
+    `lookup(key, size)` reads the map ``counters``; it raises FileNotFoundError (ENOENT) for a key
+    that is not there.
+    """
+    cpus = possible_cpus()
+    found = {}
+    for number, hop in enumerate(abi.HOPS):
+        key = bytes(abi.CounterKey(pod_id, number, 0))
+        try:
+            raw = lookup(key, ctypes.sizeof(abi.Counters) * cpus)
+        except FileNotFoundError:
+            continue
+        per_cpu = (abi.Counters * cpus).from_buffer_copy(raw)
+        found[hop] = sum((_named(value) for value in per_cpu), HopCounters())
+    return found
+
+
+def _named(value: abi.Counters) -> HopCounters:
+    return HopCounters(
+        value.bypassed_messages,
+        value.bypassed_bytes,
+        value.tcp_bytes,
+        {name: count for name, count in zip(abi.REASONS, value.tcp_messages) if count},
+        {name: count for name, count in zip(abi.OUTCOMES, value.connections) if count},
+    )

@@ -1,0 +1,881 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The data path. Two programs share the maps below:
+ *
+ *   tb_sock_ops  runs for every TCP socket of an accelerated pod's cgroup when a connection
+ *                is set up or closed. It finds the two sockets that are one connection and
+ *                puts them, and no others, into the sockhash.
+ *   tb_sk_msg    runs for every message sent on a socket in the sockhash, and decides whether
+ *                its bytes go straight to the peer (bypass) or by TCP.
+ *
+ * Compiled on the node by bcc. OFF_* and friends are offsets of kernel struct members, taken
+ * from the running kernel's BTF (bpf/btf.py). docs/architecture.md tells the whole story; the
+ * rules that keep the bytes right stand where they are applied, each marked RULE.
+ */
+#include <uapi/linux/bpf.h>
+#include "tcpip_bypass.h"
+
+#define __always_inline inline __attribute__((always_inline))
+
+#define AF_INET 2
+#define AF_INET6 10
+#define SOL_SOCKET 1
+#define SO_KEEPALIVE 9
+#define SOL_TCP 6
+#define TCP_KEEPIDLE 4
+#define TCP_KEEPINTVL 5
+#define EBUSY 16
+
+/* An id is the socket's cookie and, in its low bits, how often the socket has joined before. */
+#define TB_ID_SHIFT 16
+#define TB_MANY (~0ULL)
+/* How many bytes, at most, go on bypassing while there is no good moment to leave. */
+#define TB_MAX_OVERDUE (512 * 1024)
+/* What the kernel allocates for a redirected message besides its bytes (struct sk_msg). */
+#define TB_MESSAGE_COST 1024
+/* A wait queue with more entries than this is not walked: the socket counts as being read. */
+#define TB_MAX_WAITERS 8
+
+/* ---- What the two ends of one connection know of each other ---------------------------- */
+
+/* One end. Kernel addresses are numbers here: they are only ever read through
+ * bpf_probe_read_kernel, which cannot fault. */
+struct tb_end {
+	__u64 id;    /* key of the sockhash, see tb_new_id(); 0: nobody */
+	__u64 sk;    /* struct sock * */
+	__u64 psock; /* struct sk_psock * */
+	__u64 conn;  /* struct tb_conn * */
+	__u64 pod_id;
+	__u32 is_proxy;
+	__u32 reserved;
+};
+
+/*
+ * RULE (identity). Two sockets are one connection only if their initial sequence numbers
+ * mirror: two 32-bit numbers that the kernel drew for this connection. Addresses do not decide:
+ * iptables REDIRECT changes the server's, NAT the client's port, client ports are reused at
+ * once, and 127.0.0.1:p -> 127.0.0.1:8080 is the same tuple in every pod. Nor do the numbers
+ * alone: they are a hash of the tuple under one secret per boot, plus a clock
+ * (net/core/secure_seq.c), so that the same tuple draws the same numbers in two network
+ * namespaces at the same moment. Hence `netns`; 0 for a client address that ADD recorded for
+ * one pod, which is unique on the node.
+ */
+struct tb_half_key {
+	struct tb_addr client;
+	__u64 netns;	  /* struct net *, where `client` is an address that every namespace has */
+	__u32 client_isn; /* sequence number of the client's first data byte */
+	__u32 server_isn;
+};
+
+/* A connection that is being set up: announced, then joined by the client, then the server. */
+struct tb_half {
+	struct tb_end client; /* id 0: has not joined */
+	struct tb_end server;
+	struct tb_addr dialled; /* where the client meant to go */
+	__u32 dialled_port;	/* host byte order */
+	__u32 reserved;
+};
+
+/* One socket in the sockhash. Written by its owner alone, under its own socket lock; the
+ * peer reads `rx_mark`. */
+struct tb_conn {
+	/*
+	 * "All my peer's TCP bytes below sequence number (u32)rx_mark were consumed, and nobody
+	 * was inside a read of TCP bytes": (epoch << 32 | sequence number), 0 for never. One
+	 * aligned word, so that the peer never sees half of it.
+	 */
+	__u64 rx_mark;
+	__u64 tx_mark;	/* the peer's rx_mark on which this end bypasses; 0: it sends by TCP */
+	__u64 tx_dead;	/* an rx_mark of the peer's that must not be believed any more */
+	__u64 queued;	/* bytes redirected since the peer's queue was last seen empty */
+	__u64 writer;	/* the one thread that made all redirects since tb_alone(), or TB_MANY */
+	__u64 overdue;	/* how long it has been going on bypassing though it should not */
+	__u64 self;	/* struct sock * of this socket */
+	__u64 pressure; /* unsigned long *, set while TCP is short of memory */
+	__u64 last_id;	/* the newest id this socket has had, kept over a disconnect */
+	__u64 messages; /* bypassed, not yet in the counters */
+	__u64 bytes;
+	__u64 tallied_at; /* jiffies */
+	__u32 hop;
+	__u32 seeking; /* a client that has not found its server yet, but may */
+	struct tb_end me;
+	struct tb_end peer; /* id 0: not paired */
+	struct tb_half_key half;
+};
+
+/* ---- Maps ------------------------------------------------------------------------------- */
+
+BPF_CGROUP_STORAGE(pods, struct tb_pod);
+BPF_SK_STORAGE(conns, struct tb_conn);
+BPF_SOCKHASH(sockhash, __u64, TB_MAX_SOCKETS);
+BPF_F_TABLE("lru_hash", struct tb_half_key, struct tb_half, halves, TB_MAX_PENDING, 0);
+BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, TB_MAX_COUNTERS,
+	    BPF_F_NO_PREALLOC);
+BPF_ARRAY(control, struct tb_control, 1);
+
+/* ---- Reading kernel memory -------------------------------------------------------------- */
+
+/* A member of the socket that this program runs for, from its struct tcp_sock pointer: a plain
+ * load, a tenth of what the helper costs. Other memory goes through tb_read*. */
+#define TB_OWN(type, tp, offset) (*(volatile type *)((tp) + (offset)))
+
+static __always_inline __u64 tb_read64(__u64 address)
+{
+	__u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+static __always_inline __u32 tb_read32(__u64 address)
+{
+	__u32 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+static __always_inline __u8 tb_read8(__u64 address)
+{
+	__u8 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+/* The address of the socket that a callback is for, request sockets included, which skops->sk
+ * hides: the kernel's own view of the context (struct bpf_sock_ops_kern) has it. */
+static __always_inline __u64 tb_context_sock(struct bpf_sock_ops *skops)
+{
+	__u64 sk = 0;
+
+	bpf_probe_read_kernel(&sk, sizeof(sk), (void *)skops + OFF_SOCK_OPS_SK);
+	return sk;
+}
+
+/* MPTCP: the kernel oopsed on subflows in a sockhash (fixed late in 2025). ULP: kTLS would
+ * redirect plaintext. SO_ZEROCOPY: the completion the sender waits for would never come. */
+static __always_inline int tb_ineligible(__u64 sk)
+{
+	return (tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
+	       tb_read64(sk + OFF_ICSK_ULP_OPS) ||
+	       (tb_read64(sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY));
+}
+
+/*
+ * Is any thread asleep in a system call on this socket? A sleeper in recv, send, connect or
+ * poll has its wait_queue_entry.private set (to its task or poll table); epoll and io_uring
+ * do not sleep here, and leave it NULL (init_waitqueue_func_entry). Errs towards yes.
+ */
+static __always_inline int tb_has_sleeper(__u64 sk)
+{
+	__u64 wq = tb_read64(sk + OFF_SOCK_WQ);
+	__u64 head, entry;
+	int i;
+
+	if (!wq) /* not accepted yet: nobody can have it open */
+		return 0;
+	head = wq + OFF_SOCKET_WQ_HEAD;
+	entry = tb_read64(head);
+#pragma unroll
+	for (i = 0; i < TB_MAX_WAITERS; i++) {
+		if (entry == head)
+			return 0;
+		if (!entry || tb_read64(entry - OFF_WAIT_ENTRY + OFF_WAIT_PRIVATE))
+			return 1;
+		entry = tb_read64(entry);
+	}
+	return 1;
+}
+
+/* ---- Addresses and policy --------------------------------------------------------------- */
+
+static __always_inline int tb_addr_equal(const struct tb_addr *a, const struct tb_addr *b)
+{
+	return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] &&
+	       a->word[3] == b->word[3];
+}
+
+/* Addresses that mean another socket in each network namespace: 127.0.0.0/8, ::1, and the
+ * ::6 that Istio gives to loopback. */
+static __always_inline int tb_addr_is_local(const struct tb_addr *a)
+{
+	if (a->word[0] || a->word[1])
+		return 0;
+	if (a->word[2] == bpf_htonl(0xffff))
+		return (a->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !a->word[2] && (a->word[3] & bpf_htonl(0xffffff00)) == 0;
+}
+
+static __always_inline int tb_is_proxy(__u64 sk, const struct tb_pod *pod)
+{
+	return tb_read32(sk + OFF_SOCK_UID) == pod->proxy_uid;
+}
+
+static __always_inline int tb_pod_owns(const struct tb_pod *pod, const struct tb_addr *a)
+{
+	int i;
+
+#pragma unroll
+	for (i = 0; i < TB_MAX_IPS; i++)
+		if (i < pod->ip_count && tb_addr_equal(&pod->ip[i], a))
+			return 1;
+	return 0;
+}
+
+static __always_inline int tb_pod_excludes(const struct tb_pod *pod, __u32 port)
+{
+	int i;
+
+#pragma unroll
+	for (i = 0; i < TB_MAX_PORT_RANGES; i++)
+		if (i < pod->excluded_count && port >= pod->excluded[i].first &&
+		    port <= pod->excluded[i].last)
+			return 1;
+	return 0;
+}
+
+/* Keeps a context load where it stands: clang would merge the loads of two branches into one
+ * through a computed context pointer, which the verifier refuses. */
+#define TB_PIN(value) asm volatile("" : "+r"(value))
+
+static __always_inline int tb_addr_select(__u32 family, __u32 v4, __u32 w0, __u32 w1, __u32 w2,
+					  __u32 w3, struct tb_addr *addr)
+{
+	if (family == AF_INET) {
+		w0 = w1 = 0;
+		w2 = bpf_htonl(0xffff);
+		w3 = v4;
+	}
+	addr->word[0] = w0;
+	addr->word[1] = w1;
+	addr->word[2] = w2;
+	addr->word[3] = w3;
+	return family == AF_INET || family == AF_INET6;
+}
+
+static __always_inline int tb_local_addr(struct bpf_sock_ops *skops, struct tb_addr *addr)
+{
+	__u32 v4 = skops->local_ip4;
+	__u32 w0 = skops->local_ip6[0], w1 = skops->local_ip6[1];
+	__u32 w2 = skops->local_ip6[2], w3 = skops->local_ip6[3];
+
+	TB_PIN(v4);
+	TB_PIN(w0);
+	TB_PIN(w1);
+	TB_PIN(w2);
+	TB_PIN(w3);
+	return tb_addr_select(skops->family, v4, w0, w1, w2, w3, addr);
+}
+
+static __always_inline int tb_remote_addr(struct bpf_sock_ops *skops, struct tb_addr *addr)
+{
+	__u32 v4 = skops->remote_ip4;
+	__u32 w0 = skops->remote_ip6[0], w1 = skops->remote_ip6[1];
+	__u32 w2 = skops->remote_ip6[2], w3 = skops->remote_ip6[3];
+
+	TB_PIN(v4);
+	TB_PIN(w0);
+	TB_PIN(w1);
+	TB_PIN(w2);
+	TB_PIN(w3);
+	return tb_addr_select(skops->family, v4, w0, w1, w2, w3, addr);
+}
+
+/* The namespace part of a key, see struct tb_half_key; sk may be a request socket. */
+static __always_inline __u64 tb_netns(const struct tb_addr *client, __u64 sk)
+{
+	return tb_addr_is_local(client) ? tb_read64(sk + OFF_SOCK_NET) : 0;
+}
+
+static __always_inline __u32 tb_hop(const struct tb_end *client, const struct tb_end *server)
+{
+	if (client->pod_id != server->pod_id)
+		return client->is_proxy && server->is_proxy ? TB_HOP_SIDECARS : TB_HOP_DIRECT;
+	if (client->is_proxy == server->is_proxy)
+		return TB_HOP_LOCAL;
+	return client->is_proxy ? TB_HOP_INBOUND : TB_HOP_OUTBOUND;
+}
+
+/* ---- Counters ----------------------------------------------------------------------------- */
+
+static __always_inline struct tb_counters *tb_counters_of(__u64 pod_id, __u32 hop)
+{
+	struct tb_counter_key key = {.pod_id = pod_id, .hop = hop};
+
+	return counters.lookup(&key);
+}
+
+/* Only here are a pod's counters created: messages of a pod that was DELed must not. */
+static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outcome)
+{
+	struct tb_counter_key key = {.pod_id = pod_id, .hop = hop};
+	struct tb_counters zero = {};
+	struct tb_counters *c = counters.lookup(&key);
+
+	if (!c) {
+		counters.insert(&key, &zero);
+		c = counters.lookup(&key);
+	}
+	if (c && outcome < TB_OUTCOMES)
+		c->connections[outcome]++;
+}
+
+/* Bypassed messages are tallied in the socket's own storage and carried over at most once per
+ * tick: the lookup would be a tenth of what a message costs here. */
+static __always_inline void tb_flush_tally(struct tb_conn *conn)
+{
+	struct tb_counters *c;
+
+	if (!conn->messages)
+		return;
+	c = tb_counters_of(conn->me.pod_id, conn->hop);
+	if (c) {
+		c->bypassed_messages += conn->messages;
+		c->bypassed_bytes += conn->bytes;
+	}
+	conn->messages = 0;
+	conn->bytes = 0;
+}
+
+/* ---- Joining: tb_sock_ops ----------------------------------------------------------------- */
+
+/*
+ * RULE (conntrack). A bypassed connection sends no packets, so its NAT entry would expire and
+ * the close would never arrive. Keepalive below the namespaces' timeouts keeps it alive. An
+ * application's own keepalive times are left alone.
+ */
+static __always_inline void tb_keep_alive(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					  __u64 sk)
+{
+	int seconds = pod->keepalive_s, on = 1;
+
+	if (!seconds || tb_read32(sk + OFF_TCP_SOCK_KEEPALIVE_TIME))
+		return;
+	bpf_setsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &seconds, sizeof(seconds));
+	bpf_setsockopt(skops, SOL_TCP, TCP_KEEPINTVL, &seconds, sizeof(seconds));
+	bpf_setsockopt(skops, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+}
+
+/*
+ * RULE (identity). The key under which this connection's end is found: unique for the life of
+ * the kernel. Not the socket's cookie alone: a socket that disconnects (AF_UNSPEC) and connects
+ * again keeps it, and an old peer that never heard of that would reach the new connection.
+ * 0 when this socket has used up its keys.
+ */
+static __always_inline __u64 tb_new_id(struct bpf_sock_ops *skops, const struct tb_conn *conn)
+{
+	__u64 first = bpf_get_socket_cookie(skops) << TB_ID_SHIFT;
+	__u64 next = conn->last_id + 1;
+
+	if (!conn->last_id)
+		return first;
+	return next >> TB_ID_SHIFT == first >> TB_ID_SHIFT ? next : 0;
+}
+
+/*
+ * Puts the socket of this callback, which lies at `address`, into the sockhash. Returns its
+ * tb_conn with `me` filled in, or NULL with the reason in *outcome, and then the socket is what
+ * it was.
+ */
+static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					       __u64 address, __u32 *outcome)
+{
+	struct bpf_sock *sk = skops->sk;
+	struct tb_conn *conn;
+	__u64 id;
+	int err;
+
+	*outcome = TB_OUTCOME_FULL;
+	if (!sk)
+		return NULL;
+	conn = conns.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!conn)
+		return NULL;
+	id = tb_new_id(skops, conn);
+	if (!id)
+		return NULL;
+	__builtin_memset(conn, 0, sizeof(*conn));
+	conn->last_id = id;
+	conn->self = address;
+	conn->pressure = tb_read64(tb_read64(address + OFF_SOCK_PROT) + OFF_PROTO_MEMORY_PRESSURE);
+	if (tb_ineligible(address)) {
+		*outcome = TB_OUTCOME_INELIGIBLE;
+		return NULL;
+	}
+	conn->me.is_proxy = tb_is_proxy(address, pod);
+	if ((pod->flags & TB_POD_PROXY_ONLY) && !conn->me.is_proxy) {
+		*outcome = TB_OUTCOME_EXCLUDED;
+		return NULL;
+	}
+#ifdef TB_DRY_RUN /* the self-test asks who would join */
+	return NULL;
+#endif
+	/* Another program's sockmap owns it already: the kernel would let us share. */
+	err = tb_read64(address + OFF_SOCK_USER_DATA)
+		      ? -EBUSY
+		      : sockhash.sock_hash_update(skops, &id, BPF_NOEXIST);
+	if (err) {
+		*outcome = err == -EBUSY ? TB_OUTCOME_BUSY : TB_OUTCOME_FULL;
+		return NULL;
+	}
+	conn->me.id = id;
+	conn->me.sk = address;
+	conn->me.psock = tb_read64(address + OFF_SOCK_USER_DATA) & ~7ULL;
+	conn->me.conn = (__u64)conn;
+	conn->me.pod_id = pod->id;
+	return conn;
+}
+
+/*
+ * RULE (order, wake-up). Says "from here on I read whatever comes by bypass". True when every
+ * byte the peer sent by TCP so far is consumed AND no thread is inside tcp_recvmsg, where it
+ * would have taken part of what MSG_WAITALL or SO_RCVLOWAT makes it wait for and then sleep
+ * through bypassed bytes. This runs under this socket's lock, so such a thread can only be
+ * asleep on the wait queue (sk_wait_data stays on it until it has the lock back); a thread
+ * that enters recv later finds an empty TCP queue and waits in tcp_bpf_recvmsg, for both.
+ */
+static __always_inline void tb_mark_consumed(struct tb_conn *conn, __u32 seq)
+{
+	__u64 epoch = conn->rx_mark >> 32;
+
+	if (epoch && (__u32)conn->rx_mark == seq)
+		return;
+	if ((int)tb_read32(conn->self + OFF_SOCK_RCVLOWAT) > 1 || tb_has_sleeper(conn->self))
+		return;
+	epoch = (epoch + 1) & 0xffffffff;
+	conn->rx_mark = (epoch ? epoch : 1) << 32 | seq;
+}
+
+/*
+ * A SYN has reached a listener of this pod, and the SYN-ACK is about to go out. What the two ends
+ * will know of each other is known already, so the connection is announced to its client, which
+ * is established first: a socket whose peer is no accelerated socket of this node must stay out
+ * of the sockhash, where even plain TCP is slower.
+ *
+ * The listener decides for its connections. One with MPTCP above all: when it falls back to TCP,
+ * accept() takes the connection for MPTCP's own if the sockhash has changed its sk_prot.
+ */
+static __always_inline void tb_announce(struct bpf_sock_ops *skops, const struct tb_pod *pod)
+{
+	struct tb_half_key key = {};
+	struct tb_half half = {};
+	__u64 request = tb_context_sock(skops);
+	__u64 listener = tb_read64(request + OFF_REQUEST_SOCK_LISTENER);
+
+	if (!listener || tb_ineligible(listener) || tb_pod_excludes(pod, skops->local_port))
+		return;
+	if ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(listener, pod))
+		return;
+	if (!tb_remote_addr(skops, &key.client))
+		return;
+	key.netns = tb_netns(&key.client, request);
+	key.client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
+	key.server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
+	halves.insert(&key, &half);
+}
+
+/* The client's end is established, before the server's. It joins if it was announced. */
+static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
+						   const struct tb_pod *pod)
+{
+	__u64 sk = tb_context_sock(skops);
+	struct tb_half_key key = {};
+	struct tb_half half = {}, *found;
+	struct tb_conn *conn;
+	__u32 outcome;
+
+	if (!tb_local_addr(skops, &key.client) || !tb_remote_addr(skops, &half.dialled))
+		return TB_OUTCOME_NO_PEER;
+	key.netns = tb_netns(&key.client, sk);
+	key.client_isn = skops->snd_nxt;
+	key.server_isn = skops->rcv_nxt;
+	found = halves.lookup(&key);
+	if (!found)
+		return TB_OUTCOME_NO_PEER;
+	if (found->client.id || (!key.netns && !tb_pod_owns(pod, &key.client)))
+		return TB_OUTCOME_MISMATCH;
+	half.dialled_port = bpf_ntohl(skops->remote_port);
+	if (tb_pod_excludes(pod, half.dialled_port) || tb_pod_excludes(pod, skops->local_port))
+		return TB_OUTCOME_EXCLUDED;
+	conn = tb_join(skops, pod, sk, &outcome);
+	if (!conn)
+		return outcome;
+	conn->half = key;
+	half.client = conn->me;
+	conn->seeking = !halves.update(&key, &half);
+	tb_mark_consumed(conn, skops->rcv_nxt);
+	tb_keep_alive(skops, pod, conn->self);
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
+						 BPF_SOCK_OPS_RTT_CB_FLAG);
+	return TB_OUTCOMES; /* none yet: counted when the server has joined as well */
+}
+
+/* Whether a connection may be this pod's server's. RULE (identity): a half is taken once, and
+ * from another pod only by the pod whose IP was dialled, whatever else anybody may know. */
+static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_half_key *key,
+					const struct tb_pod *pod, const struct tb_addr *local)
+{
+	if (half->server.id)
+		return 0;
+	return half->client.pod_id == pod->id ||
+	       (!key->netns && tb_pod_owns(pod, local) && tb_pod_owns(pod, &half->dialled));
+}
+
+/* The server's end is established: it joins if its client did. */
+static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
+						   const struct tb_pod *pod, __u32 *hop)
+{
+	__u64 sk = tb_context_sock(skops);
+	struct tb_half_key key = {};
+	struct tb_addr local = {};
+	struct tb_half half, *found;
+	struct tb_conn *conn;
+	__u32 outcome;
+
+	if (!tb_remote_addr(skops, &key.client) || !tb_local_addr(skops, &local))
+		return TB_OUTCOME_NO_PEER;
+	key.netns = tb_netns(&key.client, sk);
+	key.client_isn = skops->rcv_nxt;
+	key.server_isn = skops->snd_nxt;
+	found = halves.lookup(&key);
+	if (!found)
+		return TB_OUTCOME_NO_PEER;
+	half = *found;
+	if (!half.client.id) {
+		halves.delete(&key); /* its client is not one of ours */
+		return TB_OUTCOME_NO_PEER;
+	}
+	if (!tb_half_fits(&half, &key, pod, &local))
+		return TB_OUTCOME_MISMATCH;
+	if (tb_pod_excludes(pod, skops->local_port) || tb_pod_excludes(pod, half.dialled_port) ||
+	    tb_pod_excludes(pod, bpf_ntohl(skops->remote_port)))
+		return TB_OUTCOME_EXCLUDED;
+	conn = tb_join(skops, pod, sk, &outcome);
+	if (!conn)
+		return outcome;
+	conn->peer = half.client;
+	*hop = conn->hop = tb_hop(&half.client, &conn->me);
+	/* copied_seq is set a moment later (tcp_rcv_state_process); nobody can be reading. */
+	tb_mark_consumed(conn, skops->rcv_nxt);
+	tb_keep_alive(skops, pod, conn->self);
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	half.server = conn->me;
+	halves.update(&key, &half);
+	return TB_OUTCOME_PAIRED;
+}
+
+/* A client that closes before it has found its server takes its offer back. */
+static __always_inline void tb_state_changed(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (skops->args[1] != BPF_TCP_CLOSE)
+		return;
+	tb_flush_tally(conn);
+	if (conn->seeking)
+		halves.delete(&conn->half);
+	conn->seeking = 0;
+}
+
+/*
+ * A client whose data is acknowledged, and whose server has not joined, is alone: the server's
+ * callback ran before it acknowledged anything. It leaves the sockhash.
+ *
+ * RULE (removal). What lies unread in a removed socket's bypass queue is lost, and a redirect
+ * to it on its way fails. Nobody can have redirected to this one: the server would have had to
+ * take the offer first, and the offer is still there, untaken.
+ */
+static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	struct tb_half *half;
+
+	if (conn->seeking && skops->snd_una == conn->half.client_isn)
+		return; /* that was the SYN */
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+	if (!conn->seeking)
+		return;
+	half = halves.lookup(&conn->half);
+	if (!half || half->server.id)
+		return;
+	conn->seeking = 0;
+	halves.delete(&conn->half);
+	sockhash.delete(&conn->me.id);
+	tb_count_outcome(conn->me.pod_id, TB_HOP_NONE, TB_OUTCOME_NO_PEER);
+}
+
+/*
+ * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its
+ * bypass queue belongs to the old connection, and the old peer may not have heard of the end: out
+ * of the sockhash, which throws the queue away and makes the old id unreachable. Nobody can be
+ * asleep in a read: the socket was closed.
+ */
+static __always_inline void tb_used_again(struct tb_conn *conn)
+{
+	if (conn->me.id)
+		sockhash.delete(&conn->me.id);
+	conn->me.id = 0;
+}
+
+/* Later callbacks of a socket that has joined. */
+static __always_inline void tb_socket_lives_on(struct bpf_sock_ops *skops)
+{
+	struct bpf_sock *sk = skops->sk;
+	struct tb_conn *conn;
+
+	if (!sk)
+		return;
+	conn = conns.sk_storage_get(sk, 0, 0);
+	if (!conn)
+		return;
+	if (skops->op == BPF_SOCK_OPS_RTT_CB)
+		tb_data_acknowledged(skops, conn);
+	else if (skops->op == BPF_SOCK_OPS_STATE_CB)
+		tb_state_changed(skops, conn);
+	else
+		tb_used_again(conn);
+}
+
+/* Attached to the pod's cgroup. Must return 1, and must not touch skops->reply: other
+ * programs on the same cgroup answer RWND_INIT and the like with it. */
+int tb_sock_ops(struct bpf_sock_ops *skops)
+{
+	struct tb_pod *pod = (struct tb_pod *)(long)pods.get_local_storage(0);
+	__u32 outcome, hop = TB_HOP_NONE;
+
+	if (skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
+	    skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB || skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB) {
+		tb_socket_lives_on(skops);
+		return 1;
+	}
+	if (!pod || !pod->id)
+		return 1;
+	if (skops->op == BPF_SOCK_OPS_RWND_INIT && !skops->is_fullsock)
+		tb_announce(skops, pod);
+	if (skops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+		outcome = tb_client_established(skops, pod);
+	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		outcome = tb_server_established(skops, pod, &hop);
+	else
+		return 1;
+	tb_count_outcome(pod->id, hop, outcome);
+	return 1;
+}
+
+/* ---- Sending: tb_sk_msg ------------------------------------------------------------------- */
+
+/* Does this end know its peer? The server does from the start; the client asks here. */
+static __always_inline int tb_paired(struct tb_conn *conn)
+{
+	struct tb_half *half;
+
+	if (conn->peer.id)
+		return 1;
+	if (!conn->seeking)
+		return 0;
+	half = halves.lookup(&conn->half);
+	if (!half || !half->server.id) {
+		conn->seeking = !!half; /* the LRU map may have dropped it: stay on TCP */
+		return 0;
+	}
+	conn->seeking = 0;
+	conn->peer = half->server;
+	conn->hop = tb_hop(&conn->me, &conn->peer);
+	halves.delete(&conn->half);
+	tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
+	return 1;
+}
+
+/*
+ * RULE (order). A receiver reads redirected bytes before anything in its TCP queue. So from
+ * TCP to bypass only when the peer has declared, after the last byte this end sent by TCP,
+ * that it had consumed everything (tb_mark_consumed). From bypass to TCP any time.
+ *
+ * Sequence numbers wrap after 4 GiB. A mark is therefore believed at most once, and never
+ * again after it was seen not to match: write_seq only moves on, so such a mark is old. This runs
+ * at least for every second message (after a send that ended in EAGAIN the kernel sends one by
+ * TCP without asking), far more often than every 4 GiB.
+ */
+static __always_inline int tb_may_bypass(struct tb_conn *conn, __u32 write_seq)
+{
+	__u64 mark = conn->tx_mark;
+
+	if (mark && (__u32)mark == write_seq)
+		return 1;
+	conn->tx_mark = 0;
+	if (mark)
+		conn->tx_dead = mark;
+	mark = tb_read64(conn->peer.conn + offsetof(struct tb_conn, rx_mark));
+	if (!mark || mark == conn->tx_dead)
+		return 0;
+	if ((__u32)mark != write_seq) {
+		conn->tx_dead = mark;
+		return 0;
+	}
+	conn->tx_mark = mark;
+	return 1;
+}
+
+/*
+ * A redirect takes the peer's socket lock, and waits for it in a sleep that no signal ends. An
+ * application that is throttled or faults inside recv holds it for long, and over TCP nobody
+ * would notice. A sidecar does neither; and large transfers to it from another CPU would
+ * otherwise be thrown back to TCP.
+ */
+static __always_inline int tb_busy(const struct tb_conn *conn)
+{
+	return !conn->peer.is_proxy && tb_read32(conn->peer.sk + OFF_SOCK_LOCK_OWNED);
+}
+
+static __always_inline int tb_paused(void)
+{
+	int zero = 0;
+	struct tb_control *node = control.lookup(&zero);
+
+	return !node || (node->flags & TB_CONTROL_PAUSED);
+}
+
+/*
+ * RULE (order). The kernel lets go of the sender's lock between this verdict and the peer's queue
+ * (tcp_bpf_send_verdict). So a redirect by another thread may still be on its way, and a message
+ * that goes by TCP now would overtake it. Nobody else is on the way if all redirects were this
+ * thread's, or if nobody else holds the psock: one reference is the sockhash's, one this call's.
+ */
+static __always_inline int tb_alone(struct tb_conn *conn, __u64 thread)
+{
+	return !conn->writer || conn->writer == thread ||
+	       tb_read32(conn->me.psock + OFF_PSOCK_REFCNT) == 2;
+}
+
+/* The kernel's memory for TCP is over its mark (net.ipv4.tcp_mem): from here on a redirect may fail
+ * with ENOMEM, which no TCP send does. */
+static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
+{
+	return conn->pressure && tb_read64(conn->pressure);
+}
+
+/*
+ * Why this message should leave the bypass, or TB_REASONS.
+ *
+ * RULE (backpressure). Nothing in the kernel stops a redirecting sender. Past the peer's own
+ * receive buffer the bytes go by TCP, whose window does. Kernels before 6.13 do not charge
+ * redirected bytes to the receiver, so they are counted here, from the last time the peer's
+ * queue was seen empty: never less than what is unread. A message costs what it holds and what
+ * holds it, or 1-byte messages would take a thousand times what they count.
+ */
+static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, __u32 cost, int empty)
+{
+	if (tb_paused())
+		return TB_REASON_PAUSED;
+	if (tb_short_of_memory(conn))
+		return TB_REASON_MEMORY;
+	if (tb_busy(conn))
+		return TB_REASON_BUSY;
+	if (!empty && conn->queued + cost > tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF))
+		return TB_REASON_BACKLOG;
+	conn->queued += cost;
+	conn->overdue = 0;
+	return TB_REASONS;
+}
+
+/*
+ * Why this message leaves the bypass, or TB_REASONS.
+ *
+ * RULE (edges). While bypassed and TCP bytes both lie unread, a recv returns the bypassed ones
+ * only: short, though there is more. epoll(7) lets an edge-triggered reader take a short read for
+ * the end, and no other edge may come. A sidecar reads until EAGAIN; towards an application the
+ * bypass is left when its queue is empty. When it is busy, the edge is still to come.
+ *
+ * Until a message can leave in good order, messages go on bypassing; for a bounded time.
+ */
+static __always_inline __u32 tb_leave(struct tb_conn *conn, __u32 size, __u64 thread)
+{
+	__u64 head = conn->peer.psock + OFF_PSOCK_INGRESS_MSG;
+	int empty = tb_read64(head) == head;
+	__u32 cost = size + TB_MESSAGE_COST, reason;
+	int clean;
+
+	if (empty)
+		conn->queued = 0;
+	reason = tb_reason_to_leave(conn, cost, empty);
+	if (reason == TB_REASONS)
+		return reason;
+	clean = tb_alone(conn, thread) &&
+		(empty || conn->peer.is_proxy || reason == TB_REASON_BUSY);
+	conn->overdue += cost;
+	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE)
+		return TB_REASONS;
+	conn->writer = 0;
+	conn->overdue = 0;
+	return reason;
+}
+
+/* Redirects the message and returns TB_REASONS, or returns why it must go by TCP. */
+static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *conn,
+					 const void *tp)
+{
+	__u64 thread = bpf_get_current_pid_tgid();
+	__u32 reason;
+
+	tb_mark_consumed(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_COPIED_SEQ));
+	if (!tb_paired(conn))
+		return TB_REASON_UNPAIRED;
+	if (!tb_may_bypass(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)))
+		return tb_paused() ? TB_REASON_PAUSED : TB_REASON_ORDER;
+	/* With kTLS at either end the bytes here are not the bytes on the wire; and for a
+	 * bypassed MSG_ZEROCOPY no completion comes. */
+	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
+	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) || tb_read64(conn->peer.sk + OFF_ICSK_ULP_OPS))
+		return TB_REASON_INELIGIBLE;
+	reason = tb_leave(conn, msg->size, thread);
+	if (reason != TB_REASONS)
+		return reason;
+	/* RULE (identity). The peer's memory may have been freed and reused while it was read
+	 * above. The id proves it was not: only the very same connection is found by it. */
+	if (sockhash.msg_redirect_hash(msg, &conn->peer.id, BPF_F_INGRESS) != SK_PASS)
+		return TB_REASON_GONE;
+	conn->writer = tb_alone(conn, thread) ? thread : TB_MANY;
+	return TB_REASONS;
+}
+
+static __always_inline void tb_count_bypassed(struct tb_conn *conn, __u32 size)
+{
+	__u64 now = bpf_jiffies64();
+
+	conn->messages++;
+	conn->bytes += size;
+	if (conn->tallied_at == now)
+		return;
+	conn->tallied_at = now;
+	tb_flush_tally(conn);
+}
+
+static __always_inline void tb_count_tcp(struct tb_conn *conn, __u32 reason, __u32 size)
+{
+	struct tb_counters *c = tb_counters_of(conn->me.pod_id, conn->hop);
+
+	if (!c || reason >= TB_REASONS)
+		return;
+	c->tcp_messages[reason]++;
+	c->tcp_bytes += size;
+}
+
+/* Attached to the sockhash. Always SK_PASS: anything else fails the application's send. */
+int tb_sk_msg(struct sk_msg_md *msg)
+{
+	struct bpf_sock *sk = msg->sk;
+	struct tb_conn *conn;
+	const void *tp;
+	__u32 reason;
+
+	if (!sk)
+		return SK_PASS;
+	conn = conns.sk_storage_get(sk, 0, 0);
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!conn || !tp)
+		return SK_PASS;
+	reason = tb_redirect(msg, conn, tp);
+	if (reason < TB_REASONS)
+		tb_count_tcp(conn, reason, msg->size);
+	else
+		tb_count_bypassed(conn, msg->size);
+	return SK_PASS;
+}

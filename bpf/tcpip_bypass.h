@@ -1,0 +1,113 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Everything that crosses the border between the BPF programs and user space:
+ * the one definition of every struct, enum and map name. bpf/abi.py is Python's
+ * view of this file; tests/unit/test_abi.py holds the two together.
+ *
+ * Members are ordered so that no compiler adds padding: a hash key with padding
+ * has bytes nobody wrote, and then equal keys do not compare equal.
+ */
+#ifndef TCPIP_BYPASS_H
+#define TCPIP_BYPASS_H
+
+#include <linux/types.h>
+
+#define TB_MAX_IPS 8
+#define TB_MAX_PORT_RANGES 16
+
+/* An IPv6 address in network byte order; IPv4 a.b.c.d is ::ffff:a.b.c.d. */
+struct tb_addr {
+	__u32 word[4];
+};
+
+/* Inclusive, host byte order. */
+struct tb_port_range {
+	__u16 first;
+	__u16 last;
+};
+
+/* tb_pod.flags */
+enum tb_pod_flag {
+	TB_POD_PROXY_ONLY = 1, /* accelerate only connections between two sidecars */
+};
+
+/*
+ * Map "pods" (BPF_MAP_TYPE_CGROUP_STORAGE): what ADD tells the programs about
+ * the pod whose cgroup they run for. All zero (id 0) until ADD has written it,
+ * and such a pod is left alone.
+ */
+struct tb_pod {
+	__u64 id; /* unique per attachment, cni_plugin/attachment.py: pod_id() */
+	__u32 flags;
+	__u32 proxy_uid;   /* whose sockets are the sidecar's, as the host counts uids */
+	__u32 keepalive_s; /* 0: leave the sockets' keepalive alone */
+	__u32 ip_count;
+	__u32 excluded_count;
+	__u32 reserved;
+	struct tb_addr ip[TB_MAX_IPS]; /* ip[0] names the pod's network namespace */
+	struct tb_port_range excluded[TB_MAX_PORT_RANGES];
+};
+
+/* tb_control.flags */
+enum tb_control_flag {
+	TB_CONTROL_PAUSED = 1, /* from the next message on, every byte goes by TCP */
+};
+
+/* Map "control" (BPF_MAP_TYPE_ARRAY, one element): the node's switch. */
+struct tb_control {
+	__u32 flags;
+	__u32 reserved;
+};
+
+/* Which of the hops of a request a connection is; see docs/architecture.md. */
+enum tb_hop {
+	TB_HOP_NONE,	 /* not paired, so not known */
+	TB_HOP_INBOUND,	 /* sidecar -> application, in one pod */
+	TB_HOP_OUTBOUND, /* application -> sidecar, in one pod */
+	TB_HOP_SIDECARS, /* sidecar -> sidecar, between two pods */
+	TB_HOP_LOCAL,	 /* any other connection inside one pod */
+	TB_HOP_DIRECT,	 /* any other connection between two pods */
+	TB_HOPS,
+};
+
+/* Why a message of a socket in the sockhash went by TCP after all. */
+enum tb_reason {
+	TB_REASON_UNPAIRED,   /* the other end has not joined (yet) */
+	TB_REASON_ORDER,      /* the peer may not have consumed all earlier TCP bytes */
+	TB_REASON_BACKLOG,    /* the peer's unread bytes passed its sk_rcvbuf */
+	TB_REASON_BUSY,	      /* a thread of the peer's is inside a call on its socket */
+	TB_REASON_MEMORY,     /* the kernel is short of memory for TCP */
+	TB_REASON_PAUSED,     /* the operator paused the bypass */
+	TB_REASON_INELIGIBLE, /* an end got a ULP or SO_ZEROCOPY after it joined */
+	TB_REASON_GONE,	      /* the peer has left the sockhash: it is closing */
+	TB_REASONS,
+};
+
+/* What became of a connection of an accelerated pod. */
+enum tb_outcome {
+	TB_OUTCOME_PAIRED,     /* both ends joined; counted once at each end */
+	TB_OUTCOME_NO_PEER,    /* the other end is no accelerated socket of this node */
+	TB_OUTCOME_MISMATCH,   /* sequence numbers met, addresses did not fit */
+	TB_OUTCOME_EXCLUDED,   /* a port was opted out, or the pod is proxy-only */
+	TB_OUTCOME_INELIGIBLE, /* MPTCP, ULP or SO_ZEROCOPY */
+	TB_OUTCOME_BUSY,       /* another program's sockmap owns the socket (EBUSY) */
+	TB_OUTCOME_FULL,       /* a map was full or memory short */
+	TB_OUTCOMES,
+};
+
+/* Map "counters" (BPF_MAP_TYPE_PERCPU_HASH). */
+struct tb_counter_key {
+	__u64 pod_id;
+	__u32 hop;
+	__u32 reserved;
+};
+
+struct tb_counters {
+	__u64 bypassed_messages;
+	__u64 bypassed_bytes;
+	__u64 tcp_messages[TB_REASONS];
+	__u64 tcp_bytes;
+	__u64 connections[TB_OUTCOMES]; /* TB_OUTCOME_PAIRED by hop, the rest under TB_HOP_NONE */
+};
+
+#endif

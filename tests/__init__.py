@@ -1,0 +1,1 @@
+"""Unit tests, integration tests, the testbed they share, and the demo."""

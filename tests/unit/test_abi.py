@@ -1,0 +1,99 @@
+"""bpf/abi.py agrees with tcpip_bypass.h, as the C compiler lays it out."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bpf import abi
+
+HEADER = Path(abi.__file__).with_name("tcpip_bypass.h")
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "tb_addr": abi.Addr,
+    "tb_port_range": abi.PortRange,
+    "tb_pod": abi.Pod,
+    "tb_control": abi.Control,
+    "tb_counter_key": abi.CounterKey,
+    "tb_counters": abi.Counters,
+}
+ENUMS = {"TB_HOP_": abi.HOPS, "TB_REASON_": abi.REASONS, "TB_OUTCOME_": abi.OUTCOMES}
+CONSTANTS = {
+    "TB_MAX_IPS": abi.MAX_IPS,
+    "TB_MAX_PORT_RANGES": abi.MAX_PORT_RANGES,
+    "TB_POD_PROXY_ONLY": abi.POD_PROXY_ONLY,
+    "TB_CONTROL_PAUSED": abi.CONTROL_PAUSED,
+}
+
+
+def members(struct: type[ctypes.Structure]) -> list[str]:
+    return [field[0] for field in struct._fields_]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Every size, offset and constant, as gcc sees them."""
+    expressions = list(CONSTANTS)
+    for name, struct in STRUCTS.items():
+        expressions.append(f"sizeof(struct {name})")
+        for member in members(struct):
+            expressions.append(f"offsetof(struct {name}, {member})")
+            expressions.append(f"sizeof(((struct {name} *)0)->{member})")
+    for prefix, names in ENUMS.items():
+        expressions += [prefix + name.upper() for name in names]
+    lines = "\n".join(
+        f'printf("%s\\"%s\\": %lld", c, "{e}", (long long){e}); c = ", ";' for e in expressions
+    )
+    folder = tmp_path_factory.mktemp("abi")
+    source = folder / "abi.c"
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\n'
+        f'int main(void) {{ const char *c = "{{"; {lines} puts("}}"); return 0; }}\n'
+    )
+    subprocess.run(["gcc", "-Wall", "-Werror", "-o", folder / "abi", source], check=True)
+    output = subprocess.run([folder / "abi"], check=True, capture_output=True, text=True).stdout
+    values: dict[str, int] = json.loads(output)
+    return values
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_struct_layout(name: str, compiled: dict[str, int]) -> None:
+    struct = STRUCTS[name]
+    assert ctypes.sizeof(struct) == compiled[f"sizeof(struct {name})"]
+    for member in members(struct):
+        descriptor = getattr(struct, member)
+        assert descriptor.offset == compiled[f"offsetof(struct {name}, {member})"], member
+        assert descriptor.size == compiled[f"sizeof(((struct {name} *)0)->{member})"], member
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_struct_has_no_padding(name: str) -> None:
+    struct = STRUCTS[name]
+    assert ctypes.sizeof(struct) == sum(getattr(struct, m).size for m in members(struct))
+
+
+def test_every_struct_and_member_of_the_header_is_known() -> None:
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    found = dict(re.findall(r"^struct (\w+) \{(.*?)^\};", text, flags=re.DOTALL | re.MULTILINE))
+    assert set(found) == set(STRUCTS)
+    for name, body in found.items():
+        assert re.findall(r"(\w+)(?:\[\w+\])?;", body) == members(STRUCTS[name])
+
+
+def test_constants(compiled: dict[str, int]) -> None:
+    assert {name: compiled[name] for name in CONSTANTS} == CONSTANTS
+
+
+@pytest.mark.parametrize("prefix", ENUMS)
+def test_enumerators_are_named_in_order(prefix: str, compiled: dict[str, int]) -> None:
+    names = ENUMS[prefix]
+    assert [compiled[prefix + name.upper()] for name in names] == list(range(len(names)))
+    text = HEADER.read_text()
+    last = prefix.rstrip("_") + "S"
+    in_header = re.findall(rf"^\t({prefix}\w+)", text, flags=re.MULTILINE)
+    assert len(in_header) == len(names), f"{last}: a name is missing in bpf/abi.py"
