@@ -16,7 +16,17 @@ POD_PROXY_ONLY = 1
 CONTROL_PAUSED = 1
 
 HOPS = ("none", "inbound", "outbound", "sidecars", "local", "direct")
-REASONS = ("unpaired", "order", "backlog", "busy", "memory", "paused", "ineligible", "gone")
+REASONS = (
+    "unpaired",
+    "order",
+    "backlog",
+    "busy",
+    "memory",
+    "corked",
+    "paused",
+    "ineligible",
+    "gone",
+)
 OUTCOMES = ("paired", "no_peer", "mismatch", "excluded", "ineligible", "busy", "full")
 
 

@@ -52,6 +52,9 @@ _OFFSETS = {
 }
 
 
+TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
+
+
 class LoadError(Exception):
     """The programs could not be compiled, loaded or pinned; the message says why."""
 
@@ -74,9 +77,13 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
+    nonagle = btf.member("tcp_sock", "nonagle")
+    lowest_bit = nonagle.mask & -nonagle.mask
     flags += [
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
         f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
+        f"-DOFF_TCP_SOCK_NONAGLE={nonagle.offset}",
+        f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * lowest_bit:#x}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
     return flags

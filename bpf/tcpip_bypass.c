@@ -761,7 +761,8 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
  * queue was seen empty: never less than what is unread. A message costs what it holds and what
  * holds it, or 1-byte messages would take a thousand times what they count.
  */
-static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, __u32 cost, int empty)
+static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void *tp, __u32 cost,
+						int empty)
 {
 	if (tb_paused())
 		return TB_REASON_PAUSED;
@@ -769,6 +770,9 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, __u32 cost
 		return TB_REASON_MEMORY;
 	if (tb_busy(conn))
 		return TB_REASON_BUSY;
+	/* Only TCP can hold back what TCP_CORK holds back. */
+	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
+		return TB_REASON_CORKED;
 	if (!empty && conn->queued + cost > tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF))
 		return TB_REASON_BACKLOG;
 	conn->queued += cost;
@@ -786,7 +790,8 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, __u32 cost
  *
  * Until a message can leave in good order, messages go on bypassing; for a bounded time.
  */
-static __always_inline __u32 tb_leave(struct tb_conn *conn, __u32 size, __u64 thread)
+static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u32 size,
+				      __u64 thread)
 {
 	__u64 head = conn->peer.psock + OFF_PSOCK_INGRESS_MSG;
 	int empty = tb_read64(head) == head;
@@ -795,7 +800,7 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, __u32 size, __u64 th
 
 	if (empty)
 		conn->queued = 0;
-	reason = tb_reason_to_leave(conn, cost, empty);
+	reason = tb_reason_to_leave(conn, tp, cost, empty);
 	if (reason == TB_REASONS)
 		return reason;
 	clean = tb_alone(conn, thread) &&
@@ -825,7 +830,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
 	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) || tb_read64(conn->peer.sk + OFF_ICSK_ULP_OPS))
 		return TB_REASON_INELIGIBLE;
-	reason = tb_leave(conn, msg->size, thread);
+	reason = tb_leave(conn, tp, msg->size, thread);
 	if (reason != TB_REASONS)
 		return reason;
 	/* RULE (identity). The peer's memory may have been freed and reused while it was read
