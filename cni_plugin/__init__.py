@@ -1,0 +1,1 @@
+"""The CNI plugin: a chained plugin that accelerates pods of an Istio mesh (docs/cni.md)."""

@@ -1,0 +1,91 @@
+"""CHECK: is the pod accelerated the way its ADD left it?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cni_plugin import attachment, log, netconf, netns, results, schema
+from cni_plugin.protocol import CheckFailed, UnknownContainer
+from cni_plugin.state import Key, State
+
+if TYPE_CHECKING:
+    from cni_plugin.protocol import Request
+    from cni_plugin.state import Attachment
+
+
+def check(request: Request) -> None:
+    """Raises CheckFailed that lists everything missing.
+
+    A pod without a record was passed through by ADD, for whatever reason ADD gave then, and
+    nothing of ours can be wrong with it.
+    """
+    previous = results.convert(results.previous(request), request.version)
+    addresses = results.pod_addresses(previous, request.call.ifname)
+    netconf.refuse_unsupported(request.conf)
+    state_dir = netconf.folders(request.conf)[1]
+    schema.validate(request.conf, Path(state_dir))
+    record = State(state_dir).read(Key(request.call.container_id, request.call.ifname))
+    if record is None:
+        if not Path(request.call.netns).exists():
+            raise UnknownContainer(
+                f"unknown container {request.call.container_id}",
+                f"nothing is recorded of it, and its namespace {request.call.netns} is gone",
+            )
+        log.say("this pod was not accelerated by ADD; nothing to check")
+        return
+    missing = [
+        *_missing_in_result(record, [each.address for each in addresses]),
+        *_missing_in_kernel(record),
+        *_missing_in_netns(record, request.call.netns),
+    ]
+    if missing:
+        raise CheckFailed("the pod is not accelerated as ADD left it", "; ".join(missing))
+
+
+def _missing_in_result(record: Attachment, listed: list[str]) -> list[str]:
+    return [
+        f"address {address} was recorded by ADD and is not in prevResult"
+        for address, _ in record.ips
+        if address not in listed
+    ]
+
+
+def _missing_in_kernel(record: Attachment) -> list[str]:
+    with attachment.open_cgroup(record.cgroup, record.inode) as cgroup_fd:
+        if cgroup_fd is None:
+            return [f"cgroup {record.cgroup} (inode {record.inode}) is gone"]
+        with attachment.attached(cgroup_fd, record.inode) as found:
+            if not found:
+                return [f"no sock_ops program is attached to cgroup {record.cgroup}"]
+            owners = [each.record.id for each in found]
+            expected = bytes(attachment.record_of(record))
+            if any(bytes(each.record) == expected for each in found):
+                return []
+    if record.pod_id in owners:
+        return [f"the kernel's record for cgroup {record.cgroup} differs from ADD's"]
+    if any(owners):
+        return [f"cgroup {record.cgroup} is accelerated for another attachment of this pod"]
+    return [f"the kernel's record for cgroup {record.cgroup} is empty"]
+
+
+def _missing_in_netns(record: Attachment, path: str) -> list[str]:
+    from pyroute2 import IPRoute  # noqa: PLC0415 - 130 ms, for this command alone
+
+    try:
+        with netns.entered(path), IPRoute() as route:
+            links = {link.get_attr("IFLA_IFNAME"): link["index"] for link in route.get_links()}
+            present = {
+                (address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS"), index)
+                for address in route.get_addr()
+                for index in [address["index"]]
+            }
+    except OSError as error:
+        return [f"network namespace {path} cannot be looked into: {error}"]
+    missing = []
+    for address, interface in record.ips:
+        if interface not in links:
+            missing.append(f"interface {interface} is not in {path}")
+        elif (address, links[interface]) not in present:
+            missing.append(f"address {address} is not on interface {interface} in {path}")
+    return sorted(set(missing))

@@ -1,0 +1,98 @@
+"""The program: one CNI call, one JSON document on stdout, one exit code.
+
+It is exec'd for every pod of the node, also those that have nothing to do with us, so each
+command imports only what it needs, where it needs it.
+"""
+
+# ruff: noqa: PLC0415 - imports inside functions are this module's purpose
+
+from __future__ import annotations
+
+import os
+
+from cni_plugin import names
+
+TYPE_CHECKING = False  # as typing has it, without importing typing (2.5 ms)
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cni_plugin.protocol import Json, Request
+
+
+def main() -> int:
+    """Returns the exit code: 0, or 1 with an error result on stdout."""
+    _occupy_standard_descriptors()
+    document, code = run(os.environ, 0)
+    if document:
+        try:
+            _write(document + "\n")
+        except OSError:
+            return 1
+    return code
+
+
+def run(env: Mapping[str, str], stdin: int) -> tuple[str, int]:
+    """What goes to stdout, and the exit code; ``stdin`` is a file descriptor."""
+    if env.get("CNI_COMMAND") == "VERSION":
+        from cni_plugin.version import answer
+
+        return answer(stdin), 0
+    import json
+
+    from cni_plugin import protocol
+
+    version = names.NEWEST_CNI_VERSION
+    try:
+        call = protocol.parse_environment(env)
+        conf = protocol.decode(protocol.read_all(stdin))
+        version = protocol.version_in_use(conf)
+        result = _dispatch(protocol.parse_request(call, conf))
+        return ("" if result is None else json.dumps(result)), 0
+    except protocol.CniError as error:
+        return json.dumps(protocol.error_document(error, version)), 1
+    except Exception as error:
+        unexpected = protocol.CniError(f"internal error: {type(error).__name__}", str(error))
+        return json.dumps(protocol.error_document(unexpected, version)), 1
+
+
+def _dispatch(request: Request) -> Json | None:
+    from cni_plugin import log
+
+    call = request.call
+    log.about(f"{call.command} {call.container_id}/{call.ifname}")
+    if call.command == "ADD":
+        from cni_plugin.add import add
+
+        return add(request)
+    if call.command == "DEL":
+        from cni_plugin.delete import delete
+
+        delete(request)
+    elif call.command == "CHECK":
+        from cni_plugin.check import check
+
+        check(request)
+    elif call.command == "GC":
+        from cni_plugin.gc import collect
+
+        collect(request)
+    elif call.command == "STATUS":
+        from cni_plugin.status import status
+
+        status(request)
+    return None
+
+
+def _occupy_standard_descriptors() -> None:
+    """Keep a closed 0, 1 or 2 from being given to the next file opened, and written into."""
+    for fd, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open("/dev/null", flags)
+
+
+def _write(text: str) -> None:
+    data = text.encode("utf-8")
+    while data:
+        data = data[os.write(1, data) :]

@@ -1,0 +1,48 @@
+"""Every path, pin, annotation and key that the plugin shares with somebody else.
+
+Constants only and no imports: every command of the plugin loads this module.
+"""
+
+from __future__ import annotations
+
+PLUGIN = "tcpip-bypass"
+
+# What the runtime may speak to us. ADD in a chain exists since 0.3.0.
+CNI_VERSIONS = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
+NEWEST_CNI_VERSION = CNI_VERSIONS[-1]
+
+# Defaults of the configuration keys ``bpffs``, ``stateDir`` and ``proxyUID``.
+BPFFS = "/sys/fs/bpf/tcpip-bypass"
+STATE_DIR = "/run/tcpip-bypass"
+PROXY_UID = 1337  # istio-proxy's user in every Istio release
+
+# Below the bpffs folder: ``current`` -> ``gen-<N>``, and in a generation:
+CURRENT = "current"
+SOCK_OPS = "sock_ops"
+PODS = "pods"
+COUNTERS = "counters"
+SK_MSG = "sk_msg"
+SOCKHASH = "sockhash"
+CONTROL = "control"
+
+# How our programs are recognised on a cgroup when no record of ours is at hand.
+SOCK_OPS_NAME = "tb_sock_ops"
+
+# Below the state folder.
+ATTACHMENTS = "attachments"
+VALIDATED = "validated"
+NODE_JSON = "node.json"
+
+MODES = ("full", "proxy-only", "off")
+
+# On the pod.
+SIDECAR_STATUS = "sidecar.istio.io/status"
+ENABLED = "tcpip-bypass/enabled"
+PROXY_ONLY = "tcpip-bypass/proxy-only"
+EXCLUDE_PORTS = "tcpip-bypass/exclude-ports"
+
+# In runtimeConfig, asked for by our ``capabilities``.
+CGROUP_PATH = "cgroupPath"
+POD_ANNOTATIONS = "io.kubernetes.cri.pod-annotations"
+
+VALID_ATTACHMENTS = "cni.dev/valid-attachments"

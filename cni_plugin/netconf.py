@@ -1,0 +1,96 @@
+"""The plugin's own configuration keys, typed and with their defaults filled in.
+
+NamedTuple where the rest of the project has frozen dataclasses: importing ``dataclasses``
+costs this program 8 ms per call, ``typing`` 2.5 ms (frozen, medians of 50).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cni_plugin import names
+from cni_plugin.policy import parse_ports
+from cni_plugin.protocol import InvalidConfig, UnsupportedField
+
+if TYPE_CHECKING:
+    from cni_plugin.protocol import Json
+
+# Keys every plugin knows and that ask for something a chained plugin of this kind cannot do.
+_UNSUPPORTED = ("ipam", "ipMasq", "dns")
+
+
+class NetConf(NamedTuple):
+    """A configuration that conf/schema.json accepts. Ports are inclusive ranges."""
+
+    bpffs: str
+    state_dir: str
+    scope: str
+    mode: str
+    proxy_uid: int
+    exclude_namespaces: frozenset[str]
+    exclude_ports: tuple[tuple[int, int], ...]
+
+
+def refuse_unsupported(conf: Json) -> None:
+    """Raises UnsupportedField for a key that asks for what this plugin does not do."""
+    for key in _UNSUPPORTED:
+        if conf.get(key):
+            raise UnsupportedField(
+                f"unsupported field {key}: {conf[key]!r:.200}",
+                "tcpip-bypass changes no addresses, routes or names; "
+                f"{key} belongs into the entry of the plugin that makes the interface",
+            )
+
+
+def parse(conf: Json) -> NetConf:
+    """``conf`` must have passed schema.validate; raises InvalidConfig for a bad port range."""
+    found: dict[str, object] = {
+        "bpffs": names.BPFFS,
+        "stateDir": names.STATE_DIR,
+        "scope": "mesh",
+        "mode": "auto",
+        "proxyUID": names.PROXY_UID,
+        "excludeNamespaces": [],
+        "excludePorts": [],
+        **conf,
+    }
+    namespaces, ports = found["excludeNamespaces"], found["excludePorts"]
+    uid = found["proxyUID"]
+    assert isinstance(namespaces, list)
+    assert isinstance(ports, list)
+    assert isinstance(uid, (int, float))
+    return NetConf(
+        bpffs=str(found["bpffs"]),
+        state_dir=str(found["stateDir"]),
+        scope=str(found["scope"]),
+        mode=str(found["mode"]),
+        proxy_uid=int(uid),  # 1337.0 is an integer to JSON Schema
+        exclude_namespaces=frozenset(namespaces),
+        exclude_ports=_ports(ports),
+    )
+
+
+def _ports(items: list[object]) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple(port_range for item in items for port_range in parse_ports(str(item)))
+    except ValueError as error:
+        raise InvalidConfig("invalid configuration key excludePorts", str(error)) from error
+
+
+def folders(conf: Json) -> tuple[str, str]:
+    """bpffs and state folder of a configuration that need not be valid.
+
+    DEL and GC go by these alone: a mistake elsewhere in the configuration must not keep a pod
+    from ending.
+    """
+    return (
+        _folder(conf.get("bpffs"), names.BPFFS),
+        _folder(conf.get("stateDir"), names.STATE_DIR),
+    )
+
+
+def _folder(path: object, default: str) -> str:
+    if not isinstance(path, str) or not path.startswith("/") or "\0" in path:
+        return default
+    # JSON can hold halves of surrogate pairs, which no file name can.
+    return path if path.isprintable() else default

@@ -1,0 +1,146 @@
+"""Which pod is accelerated, and how: the operator's configuration and the pod's annotations.
+
+Nothing here fails a pod: an annotation that cannot be understood is a reason to leave the pod
+on plain TCP and to say so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from cni_plugin import names
+
+if TYPE_CHECKING:
+    from cni_plugin.netconf import NetConf
+    from cni_plugin.protocol import Json, Request
+
+MAX_PORT = 65535
+
+
+class Pod(NamedTuple):
+    """Who the pod is, for messages, and what its owner wrote on it."""
+
+    namespace: str
+    name: str
+    uid: str
+    annotations: dict[str, str]
+
+    @property
+    def in_mesh(self) -> bool:
+        """Injected pods carry this mark, those with a native sidecar too."""
+        return names.SIDECAR_STATUS in self.annotations
+
+
+class Plan(NamedTuple):
+    """An accelerated pod: ports are inclusive ranges, sorted and apart from each other."""
+
+    proxy_only: bool
+    excluded_ports: tuple[tuple[int, int], ...]
+
+
+class Decision(NamedTuple):
+    """``plan`` is None for a pod that stays on TCP, for this ``reason``."""
+
+    plan: Plan | None
+    reason: str
+
+
+def pod_of(request: Request) -> Pod:
+    """The pod as the runtime describes it; parts of the wrong type count as absent."""
+    runtime = request.conf.get("runtimeConfig")
+    annotations = runtime.get(names.POD_ANNOTATIONS) if isinstance(runtime, dict) else None
+    if not isinstance(annotations, dict):
+        annotations = {}
+    args = request.call.args
+    return Pod(
+        namespace=args.get("K8S_POD_NAMESPACE", ""),
+        name=args.get("K8S_POD_NAME", ""),
+        uid=args.get("K8S_POD_UID", ""),
+        annotations={k: v for k, v in annotations.items() if isinstance(v, str)},
+    )
+
+
+def cgroup_path_of(request: Request) -> object:
+    """``runtimeConfig.cgroupPath`` as it came, or None."""
+    runtime = request.conf.get("runtimeConfig")
+    return runtime.get(names.CGROUP_PATH) if isinstance(runtime, dict) else None
+
+
+def may_concern_us(conf: Json, pod: Pod) -> bool:
+    """False for a pod that has nothing to do with us, whatever else the configuration says.
+
+    Such a pod is answered before the configuration is validated: neither an operator's mistake
+    nor jsonschema's 60 ms shall reach it.
+    """
+    return pod.in_mesh or names.ENABLED in pod.annotations or conf.get("scope", "mesh") != "mesh"
+
+
+def decide(conf: NetConf, pod: Pod, mode: tuple[str, str]) -> Decision:
+    """``mode`` is full, proxy-only or off, and why it is."""
+    try:
+        enabled = _boolean(pod, names.ENABLED)
+        proxy_only = _boolean(pod, names.PROXY_ONLY) or mode[0] == "proxy-only"
+        ports = parse_ports(pod.annotations.get(names.EXCLUDE_PORTS, ""))
+    except ValueError as error:
+        return Decision(None, f"warning: bad annotation: {error}")
+    against = _against(conf, pod, mode, enabled)
+    if proxy_only and not pod.in_mesh:
+        against.append("only sidecars are to be accelerated, and the pod has none")
+    if against:
+        return Decision(None, "; ".join(against))
+    return Decision(Plan(proxy_only, merge_ports([*conf.exclude_ports, *ports])), "")
+
+
+def _against(conf: NetConf, pod: Pod, mode: tuple[str, str], enabled: bool | None) -> list[str]:
+    """Every reason to leave the pod alone. The operator's come before the pod owner's wish."""
+    found = []
+    if mode[0] == "off":
+        found.append(f"the bypass is off on this node: {mode[1]}")
+    if pod.namespace in conf.exclude_namespaces:
+        found.append(f"namespace {pod.namespace} is excluded")
+    if enabled is False:
+        found.append(f"annotation {names.ENABLED} is false")
+    if not (pod.in_mesh or enabled or conf.scope == "all"):
+        found.append("the pod is not in the mesh")
+    return found
+
+
+def _boolean(pod: Pod, annotation: str) -> bool | None:
+    text = pod.annotations.get(annotation)
+    if text is None:
+        return None
+    value = {"true": True, "false": False}.get(text.strip().lower())
+    if value is None:
+        raise ValueError(f'{annotation} is {text!r:.80}, neither "true" nor "false"')
+    return value
+
+
+def parse_ports(text: str) -> list[tuple[int, int]]:
+    """``"3306,8000-8100"`` as ranges; raises ValueError that names annotation and value."""
+    ranges = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = (each.strip() for each in part.partition("-"))
+        if not dash:
+            last = first
+        if not (_is_number(first) and _is_number(last)):
+            raise ValueError(f"{names.EXCLUDE_PORTS} has {part!r:.80}, no port and no range")
+        if not 1 <= int(first) <= int(last) <= MAX_PORT:
+            raise ValueError(f"{names.EXCLUDE_PORTS} has {part!r:.80}, not within 1 to {MAX_PORT}")
+        ranges.append((int(first), int(last)))
+    return ranges
+
+
+def _is_number(text: str) -> bool:
+    # int() takes more than digits, and thousands of digits take it long.
+    return text.isascii() and text.isdigit() and len(text) <= 5
+
+
+def merge_ports(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sorted, with ranges that overlap or touch made one: the kernel's record is short."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)

@@ -1,0 +1,182 @@
+"""What the plugin remembers of its attachments, and the node's mode, in the state folder.
+
+One file per attachment, ``attachments/<containerID>:<ifname>.json``: ADD writes it before it
+touches the kernel, DEL removes it after the kernel is clean, so what is in the kernel is
+always a part of what is written here. (Neither a container ID nor an interface name can hold
+a colon.) Nothing is synced to disk: a power cut takes the kernel's side with it, and a file
+that it leaves torn is handled like one that is absent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from cni_plugin import names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SUFFIX = ".json"
+_PART = ".part"
+_LOCK_POLL_S = 0.005
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
+class Attachment(NamedTuple):
+    """One ADD: what it put where. ``ips`` are pairs (address, interface)."""
+
+    container_id: str
+    ifname: str
+    network: str
+    netns: str
+    pod_namespace: str
+    pod_name: str
+    pod_uid: str
+    cgroup: str
+    inode: int
+    pod_id: int
+    prog_id: int
+    generation: str
+    flags: int
+    proxy_uid: int
+    keepalive_s: int
+    ips: list[list[str]]
+    excluded_ports: list[list[int]]
+
+
+_BLANK = Attachment("", "", "", "", "", "", "", "", 0, 0, 0, "", 0, 0, 0, [], [])
+
+
+class Key(NamedTuple):
+    container_id: str
+    ifname: str
+
+
+class State:
+    """The state folder. Every method raises OSError as the file system does."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+        self._attachments = self.folder / names.ATTACHMENTS
+
+    def make(self) -> None:
+        """Create the folders; readable by root alone, whatever the umask."""
+        self._attachments.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self, patience_s: float) -> Iterator[None]:
+        """Hold the node's lock; TimeoutError after ``patience_s`` seconds.
+
+        It is a flock(2) on the folder itself, so it needs no file that a full or read-only
+        disk could refuse, and a process that dies lets go of it. Without the folder there is
+        nothing to guard.
+        """
+        try:
+            fd = os.open(self._attachments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except _ABSENT:
+            yield
+            return
+        try:
+            self._flock(fd, patience_s)
+            yield
+        finally:
+            os.close(fd)
+
+    def _flock(self, fd: int, patience_s: float) -> None:
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        errno.ETIMEDOUT,
+                        f"another call has held the lock for more than {patience_s} s",
+                        str(self._attachments),
+                    ) from None
+            time.sleep(_LOCK_POLL_S)
+
+    def _path(self, key: Key) -> Path:
+        return self._attachments / f"{key.container_id}:{key.ifname}{_SUFFIX}"
+
+    def has(self, key: Key) -> bool:
+        """Whether there is a file, whole, torn or half written."""
+        path = self._path(key)
+        return path.exists() or path.with_suffix(_PART).exists()
+
+    def write(self, attachment: Attachment) -> None:
+        """Whole or not at all. Call it under the lock."""
+        path = self._path(Key(attachment.container_id, attachment.ifname))
+        part = path.with_suffix(_PART)
+        try:
+            part.write_text(json.dumps(attachment._asdict(), indent=1), encoding="utf-8")
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+    def read(self, key: Key) -> Attachment | None:
+        """None when there is none or it is torn."""
+        try:
+            return _decode(self._path(key).read_bytes(), key)
+        except _ABSENT:
+            return None
+
+    def remove(self, key: Key) -> None:
+        """Absent is as good. Call it under the lock: a file half written goes as well."""
+        path = self._path(key)
+        for each in (path, path.with_suffix(_PART)):
+            with contextlib.suppress(*_ABSENT):
+                each.unlink()
+
+    def keys(self) -> list[Key]:
+        """All attachments with a file here, torn and half-written ones included."""
+        try:
+            found = [path.name for path in self._attachments.iterdir()]
+        except _ABSENT:
+            return []
+        keys = set()
+        for name in found:
+            container_id, colon, rest = name.partition(":")
+            for suffix in (_SUFFIX, _PART):
+                if colon and rest.endswith(suffix):
+                    keys.add(Key(container_id, rest[: -len(suffix)]))
+        return sorted(keys)
+
+    def node_mode(self) -> tuple[str, str]:
+        """The node's mode and the reason for it, as ``tcpip-bypass-node load`` found them."""
+        path = self.folder / names.NODE_JSON
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            mode, reasons = found["mode"], found.get("reasons", [])
+            if mode not in names.MODES:
+                raise ValueError(f"mode {mode!r:.40}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return "off", f"{path} cannot be read ({error}); run tcpip-bypass-node load"
+        text = "; ".join(map(str, reasons)) if isinstance(reasons, list) else str(reasons)
+        return mode, text or f"{path} says so"
+
+
+def _decode(text: bytes, key: Key) -> Attachment | None:
+    """The record in ``text`` if it is whole, of the right types and this attachment's own."""
+    try:
+        found = Attachment(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    whole = (
+        all(type(value) is type(blank) for value, blank in zip(found, _BLANK))
+        and all(type(ip) is list and [type(x) for x in ip] == [str, str] for ip in found.ips)
+        and all(
+            type(ports) is list and [type(x) for x in ports] == [int, int]
+            for ports in found.excluded_ports
+        )
+    )
+    return found if whole and (found.container_id, found.ifname) == key else None

@@ -1,0 +1,43 @@
+"""What lies in conf/ fits the plugin and its documentation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from cni_plugin import names, netconf, schema
+from tests.unit.cases import ROOT
+
+CONFLISTS = sorted((ROOT / "conf").glob("*.conflist"))
+
+
+def test_schema_is_one() -> None:
+    jsonschema.Draft7Validator.check_schema(json.loads(schema.schema_path().read_text()))
+
+
+def test_there_is_an_example() -> None:
+    assert CONFLISTS
+
+
+@pytest.mark.parametrize("path", CONFLISTS, ids=lambda path: path.name)
+def test_example_is_valid(path: Path, tmp_path: Path) -> None:
+    conflist = json.loads(path.read_text())
+    (ours,) = [entry for entry in conflist["plugins"] if entry["type"] == names.PLUGIN]
+    conf = {**ours, "name": conflist["name"], "cniVersion": conflist["cniVersion"]}
+    netconf.refuse_unsupported(conf)
+    schema.validate(conf, tmp_path)
+    parsed = netconf.parse(conf)
+    assert parsed.state_dir == names.STATE_DIR
+    assert (9999, 9999) in parsed.exclude_ports
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "cni.md").read_text()
+    for key in json.loads(schema.schema_path().read_text())["properties"]:
+        if key in netconf.NetConf._fields or key in {"bpffs", "stateDir", "proxyUID"}:
+            assert f"`{key}`" in text
+    for name in (names.ENABLED, names.PROXY_ONLY, names.EXCLUDE_PORTS):
+        assert f"`{name}`" in text
