@@ -1,0 +1,232 @@
+"""What the self-test tries on a kernel: one small behaviour of a connection each.
+
+Every probe opens connections of its own on loopback and returns what it found. The self-test
+runs all of them twice in a child process, over plain TCP and inside an accelerated cgroup, and
+compares; so a probe must not say anything that differs from run to run.
+
+Run as `python -m install.probes [CGROUP]`: joins the cgroup, if one is given, and a network
+namespace of its own, and prints one JSON object: probe name -> what it found.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import json
+import os
+import select
+import socket
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pyroute2 import IPRoute
+
+CLONE_NEWNET = 0x40000000
+IPPROTO_MPTCP = 262
+TIMEOUT_S = 5.0
+ORDER_CONNECTIONS = 50
+STALL_LIMIT = 64 * 2**20
+
+Found = dict[str, object]
+
+
+@contextmanager
+def connected(
+    *, client_lowat: int = 1, defer_accept: bool = False, greet: bool = True
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """(client, server) from 127.0.0.6, as Envoy connects to its application.
+
+    With `greet`, one byte has gone each way, so that both directions may bypass.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if defer_accept:
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
+        with socket.socket() as client:
+            client.settimeout(TIMEOUT_S)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, client_lowat)
+            client.bind(("127.0.0.6", 0))
+            client.connect(listener.getsockname())
+            if defer_accept:
+                client.sendall(b"0")
+            server, _ = listener.accept()
+            with server:
+                server.settimeout(TIMEOUT_S)
+                if greet:
+                    client.sendall(b"a")
+                    server.recv(1)
+                    server.sendall(b"b")
+                    client.recv(1)
+                yield client, server
+
+
+def read_to_end(sock: socket.socket) -> bytes:
+    """Everything until the peer's FIN."""
+    received = b""
+    while chunk := sock.recv(65536):
+        received += chunk
+    return received
+
+
+def unread_bytes(sock: socket.socket) -> int:
+    """ioctl(FIONREAD)."""
+    value = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, value)
+    return value[0]
+
+
+def order() -> Found:
+    """Pipelined writes to a listener with TCP_DEFER_ACCEPT, the first of them by TCP."""
+    corrupted = 0
+    for _ in range(ORDER_CONNECTIONS):
+        with connected(defer_accept=True, greet=False) as (client, server):
+            for digit in b"123456789":
+                client.sendall(bytes([digit]))
+            client.shutdown(socket.SHUT_WR)
+            corrupted += read_to_end(server) != b"0123456789"
+    return {"corrupted connections": corrupted}
+
+
+def backpressure() -> Found:
+    """How much a sender can queue on a receiver that does not read, and that all of it arrives."""
+    with connected() as (client, server):
+        client.setblocking(False)
+        sent = 0
+        try:
+            while sent < STALL_LIMIT:
+                sent += client.send(b"s" * 65536)
+        except OSError as error:
+            stopped_by = error.__class__.__name__
+        else:
+            stopped_by = "nothing"
+        client.shutdown(socket.SHUT_WR)
+        received = len(read_to_end(server))
+    return {"queued": sent, "stopped by": stopped_by, "lost": sent - received}
+
+
+def fionread_bypassed() -> Found:
+    """FIONREAD for bytes that came by bypass."""
+    with connected() as (client, server):
+        client.sendall(b"x" * 1000)
+        return {"FIONREAD": unread_bytes(server)}
+
+
+def fionread_tcp() -> Found:
+    """FIONREAD for bytes that came by TCP to a socket in the sockhash."""
+    # A reader with SO_RCVLOWAT never lets its peer bypass.
+    with connected(client_lowat=2, greet=False) as (client, server):
+        server.sendall(b"x" * 1000)
+        select.select([client], [], [], TIMEOUT_S)
+        return {"FIONREAD": unread_bytes(client)}
+
+
+def half_close() -> Found:
+    """A reply after the client has shut down its sending side."""
+    with connected() as (client, server):
+        client.sendall(b"request")
+        client.shutdown(socket.SHUT_WR)
+        request = read_to_end(server)
+        server.sendall(b"reply")
+        server.close()
+        return {"request": request.decode(), "reply": read_to_end(client).decode()}
+
+
+def close_after_data() -> Found:
+    """Data followed at once by close arrives whole, then end of file."""
+    with connected() as (client, server):
+        client.sendall(b"x" * 30000)
+        client.close()
+        return {"received": len(read_to_end(server))}
+
+
+def epoll(flags: int) -> Found:
+    """Wake-ups of a waiting epoll, for each of three messages that are read one by one."""
+    woken = []
+    with connected() as (client, server), select.epoll() as poller:
+        poller.register(server, select.EPOLLIN | flags)
+        for _ in range(3):
+            client.sendall(b"x" * 10)
+            woken.append(len(poller.poll(TIMEOUT_S)))
+            server.recv(100)
+        woken.append(len(poller.poll(0.05)))
+    return {"events": woken}
+
+
+def level_triggered() -> Found:
+    """epoll, level-triggered."""
+    return epoll(0)
+
+
+def edge_triggered() -> Found:
+    """epoll, edge-triggered."""
+    return epoll(select.EPOLLET)
+
+
+PROBES: dict[str, Callable[[], Found]] = {
+    probe.__name__: probe
+    for probe in (
+        order,
+        backpressure,
+        half_close,
+        close_after_data,
+        level_triggered,
+        edge_triggered,
+        fionread_bypassed,
+        fionread_tcp,
+    )
+}
+
+
+def mptcp() -> Found:
+    """One plain connection, then one to and one from an MPTCP listener, which may fall back.
+
+    Only ever run under programs that count who would join and let nobody.
+    """
+    connections = 0
+    try:
+        for listening, connecting in ((0, 0), (IPPROTO_MPTCP, IPPROTO_MPTCP), (IPPROTO_MPTCP, 0)):
+            with (
+                socket.socket(proto=listening) as listener,
+                socket.socket(proto=connecting) as client,
+            ):
+                listener.bind(("127.0.0.1", 0))
+                listener.listen()
+                client.connect(listener.getsockname())
+                connections += 1
+    except OSError as error:
+        return {"connections": connections, "stopped by": error.strerror}
+    return {"connections": connections}
+
+
+def enter(cgroup: Path | None) -> None:
+    """Joins the cgroup and a new network namespace whose loopback is up."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
+    with IPRoute() as ip:
+        ip.link("set", index=1, state="up")
+    if cgroup:
+        (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def main() -> None:
+    """Runs all probes, or only those named, and prints what they found."""
+    cgroup = sys.argv[1] if len(sys.argv) > 1 else ""
+    enter(Path(cgroup) if cgroup else None)
+    wanted = {name: PROBES[name] for name in PROBES}
+    if sys.argv[2:] == ["mptcp"]:
+        wanted = {"mptcp": mptcp}
+    found = {}
+    for name, probe in wanted.items():
+        try:
+            found[name] = probe()
+        except OSError as error:
+            found[name] = {"failed": f"{error.__class__.__name__}: {error}"}
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Tries this kernel before it is trusted, and decides what may be switched on.
+
+A version number proves nothing: distributions backport both the bugs and the mends. So the
+programs are loaded into a scratch cgroup, and what an application would see over the bypass is
+compared with what it sees over plain TCP on the very same kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bpf import abi, stats
+from bpf.loader import Limits, LoadError, Programs
+from cni_plugin import bpfsys, cgroup, names
+from install.probes import PROBES
+
+POD_ID = 1
+TIMEOUT_S = 60
+LIMITS = Limits(sockets=4096, pending=4096, counters=64)
+
+FULL, PROXY_ONLY, OFF = names.MODES
+
+# Without these right, only sidecars may be touched: they never ask for FIONREAD, applications
+# such as nginx and Java do. Without any other, nothing may.
+APPLICATION_ONLY = ("fionread_bypassed", "fionread_tcp")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    what: str
+    expected: str
+    found: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the node may do, and why not more."""
+
+    mode: str
+    reasons: list[str]
+    checks: list[Check]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "reasons": self.reasons,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+
+def run() -> Verdict:
+    """Runs the whole self-test; takes a few seconds and leaves nothing behind."""
+    try:
+        checks = [*_behaviour(), _mptcp()]
+    except LoadError as error:
+        loads = Check("load", "The programs load", "both load", str(error), False)
+        return Verdict(OFF, [f"load: {error}"], [loads])
+    return decide(checks)
+
+
+def decide(checks: list[Check]) -> Verdict:
+    """The mode that the failed checks leave."""
+    failed = [check for check in checks if not check.ok]
+    reasons = [f"{check.name}: expected {check.expected}, found {check.found}" for check in failed]
+    if any(check.name not in APPLICATION_ONLY for check in failed):
+        return Verdict(OFF, reasons, checks)
+    return Verdict(PROXY_ONLY if failed else FULL, reasons, checks)
+
+
+def _behaviour() -> list[Check]:
+    plain = _probe(None)
+    with _scratch_cgroup() as folder:
+        programs = Programs(LIMITS)
+        with _accelerated(programs, folder):
+            bypassed = _probe(folder)
+            counters = _counters(programs)
+    share = Check(
+        "bypass",
+        "Bytes between two sockets go past TCP/IP",
+        "some",
+        f"{counters.bypassed_bytes} of {counters.bypassed_bytes + counters.tcp_bytes} bytes",
+        counters.bypassed_bytes > 0,
+    )
+    return [share, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+
+
+def compare(name: str, plain: dict[str, Any], bypassed: dict[str, Any]) -> Check:
+    """A probe's line: over the bypass it must find what it finds over TCP.
+
+    The one exception is how much a stalled receiver lets its sender queue: up to twice as much.
+    """
+    expected, ok = plain, plain == bypassed
+    if name == "backpressure" and "queued" in plain:
+        limit = 2 * plain["queued"]
+        expected = {**plain, "queued": f"at most {limit}"}
+        ok = bypassed.get("queued", limit + 1) <= limit and {**bypassed, "queued": 0} == {
+            **plain,
+            "queued": 0,
+        }
+    what = (PROBES[name].__doc__ or name).rstrip(".")
+    return Check(name, what, _text(expected), _text(bypassed), ok and "failed" not in plain)
+
+
+def _text(found: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in found.items())
+
+
+def _mptcp() -> Check:
+    """Whether MPTCP connections would be let in. Tried with programs that stop short of the
+    sockhash and count who would join: there an MPTCP socket has crashed kernels."""
+    with _scratch_cgroup() as folder:
+        programs = Programs(LIMITS, extra_flags=("-DTB_DRY_RUN",))
+        with _accelerated(programs, folder):
+            tried = _probe(folder, "mptcp")["mptcp"]["connections"] - 1
+            joining = _counters(programs).connections.get("full", 0) - 1
+    found = f"{joining} of {tried} join" if tried else "this kernel has no MPTCP"
+    return Check("mptcp", "MPTCP connections stay out", "none joins", found, joining == 0)
+
+
+def _probe(folder: Path | None, *only: str) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-m", "install.probes", str(folder or ""), *only]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        cwd=Path(__file__).parents[1],
+        check=False,
+    )
+    if done.returncode:
+        raise LoadError(f"the probes could not run: {done.stderr.strip()}")
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@contextmanager
+def _scratch_cgroup() -> Iterator[Path]:
+    mount = cgroup.mount_point(Path("/proc/self/mountinfo").read_text())
+    if mount is None:
+        raise LoadError("no cgroup2 file system is mounted")
+    folder = mount / f"tcpip-bypass-selftest-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        folder.rmdir()
+
+
+@contextmanager
+def _accelerated(programs: Programs, folder: Path) -> Iterator[None]:
+    """The programs attached to the cgroup, as ADD would for a pod."""
+    cgroup_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with bpfsys.closing(cgroup_fd):
+        bpfsys.prog_attach(programs.fds["tb_sock_ops"], cgroup_fd)
+        pod = abi.Pod(id=POD_ID, ip_count=1)
+        pod.ip[0].word[3] = POD_ID
+        key = abi.CgroupStorageKey(folder.stat().st_ino, bpfsys.CGROUP_SOCK_OPS, 0)
+        bpfsys.map_update(programs.fds[names.PODS], bytes(key), bytes(pod))
+        try:
+            yield
+        finally:
+            bpfsys.prog_detach(programs.fds["tb_sock_ops"], cgroup_fd)
+
+
+def _counters(programs: Programs) -> stats.HopCounters:
+    def lookup(key: bytes, size: int) -> bytes:
+        return bpfsys.map_lookup(programs.fds[names.COUNTERS], key, size)
+
+    return sum(stats.pod_counters(POD_ID, lookup).values(), stats.HopCounters())
