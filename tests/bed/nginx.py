@@ -1,0 +1,80 @@
+"""The application: nginx serving files, as an unprivileged user."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from tests.bed.pingpong import APP_PORT
+from tests.bed.pod import APP_UID, Pod
+
+READY_TIMEOUT_S = 10
+
+# keepalive_requests: Envoy's pooled connections are to live as long as the run.
+# sendfile: with it, header and body are two sends and wake Envoy twice, which costs more than
+# everything this project saves; off, with the file cached, nginx answers as a service that has its
+# answer in memory does.
+CONFIG = """
+daemon off;
+master_process off;
+worker_processes 1;
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    sendfile {sendfile};
+    open_file_cache max=100;
+    tcp_nodelay on;
+    keepalive_timeout 1h;
+    keepalive_requests 1000000000;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    scgi_temp_path {folder}/scgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    server {{
+        listen {port};
+        root {folder}/files;
+    }}
+}}
+"""
+
+
+@contextmanager
+def running(
+    pod: Pod, files: Mapping[str, bytes], *, sendfile: bool = False, cpus: str = "-"
+) -> Iterator[None]:
+    """nginx on the application's port, serving `files` by name; ended on leaving."""
+    folder = pod.folder / "nginx"
+    (folder / "files").mkdir(parents=True, exist_ok=True)
+    os.chown(folder, APP_UID, APP_UID)
+    for name, body in files.items():
+        (folder / "files" / name).write_bytes(body)
+        (folder / "files" / name).chmod(0o644)
+    config = folder / "nginx.conf"
+    switch = "on" if sendfile else "off"
+    config.write_text(CONFIG.format(folder=folder, port=APP_PORT, sendfile=switch))
+    argv = ["nginx", "-c", str(config), "-e", str(folder / "error.log")]
+    process = pod.spawn(argv, cpus=cpus)
+    try:
+        _wait_listening(pod, process)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait_listening(pod: Pod, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        with pod.netns.entered(), socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", APP_PORT)) == 0:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"nginx in pod {pod.name} does not listen:\n{pod.logs()}")
+        time.sleep(0.02)

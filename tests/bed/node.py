@@ -1,0 +1,55 @@
+"""The node program, called as an operator calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(__file__).parents[2] / ".venv" / "bin" / "tcpip-bypass-node"
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class NodeProgram:
+    """`tcpip-bypass-node` with folders of its own."""
+
+    bpffs: Path
+    state_dir: Path
+
+    def call(self, command: str, *options: str) -> str:
+        """Run one of its commands and return what it printed.
+
+        Raises:
+            RuntimeError: it failed; the message holds what it said.
+        """
+        folders = ["--bpffs", str(self.bpffs), "--state-dir", str(self.state_dir)]
+        done = subprocess.run(
+            [PROGRAM, command, *options, *folders],
+            text=True,
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            start_new_session=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"tcpip-bypass-node {command}: {done.stdout}{done.stderr}")
+        return done.stdout
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """The programs loaded and pinned; unloaded on leaving."""
+        try:
+            self.call("load")
+            yield
+        finally:
+            self.call("unload")
+
+    def status(self) -> dict[str, Any]:
+        """`status --json`."""
+        answer: dict[str, Any] = json.loads(self.call("status", "--json"))
+        return answer

@@ -1,0 +1,174 @@
+"""A pod: its namespace, cgroup, address and processes."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.bed import cgroups, istio, netns
+from tests.bed.cni import Attachment, Chain
+from tests.bed.netns import LinkCounters, NetNamespace
+
+APP_UID = 1000
+PROXY_UID = 1337
+APP = "app"
+PROXY = "istio-proxy"
+MESH = {"sidecar.istio.io/status": '{"containers":["istio-proxy"],"revision":"default"}'}
+OPTED_OUT = {"tcpip-bypass/enabled": "false"}
+ENTER = Path(__file__).with_name("enter.py")
+
+
+@dataclass(eq=False)
+class Pod:
+    """A running sandbox; `spawn` and `run` start processes in its containers."""
+
+    name: str
+    attachment: Attachment
+    netns: NetNamespace
+    cgroup: Path
+    ip: str
+    folder: Path  # this pod's files: configurations, logs
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def container_cgroup(self, container: str) -> Path:
+        return self.cgroup / container
+
+    def spawn(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        uid: int | None = None,
+        container: str = APP,
+        cpus: str = "-",
+        stdin: int | None = subprocess.DEVNULL,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> subprocess.Popen[str]:
+        """Start a process in a container of this pod; it ends with the pod at the latest.
+
+        uid defaults to the sidecar's for container "istio-proxy", else to the application's.
+        stdin, stdout and stderr are subprocess' constants; output goes to a file in the pod's
+        folder unless told otherwise. cpus is a list as in "0,1"; "-" leaves the affinity alone.
+        """
+        if uid is None:
+            uid = PROXY_UID if container == PROXY else APP_UID
+        log_path = self.folder / f"{container}-{next(self._numbers)}-{Path(argv[0]).name}.log"
+        place = (self.netns.path, self.container_cgroup(container), str(uid), cpus)
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", ENTER, *place, *argv],
+                stdin=stdin,
+                stdout=log if stdout is None else stdout,
+                stderr=log if stderr is None else stderr,
+                cwd="/",
+                text=True,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        uid: int | None = None,
+        container: str = APP,
+        cpus: str = "-",
+        timeout_s: float = 60,
+    ) -> str:
+        """Run a program in this pod to its end and return what it printed.
+
+        Raises:
+            RuntimeError: it failed; the message holds its output.
+            subprocess.TimeoutExpired: it took longer than timeout_s (and was killed).
+        """
+        pipe = subprocess.PIPE
+        process = self.spawn(
+            argv, uid=uid, container=container, cpus=cpus, stdout=pipe, stderr=pipe
+        )
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if process.returncode != 0:
+            command = " ".join(map(str, argv))
+            raise RuntimeError(
+                f"{command} in pod {self.name} ended with {process.returncode}:\n{out}{err}"
+            )
+        return out
+
+    def logs(self) -> str:
+        """Everything this pod's processes have written to their log files."""
+        return "".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')}"
+            for path in sorted(self.folder.glob("*.log"))
+        )
+
+    def veth(self) -> LinkCounters:
+        """What went over the pod's interface."""
+        return self.netns.link_counters(self.attachment.ifname)
+
+    def cpu_seconds(self) -> float:
+        """CPU time its containers have used."""
+        return cgroups.cpu_seconds(self.cgroup)
+
+    def kill(self) -> None:
+        """Kill every process of the pod and wait for those that were started from here."""
+        cgroups.kill(self.cgroup)
+        for process in self.processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+
+@contextmanager
+def running(
+    run_name: str,
+    name: str,
+    chain: Chain,
+    pods_cgroup: Path,
+    folder: Path,
+    *,
+    namespace: str,
+    mesh: bool,
+    annotations: Mapping[str, str],
+) -> Iterator[Pod]:
+    """A pod in the order of kubelet and a runtime: cgroup, sandbox, ADD, containers.
+
+    On leaving: processes killed, DEL, namespace and cgroup removed.
+    """
+    uid = str(uuid.uuid4())
+    with ExitStack() as stack:
+        cgroup = stack.enter_context(cgroups.made(pods_cgroup / f"pod{uid}"))
+        sandbox = stack.enter_context(netns.created(f"{run_name}-{name}"))
+        attachment = Attachment(
+            container_id=secrets.token_hex(32),
+            netns=sandbox,
+            pod_namespace=namespace,
+            pod_name=name,
+            pod_uid=uid,
+            cgroup_path=f"/{cgroup.relative_to(cgroups.mount_point())}",
+            annotations={**(MESH if mesh else {}), **annotations},
+        )
+        stack.callback(chain.delete, attachment)  # a runtime calls DEL after a failed ADD as well
+        result = chain.add(attachment)
+        if mesh:
+            istio.redirect(sandbox, PROXY_UID)
+        for container in (APP, PROXY):
+            (cgroup / container).mkdir()
+        folder.mkdir(parents=True)
+        ip = result["ips"][0]["address"].partition("/")[0]
+        pod = Pod(name, attachment, sandbox, cgroup, ip, folder)
+        stack.callback(pod.kill)
+        yield pod

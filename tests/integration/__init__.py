@@ -1,0 +1,1 @@
+"""Tests on real namespaces, cgroups, BPF programs and proxies; they need root."""

@@ -1,0 +1,395 @@
+"""Who may not be bypassed: such connections stay on TCP, are counted, and work as ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from bpf import abi
+from bpf.loader import Programs
+from tests import light
+from tests.bed import APP_UID, PROXY_UID
+from tests.integration import traffic_pods, traffic_sockmap
+from tests.integration.traffic_pods import (
+    IPPROTO_MPTCP,
+    LightNode,
+    LightPod,
+    accepted,
+    bypassed,
+    connected,
+    eventually,
+    exchange,
+    outcomes,
+    read_to_end,
+    receive,
+)
+
+# include/uapi/linux: mptcp.h, tcp.h, errqueue.h, asm-generic/socket.h
+SOL_MPTCP, MPTCP_INFO = 284, 1
+TCP_ULP = 31
+TCPI_OPT_SYN_DATA = 32
+SO_ZEROCOPY, MSG_ZEROCOPY = 60, 0x4000000
+SO_EE_ORIGIN_ZEROCOPY = 5
+MSG_FASTOPEN = 0x20000000
+FASTOPEN_WITHOUT_COOKIE = 0x1 | 0x2 | 0x4 | 0x200 | 0x400  # net.ipv4.tcp_fastopen
+
+A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[LightNode]:
+    with traffic_pods.node() as made:
+        yield made
+
+
+@pytest.fixture
+def pods(node: LightNode) -> Iterator[tuple[LightPod, LightPod]]:
+    with node.pod(A) as client, node.pod(B) as server:
+        yield client, server
+
+
+def is_mptcp(sock: socket.socket) -> bool:
+    """Whether it is an MPTCP connection, or one that fell back but still is a socket of MPTCP's."""
+    try:
+        sock.getsockopt(SOL_MPTCP, MPTCP_INFO, 256)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOPROTOOPT):
+            raise
+        return False
+    return True
+
+
+def test_what_may_be_bypassed_is(pods: tuple[LightPod, LightPod]) -> None:
+    """The control of every test here: nothing in the setting keeps a connection on TCP."""
+    client, server = pods
+    with connected(client, server) as (ours, theirs):
+        sent = exchange(ours, theirs)
+    assert eventually(lambda: bypassed(client, server) == sent)
+    assert outcomes(client, server) == {"paired": 2}
+
+
+# ---- MPTCP -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("client_proto", "listener_proto"),
+    [(IPPROTO_MPTCP, IPPROTO_MPTCP), (0, IPPROTO_MPTCP), (IPPROTO_MPTCP, 0)],
+    ids=["both", "listener", "client"],
+)
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"], ids=["ipv4", "dual-stack"])
+def test_mptcp_stays_out(
+    pods: tuple[LightPod, LightPod], host: str, client_proto: int, listener_proto: int
+) -> None:
+    """Go 1.24 listens with MPTCP by default, and to plain clients such a listener is TCP again."""
+    client, server = pods
+    with (
+        no_kernel_complaint(),
+        server.listen(host=host, proto=listener_proto) as listener,
+        client.connect((B, 8080), proto=client_proto) as ours,
+        accepted(listener) as theirs,
+    ):
+        assert is_mptcp(theirs) == (client_proto == listener_proto)
+        assert theirs.family == listener.family
+        assert theirs.getpeername()[0].rpartition(":")[2] == A
+        assert exchange(ours, theirs) > 0
+        assert client.node.sockets() == 0
+    assert eventually(lambda: bool(outcomes(client, server)))
+    assert "paired" not in outcomes(client, server)
+    assert bypassed(client, server) == 0
+
+
+@contextmanager
+def no_kernel_complaint() -> Iterator[None]:
+    """Nothing that looks like a warning or an oops appears in the kernel's log meanwhile."""
+    fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        os.lseek(fd, 0, os.SEEK_END)
+        yield
+        with suppress(BlockingIOError):  # the end of the log
+            while True:
+                line = os.read(fd, 8192).decode(errors="replace")
+                assert not re.search(r"WARNING:|BUG:|Oops|general protection", line), line
+    finally:
+        os.close(fd)
+
+
+# ---- ULP -------------------------------------------------------------------------------------
+
+
+def without_the_mptcp_rule(source: str) -> str:
+    rule = "(tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP)"
+    assert source.count(rule) == 1
+    return source.replace(rule, "0")
+
+
+def test_a_socket_with_a_ulp_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kTLS needs a kernel module that not every kernel has. The kernel's other ULP is MPTCP's own,
+    so that is what the rule is tried on, with the rule about MPTCP taken out."""
+
+    def edited(*arguments: Any) -> Programs:
+        limits, flags = arguments
+        # TB_DRY_RUN: no socket is really joined, for an MPTCP socket in there can crash a kernel.
+        return light.edited(
+            without_the_mptcp_rule, limits=limits, extra_flags=(*flags, "-DTB_DRY_RUN")
+        )
+
+    monkeypatch.setattr(traffic_pods, "Programs", edited)
+    with traffic_pods.node() as node, node.pod(A) as client, node.pod(B) as server:
+        with (
+            server.listen() as listener,
+            client.connect((B, 8080), proto=IPPROTO_MPTCP) as ours,
+            accepted(listener) as theirs,
+        ):
+            exchange(ours, theirs)
+        assert outcomes(client) == {"ineligible": 1}
+        with connected(client, server) as (ours, theirs):
+            exchange(ours, theirs)
+        assert outcomes(client)["ineligible"] == 1
+
+
+# ---- SO_ZEROCOPY -----------------------------------------------------------------------------
+
+
+def completed(sock: socket.socket, wanted: int) -> list[tuple[int, int]]:
+    """The ranges of MSG_ZEROCOPY sends that the kernel has reported done."""
+    ranges: list[tuple[int, int]] = []
+    sock.setblocking(False)
+
+    def enough() -> bool:
+        try:
+            _, ancillary, _, _ = sock.recvmsg(1, 512, socket.MSG_ERRQUEUE)
+        except BlockingIOError:
+            pass
+        else:
+            for _, _, data in ancillary:
+                _, origin, _, _, _, first, last = struct.unpack_from("IBBBBII", data)
+                assert origin == SO_EE_ORIGIN_ZEROCOPY
+                ranges.append((first, last))
+        return sum(last - first + 1 for first, last in ranges) >= wanted
+
+    eventually(enough)
+    return ranges
+
+
+@pytest.mark.parametrize("where", ["client", "listener"])
+def test_zerocopy_set_before_the_connection_keeps_it_out(
+    pods: tuple[LightPod, LightPod], where: str
+) -> None:
+    client, server = pods
+    with server.listen() as listener, client.new_socket(uid=PROXY_UID) as ours:
+        (ours if where == "client" else listener).setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+        ours.connect((B, 8080))
+        with accepted(listener) as theirs:
+            exchange(ours, theirs)
+            sender, receiver = (ours, theirs) if where == "client" else (theirs, ours)
+            send_zerocopy(sender, receiver)
+            assert completed(sender, 3) == [(0, 2)]
+    assert eventually(lambda: bool(outcomes(client, server)))
+    assert "paired" not in outcomes(client, server)
+    assert bypassed(client, server) == 0
+
+
+def test_zerocopy_set_after_joining_sends_by_tcp_and_completes(
+    pods: tuple[LightPod, LightPod],
+) -> None:
+    client, server = pods
+    with connected(client, server) as (ours, theirs):
+        sent = exchange(ours, theirs)
+        ours.setsockopt(socket.SOL_SOCKET, SO_ZEROCOPY, 1)
+        send_zerocopy(ours, theirs)
+        assert completed(ours, 3)
+    assert eventually(lambda: bypassed(client, server) >= sent)
+    assert bypassed(client, server) == sent
+    assert client.total().tcp_messages["ineligible"] >= 1
+    assert client.total().tcp_bytes == 60_000
+
+
+def send_zerocopy(sender: socket.socket, receiver: socket.socket) -> None:
+    for letter in b"abc":
+        data = bytes([letter]) * 20_000
+        sender.sendmsg([data], [], MSG_ZEROCOPY)
+        assert receive(receiver, len(data)) == data
+
+
+# ---- TCP Fast Open ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("server_takes_it", [True, False], ids=["taken", "refused"])
+def test_fast_open(pods: tuple[LightPod, LightPod], server_takes_it: bool) -> None:
+    client, server = pods
+    client.sysctl("net.ipv4.tcp_fastopen", FASTOPEN_WITHOUT_COOKIE)
+    server.sysctl("net.ipv4.tcp_fastopen", FASTOPEN_WITHOUT_COOKIE if server_takes_it else 0)
+    with server.listen() as listener, client.new_socket(uid=PROXY_UID) as ours:
+        ours.sendto(b"with the SYN", MSG_FASTOPEN, (B, 8080))
+        with accepted(listener) as theirs:
+            assert receive(theirs, 12) == b"with the SYN"
+            syn_data = ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[5]
+            assert bool(syn_data & TCPI_OPT_SYN_DATA) == server_takes_it
+            exchange(ours, theirs)
+            assert client.node.sockets() == 0
+    assert "paired" not in outcomes(client, server)
+    assert bypassed(client, server) == 0
+
+
+# ---- Other programs' sockmaps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", traffic_sockmap.KINDS)
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_a_socket_of_another_programs_sockmap(
+    node: LightNode, kind: traffic_sockmap.Kind, first: str
+) -> None:
+    theirs = traffic_sockmap.OtherProgram(kind)
+    with node.pod(A, accelerated=False) as client, node.pod(B, accelerated=False) as server:
+        for pod in (client, server):
+            if first == "ours":
+                pod.attach()
+            theirs.attach(pod.cgroup)
+            if first == "theirs":
+                pod.attach()
+        for _ in range(3):
+            with connected(client, server) as (left, right):
+                exchange(left, right)
+                if kind == "sk_skb parser":
+                    continue  # the kernel's stream parser stalls on a pipeline, without us as well
+                pipelined = os.urandom(50_000)
+                sender = threading.Thread(target=trickle, args=(left, pipelined))
+                sender.start()
+                assert receive(right, len(pipelined)) == pipelined
+                sender.join()
+        assert eventually(lambda: sum(outcomes(client, server).values()) >= 6)
+        joined, refused = theirs.joined(), theirs.refused()
+        if first == "theirs":
+            assert (joined, refused) == (6, 0)
+            assert outcomes(client, server).get("busy", 0) >= 3
+            assert bypassed(client, server) == 0
+        else:
+            assert refused == (6 if kind == "sk_msg" else 0)
+            assert outcomes(client, server) == {"paired": 6}
+
+
+def trickle(sock: socket.socket, data: bytes) -> None:
+    for start in range(0, len(data), 1_000):
+        sock.sendall(data[start : start + 1_000])
+
+
+# ---- Policy ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opted_out", ["client", "server"])
+@pytest.mark.parametrize(
+    ("excluded", "stays_on_tcp"),
+    [((8080, 8080), True), ((8000, 8080), True), ((8080, 9000), True), ((8081, 9000), False)],
+)
+def test_excluded_ports(
+    node: LightNode, opted_out: str, excluded: tuple[int, int], stays_on_tcp: bool
+) -> None:
+    ports = {"client": [], "server": [], opted_out: [excluded]}
+    with (
+        node.pod(A, excluded=ports["client"]) as client,
+        node.pod(B, excluded=ports["server"]) as server,
+    ):
+        with connected(client, server) as (ours, theirs):
+            sent = exchange(ours, theirs)
+        assert eventually(lambda: bool(outcomes(client, server)))
+        if stays_on_tcp:
+            assert "paired" not in outcomes(client, server)
+            assert bypassed(client, server) == 0
+        else:
+            assert eventually(lambda: bypassed(client, server) == sent)
+
+
+def test_an_excluded_port_that_iptables_hides(node: LightNode) -> None:
+    """The application dials 3306; to the sidecar the connection comes in on 15001."""
+    with node.pod(A, excluded=[(3306, 3306)]) as pod:
+        redirect(pod)
+        for port, is_bypassed in ((3306, False), (3307, True)):
+            before = bypassed(pod)
+            with (
+                pod.listen(15001, uid=PROXY_UID) as envoy,
+                pod.connect(("10.96.0.1", port), uid=APP_UID) as app,
+                accepted(envoy) as taken,
+            ):
+                sent = exchange(app, taken)
+            assert eventually(lambda: bypassed(pod) - before == (sent if is_bypassed else 0))  # noqa: B023
+        assert outcomes(pod).get("excluded") == 1
+
+
+def redirect(pod: LightPod) -> None:
+    """The rule of Istio's that sends an application's connections to its sidecar."""
+    pod.command("iptables -t nat -A OUTPUT -p tcp -d 10.96.0.0/16 -j REDIRECT --to-ports 15001")
+
+
+@pytest.mark.parametrize("which", ["client", "server", "both"])
+def test_proxy_only_pods(node: LightNode, which: str) -> None:
+    """Between two sidecars yes, all else no; one pod's being so is enough."""
+    flags = {
+        name: abi.POD_PROXY_ONLY if which in (name, "both") else 0 for name in ("client", "server")
+    }
+    with (
+        node.pod(A, flags=flags["client"]) as client,
+        node.pod(B, flags=flags["server"]) as server,
+    ):
+        with connected(client, server, server_uid=PROXY_UID) as (ours, theirs):
+            sent = exchange(ours, theirs)
+        assert eventually(lambda: bypassed(client, server) == sent)
+        restricted = client if which == "client" else server
+        uids = (APP_UID, PROXY_UID) if which == "client" else (PROXY_UID, APP_UID)
+        with connected(client, server, client_uid=uids[0], server_uid=uids[1]) as (ours, theirs):
+            exchange(ours, theirs)
+        # Within the restricted pod: as the sidecar connects to its application.
+        with connected(restricted, restricted, to=("127.0.0.1", 8080)) as (ours, theirs):
+            exchange(ours, theirs)
+        time.sleep(0.1)
+        assert bypassed(client, server) == sent
+        assert outcomes(client, server)["paired"] == 2
+
+
+@pytest.mark.parametrize("without", ["client", "server"])
+@pytest.mark.parametrize("attached", [True, False], ids=["empty record", "no program"])
+def test_pods_that_are_not_accelerated(node: LightNode, without: str, attached: bool) -> None:
+    with (
+        node.pod(A, accelerated=without != "client") as client,
+        node.pod(B, accelerated=without != "server") as server,
+    ):
+        bare = client if without == "client" else server
+        if attached:
+            bare.record = abi.Pod()
+            bare.attach()
+        with connected(client, server) as (ours, theirs):
+            exchange(ours, theirs)
+            assert node.sockets() == 0
+        accelerated = server if without == "client" else client
+        assert eventually(lambda: outcomes(accelerated) == {"no_peer": 1})
+        assert bypassed(client, server) == 0
+
+
+# ---- A client that joined for nothing ----------------------------------------------------------
+
+
+def test_a_client_without_a_server_leaves_the_sockhash(node: LightNode) -> None:
+    """The server's pod is gone between the SYN and the last ACK of the handshake."""
+    with node.pod(A) as client, node.pod(B) as server, server.listen() as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)
+        with client.connect((B, 8080)) as ours:
+            assert node.sockets() == 1
+            server.detach()
+            ours.sendall(b"hello")
+            with accepted(listener) as theirs:
+                assert receive(theirs, 5) == b"hello"
+                assert eventually(lambda: node.sockets() == 0)
+                exchange(ours, theirs)
+                ours.shutdown(socket.SHUT_WR)
+                assert read_to_end(theirs) == b""
+        server.attach()
+    assert outcomes(client) == {"no_peer": 1}

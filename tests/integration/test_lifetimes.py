@@ -1,0 +1,515 @@
+"""However a connection, a process, a pod or a generation ends: as over TCP, or on over TCP."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from bpf import abi
+from bpf.loader import Limits
+from cni_plugin import bpfsys, names
+from tests.bed import APP_UID, PROXY_UID, bpf_objects, open_bed
+from tests.bed.pod import ENTER
+from tests.integration import traffic_pods
+from tests.integration.traffic_pods import (
+    LightNode,
+    LightPod,
+    accepted,
+    bypassed,
+    connected,
+    eventually,
+    exchange,
+    outcomes,
+    read_to_end,
+    receive,
+    reset,
+)
+from tests.integration.traffic_stream import Streams
+
+A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
+MB = 1 << 20
+
+# linux/userfaultfd.h; x86-64
+SYS_USERFAULTFD = 323
+UFFDIO_API, UFFDIO_REGISTER, UFFDIO_ZEROPAGE = 0xC018AA3F, 0xC020AA00, 0xC020AA04
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[LightNode]:
+    with traffic_pods.node() as made:
+        yield made
+
+
+@pytest.fixture
+def pods(node: LightNode) -> Iterator[tuple[LightPod, LightPod]]:
+    with node.pod(A) as client, node.pod(B) as server:
+        yield client, server
+        assert eventually(lambda: node.sockets() == 0)
+        assert node.pending() == []
+
+
+# ---- Conntrack -----------------------------------------------------------------------------------
+
+
+def test_conntrack_entries_outlive_bypassed_traffic(node: LightNode) -> None:
+    """A 4 s timeout, 13 s of bypassed traffic: then the close must get through the NAT. The same
+    without keepalive shows that it would not."""
+    with (
+        node.pod(A, keepalive_s=1) as kept,
+        node.pod(B, keepalive_s=0) as forgotten,
+        ExitStack() as stack,
+    ):
+        ends = {}
+        for pod in (kept, forgotten):
+            pod.command(
+                "iptables -t nat -A OUTPUT -p tcp -d 10.96.0.1 -j REDIRECT --to-ports 15001"
+            )
+            pod.sysctl("net.netfilter.nf_conntrack_tcp_timeout_established", 4)
+            envoy = stack.enter_context(pod.listen(15001, uid=PROXY_UID))
+            app = stack.enter_context(pod.connect(("10.96.0.1", 80), uid=APP_UID))
+            ends[pod] = app, stack.enter_context(accepted(envoy))
+            exchange(*ends[pod])
+        by_tcp = {pod: pod.total().tcp_bytes for pod in ends}
+        deadline = time.monotonic() + 13
+        while time.monotonic() < deadline:
+            for app, taken in ends.values():
+                exchange(app, taken, rounds=2)
+            time.sleep(0.25)
+        for pod, (app, taken) in ends.items():
+            assert pod.total().tcp_bytes == by_tcp[pod]
+            taken.settimeout(2)
+            app.shutdown(socket.SHUT_WR)
+            if pod is kept:
+                assert taken.recv(1) == b""
+            else:
+                with pytest.raises(TimeoutError):
+                    taken.recv(1)
+
+
+# ---- Ends of connections -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_half_close(pods: tuple[LightPod, LightPod], first: str) -> None:
+    for _ in range(20):
+        with connected(*pods) as ends:
+            exchange(*ends)
+            ours, theirs = ends if first == "client" else ends[::-1]
+            ours.sendall(b"last words")
+            ours.shutdown(socket.SHUT_WR)
+            assert read_to_end(theirs) == b"last words"
+            for number in range(5):
+                theirs.sendall(b"answer %d" % number)
+            theirs.close()
+            assert read_to_end(ours) == b"".join(b"answer %d" % number for number in range(5))
+    assert eventually(lambda: bypassed(*pods) > 20 * 50)
+
+
+@pytest.mark.parametrize("closer", ["client", "server"])
+def test_close_right_behind_the_data(pods: tuple[LightPod, LightPod], closer: str) -> None:
+    data = os.urandom(60_000)
+    for _ in range(20):
+        with connected(*pods) as ends:
+            exchange(*ends)
+            ours, theirs = ends if closer == "client" else ends[::-1]
+            ours.sendall(data)
+            ours.close()
+            assert read_to_end(theirs) == data
+    assert eventually(lambda: bypassed(*pods) > 20 * 1_000)
+
+
+def test_reset(pods: tuple[LightPod, LightPod]) -> None:
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        reset(ours)
+        with pytest.raises(ConnectionResetError):
+            theirs.recv(1)
+        with pytest.raises(BrokenPipeError):
+            theirs.sendall(b"too late")
+
+
+def test_close_lingers_until_the_data_is_out(pods: tuple[LightPod, LightPod]) -> None:
+    data = os.urandom(MB)
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 5))
+        pid = os.fork()
+        if pid == 0:
+            ours.setblocking(True)
+            ours.sendall(data)
+            ours.close()
+            os._exit(0)
+        ours.close()
+        time.sleep(0.2)
+        assert read_to_end(theirs) == data
+        assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_close_with_unread_bytes_ends_the_connection(pods: tuple[LightPod, LightPod]) -> None:
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        theirs.sendall(b"never read")
+        ours.close()
+        try:
+            assert theirs.recv(1) == b""  # by TCP it would be an RST: docs/limits.md
+        except ConnectionResetError:
+            return
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            send_until_refused(theirs)
+
+
+def send_until_refused(sock: socket.socket) -> None:
+    """Nobody reads any more: the kernel says so soon."""
+    for _ in range(200):
+        sock.sendall(bytes(1_000))
+        time.sleep(0.01)
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+COUNTER = """
+import socket, struct, sys
+client = socket.create_connection((sys.argv[1], 8080))
+client.sendall(b"hello"); client.recv(5)
+number = 0
+while True:
+    client.sendall(struct.pack("!1000I", *range(number, number + 1000)))
+    number += 1000
+"""
+
+SINK = """
+import socket, sys
+client = socket.create_connection((sys.argv[1], 8080))
+client.sendall(b"hello")
+while client.recv(1 << 16): client.sendall(b"k")
+"""
+
+
+def test_the_sender_is_killed(pods: tuple[LightPod, LightPod]) -> None:
+    client, server = pods
+    with server.listen() as listener:
+        child = client.popen([sys.executable, "-c", COUNTER, B], uid=PROXY_UID)
+        with accepted(listener) as theirs:
+            assert receive(theirs, 5) == b"hello"
+            theirs.sendall(b"start")
+            head = receive(theirs, MB)
+            child.kill()
+            child.wait()
+            try:
+                rest = read_to_end(theirs)
+            except ConnectionResetError:
+                rest = b""
+    data = head + rest
+    numbers = struct.unpack(f"!{len(data) // 4}I", data[: len(data) // 4 * 4])
+    assert numbers == tuple(range(len(numbers)))
+    assert bypassed(client) > 0
+
+
+def test_the_receiver_is_killed(pods: tuple[LightPod, LightPod]) -> None:
+    client, server = pods
+    with server.listen() as listener:
+        child = client.popen([sys.executable, "-c", SINK, B], uid=PROXY_UID)
+        with accepted(listener) as theirs:
+            assert receive(theirs, 5) == b"hello"
+            for _ in range(50):
+                theirs.sendall(bytes(1_000))
+                assert theirs.recv(1) == b"k"
+            child.kill()
+            child.wait()
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                send_until_refused(theirs)
+    assert bypassed(server) > 0
+
+
+def test_a_forked_process_goes_on_with_the_connection(pods: tuple[LightPod, LightPod]) -> None:
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        pid = os.fork()
+        if pid == 0:
+            theirs.close()
+            ours.sendall(b"from the child")
+            if receive(ours, 12) != b"to the child":
+                os._exit(1)
+            ours.sendall(b"goodbye")
+            os._exit(0)
+        ours.close()  # the connection lives on in the child
+        assert receive(theirs, 14) == b"from the child"
+        theirs.sendall(b"to the child")
+        assert os.waitpid(pid, 0)[1] == 0
+        assert read_to_end(theirs) == b"goodbye"
+    assert eventually(lambda: bypassed(*pods) > 0)
+
+
+GUEST = """
+import socket
+channel = socket.socket(fileno=0)
+_, (fd,), _, _ = socket.recv_fds(channel, 1, 1)
+passed = socket.socket(fileno=fd)
+passed.setblocking(True)
+while data := passed.recv(1000): passed.sendall(data[::-1])
+"""
+
+
+def test_a_socket_passed_to_a_process_of_another_pod(
+    node: LightNode, pods: tuple[LightPod, LightPod]
+) -> None:
+    client, server = pods
+    with node.pod(C) as elsewhere, connected(client, server) as (ours, theirs):
+        exchange(ours, theirs)
+        before = bypassed(server)
+        here, there = socket.socketpair()
+        place = [sys.executable, "-I", "-S", str(ENTER), str(elsewhere.netns.path)]
+        place += [str(elsewhere.cgroup), str(APP_UID), "-", sys.executable, "-c", GUEST]
+        with here, there:
+            child = subprocess.Popen(place, stdin=there.fileno())
+            socket.send_fds(here, [b"x"], [theirs.fileno()])
+            theirs.close()
+            for number in range(50):
+                text = b"message %d" % number
+                ours.sendall(text)
+                assert receive(ours, len(text)) == text[::-1]
+            ours.shutdown(socket.SHUT_WR)
+            assert read_to_end(ours) == b""
+            assert child.wait() == 0
+        assert eventually(lambda: bypassed(server) > before)  # it is the server's socket still
+        assert elsewhere.counters() == {}
+
+
+# ---- The node ------------------------------------------------------------------------------------
+
+
+def test_pause_and_resume_during_transfers(pods: tuple[LightPod, LightPod]) -> None:
+    client, server = pods
+    with connected(client, server) as ends:
+        streams = Streams(*ends, seed=1)
+        for _ in range(8):
+            streams.flow()
+            client.node.pause(True)
+            streams.flow()
+            before = bypassed(client, server)
+            streams.flow()
+            assert bypassed(client, server) == before
+            client.node.pause(False)
+        streams.flow()
+        total = streams.finish()
+    assert bypassed(client, server) > 0
+    assert total > 3 * MB
+    assert client.total().tcp_messages["paused"] > 0
+
+
+def test_a_pod_is_deleted_during_a_transfer(pods: tuple[LightPod, LightPod]) -> None:
+    """Its processes may live on for a while; their connections go on, new ones are left alone."""
+    client, server = pods
+    with connected(client, server) as ends:
+        streams = Streams(*ends, seed=2)
+        streams.flow()
+        record = server.record
+        server.record = abi.Pod()
+        server.write_record()
+        server.detach()
+        counters = server.node.programs.fds[names.COUNTERS]
+        for hop in range(len(abi.HOPS)):
+            with suppress(FileNotFoundError):
+                bpfsys.map_delete(counters, bytes(abi.CounterKey(record.id, hop, 0)))
+        server.record = record
+        streams.flow()
+        before = bypassed(client)
+        with (
+            server.listen(8081) as listener,
+            client.connect((B, 8081)) as ours,
+            accepted(listener) as theirs,
+        ):
+            exchange(ours, theirs)
+        assert outcomes(client).get("no_peer") == 1
+        streams.flow()
+        assert eventually(lambda: bypassed(client) > before)
+        streams.finish()
+        assert server.counters() == {}  # DEL has removed them, and nobody brings them back
+    server.attach()
+
+
+def test_full_maps() -> None:
+    """What finds no room stays on TCP and works; room that is free again is used again."""
+    with (
+        traffic_pods.node(Limits(sockets=4, pending=4, counters=64)) as node,
+        node.pod(A) as client,
+        node.pod(B) as server,
+    ):
+        for _ in range(2):
+            before = bypassed(client, server)
+            with server.listen() as listener, ExitStack() as stack:
+                pairs = []
+                for _ in range(6):
+                    ours = stack.enter_context(client.connect((B, 8080)))
+                    pairs.append((ours, stack.enter_context(accepted(listener))))
+                traffic_pods.talk_all(pairs, rounds=10)
+                assert node.sockets() == 4
+            assert eventually(lambda: node.sockets() == 0)
+            assert bypassed(client, server) > before
+        assert outcomes(client, server)["full"] >= 8
+
+
+# ---- Peers that do not behave --------------------------------------------------------------------
+
+
+def slab_kib() -> int:
+    """The kernel's own memory that cannot be taken back, all of the machine."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("SUnreclaim:"):
+            return int(line.split()[1])
+    raise RuntimeError("/proc/meminfo has no SUnreclaim")
+
+
+def test_small_messages_to_a_stalled_reader_take_no_memory(
+    pods: tuple[LightPod, LightPod],
+) -> None:
+    """A redirect of one byte takes a kilobyte; uncounted, a stalled reader took 130 MB."""
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        ours.setblocking(False)
+        before, sent = slab_kib(), 0
+        with suppress(BlockingIOError):
+            while sent < MB:
+                sent += ours.send(b"x")
+        taken = slab_kib() - before
+        assert sent < MB
+        assert taken < 32 * 1024, f"{taken} KiB for {sent} messages"
+        ours.close()
+        assert read_to_end(theirs) == b"x" * sent
+    assert eventually(lambda: bypassed(*pods) > 100)
+
+
+@pytest.mark.parametrize("size", [50_000, 150_000, 300_000])
+def test_a_short_read_still_means_that_all_is_read(
+    pods: tuple[LightPod, LightPod], size: int
+) -> None:
+    """epoll(7) says so of a stream, and nginx and tokio, edge-triggered, wait for more after one.
+    The reader looks late, when everything has arrived, so there is no other edge to come."""
+    with connected(*pods) as (ours, theirs), select.epoll() as poller:
+        exchange(ours, theirs)
+        for start in range(0, size, 10_000):
+            ours.sendall(bytes(min(10_000, size - start)))
+        poller.register(theirs, select.EPOLLIN | select.EPOLLET | select.EPOLLRDHUP)
+        theirs.setblocking(False)
+        received = 0
+        while received < size:
+            assert poller.poll(3), f"no edge after {received} of {size} bytes"
+            while (read := len(theirs.recv(16_384))) == 16_384:
+                received += read
+            received += read
+    assert bypassed(*pods) > 0
+
+
+def page_that_never_comes() -> tuple[int, mmap.mmap, int]:
+    """userfaultfd(2), its page and the page's address: whoever touches it waits for zero_page()."""
+    fd = libc.syscall(SYS_USERFAULTFD, os.O_CLOEXEC)
+    fcntl.ioctl(fd, UFFDIO_API, bytearray(struct.pack("=QQQ", 0xAA, 0, 0)))
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    missing = struct.pack("=QQQQ", start, mmap.PAGESIZE, 1, 0)
+    fcntl.ioctl(fd, UFFDIO_REGISTER, bytearray(missing))
+    return fd, page, start
+
+
+def zero_page(fd: int, start: int) -> None:
+    """Let it come."""
+    fcntl.ioctl(fd, UFFDIO_ZEROPAGE, bytearray(struct.pack("=QQQQ", start, mmap.PAGESIZE, 0, 0)))
+
+
+def test_a_receiver_that_holds_its_socket_does_not_hold_its_sender(
+    pods: tuple[LightPod, LightPod],
+) -> None:
+    """A redirect waits for the receiver's socket lock, which a fault in recv may hold for ever."""
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        ours.sendall(b"first")
+        fd, page, start = page_that_never_comes()
+        reading = threading.Thread(
+            target=libc.recv, args=(theirs.fileno(), ctypes.c_void_p(start), 100, 0)
+        )
+        reading.start()
+        time.sleep(0.1)
+        sending = threading.Thread(target=ours.sendall, args=(b"second",), daemon=True)
+        sending.start()
+        sending.join(timeout=2)
+        held_up = sending.is_alive()
+        zero_page(fd, start)
+        reading.join()
+        sending.join()
+        assert page[:5] == b"first"
+        os.close(fd)
+        assert not held_up
+        assert receive(theirs, 6) == b"second"
+        assert pods[0].total().tcp_messages["busy"] == 1
+
+
+# ---- Generations, with the real loader and plugin ------------------------------------------------
+
+
+def test_load_and_unload_during_transfers() -> None:
+    with (
+        open_bed() as bed,
+        bed.pod("client") as client,
+        bed.pod("server") as server,
+        traffic_pods.socket_maker() as maker,
+    ):
+        old = bpf_objects.pinned(bed.node.bpffs)
+
+        def connection(port: int) -> tuple[socket.socket, socket.socket]:
+            with maker.make(server, PROXY_UID, socket.AF_INET) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", 15006))  # where the pods' iptables send everything
+                listener.listen()
+                ours = maker.make(client, PROXY_UID, socket.AF_INET)
+                ours.connect((server.ip, port))
+                return ours, accepted(listener)
+
+        def sidecars() -> int:
+            found = [pod["hops"].get("sidecars") for pod in bed.node.status()["pods"]]
+            return sum(hop["bypassed_bytes"] for hop in found if hop)
+
+        first = connection(8080)
+        streams = Streams(*first, seed=3)
+        streams.flow()
+        assert sidecars() > 0
+        bed.node.call("load")
+        assert bed.node.status()["older_generations"] == [1]
+        second = connection(8081)
+        more = Streams(*second, seed=4)
+        more.flow()
+        streams.flow()
+        status = bed.node.status()
+        assert {pod["generation"] for pod in status["pods"]} == {"gen-2"}
+        streams.finish()
+        close(first)
+        new = bpf_objects.pinned(bed.node.bpffs) - old
+        bed.node.call("load")  # removes what is idle
+        assert bpf_objects.surviving(old) == []
+        more.flow()
+        bed.node.call("unload")
+        more.flow()
+        assert more.finish() > 0
+        close(second)
+        assert bpf_objects.surviving(new) == []
+        maker.leave()
+
+
+def close(pair: tuple[socket.socket, socket.socket]) -> None:
+    for sock in pair:
+        sock.close()

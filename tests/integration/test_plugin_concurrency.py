@@ -1,0 +1,101 @@
+"""Many calls at once, for different containers, as a runtime makes them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from cni_plugin import names
+from tests.bed import open_bed
+from tests.bed.bed import Bed
+from tests.integration import plugin_calls
+from tests.integration.plugin_calls import Answer, Sandbox
+
+PODS = 24
+AT_ONCE = 8
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[Bed]:
+    with open_bed() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pods(bed: Bed) -> Iterator[list[Sandbox]]:
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(plugin_calls.sandbox(bed, f"many-{number}"))
+            for number in range(PODS)
+        ]
+
+
+def each(pods: list[Sandbox], command: str) -> list[Answer]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda pod: pod.call(command), pods))
+
+
+def test_calls_for_different_pods(pods: list[Sandbox]) -> None:
+    for _ in range(2):
+        added = each(pods, "ADD")
+        assert [answer.document for answer in added] == [pod.result for pod in pods]
+        assert [pod.owners() for pod in pods] == [[pod.pod_id] for pod in pods]
+        assert {answer.exit for answer in each(pods, "CHECK")} == {0}
+        assert {answer.exit for answer in each(pods, "DEL")} == {0}
+        assert [pod.leftovers() for pod in pods] == [[]] * PODS
+
+
+def test_adds_while_others_are_deleted(pods: list[Sandbox]) -> None:
+    """Every pod's sandbox re-created: old one's DEL and new one's ADD at the same time."""
+    assert {answer.exit for answer in each(pods, "ADD")} == {0}
+    again = [pod.again(f"{pod.uid}-1") for pod in pods]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        calls = [
+            pool.submit(pod.call, command)
+            for old, new in zip(pods, again)
+            for pod, command in ((new, "ADD"), (old, "DEL"))
+        ]
+        assert {call.result().exit for call in calls} == {0}
+    assert [pod.owners() for pod in again] == [[pod.pod_id] for pod in again]
+    assert not any(pod.recorded() for pod in pods)
+    assert {answer.exit for answer in each(again, "DEL")} == {0}
+    assert [pod.leftovers() for pod in again] == [[]] * PODS
+
+
+def test_programs_loaded_anew_meanwhile(pods: list[Sandbox]) -> None:
+    """An ADD never fails, and ends with its pod on some generation or on the newest."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        loads = pool.submit(lambda: [pods[0].bed.node.call("load") for _ in range(2)])
+        while not loads.done():
+            calls = list(pool.map(lambda pod: pod.call("ADD"), pods))
+            assert [call.document for call in calls] == [pod.result for pod in pods]
+        loads.result()
+    assert [pod.owners() for pod in pods] == [[pod.pod_id] for pod in pods]
+    assert {answer.exit for answer in each(pods, "DEL")} == {0}
+    assert [pod.leftovers() for pod in pods] == [[]] * PODS
+
+
+def test_a_lock_that_is_never_released(pods: list[Sandbox]) -> None:
+    """Somebody stopped while holding it: ADD goes on without us, DEL asks to be called again."""
+    pod = pods[0]
+    fd = os.open(pod.bed.node.state_dir / names.ATTACHMENTS, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        started = time.monotonic()
+        answer = pod.call("ADD")
+        assert (answer.exit, answer.document) == (0, pod.result)
+        assert "has held the lock" in answer.stderr
+        assert pod.owners() == []
+        answer = pod.call("DEL")
+        assert (answer.exit, answer.document["code"]) == (1, 11)
+        assert time.monotonic() - started < 15
+    finally:
+        os.close(fd)
+    assert pod.call("DEL").exit == 0
+    assert pod.leftovers() == []

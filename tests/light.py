@@ -1,0 +1,132 @@
+"""The smallest accelerated setting: one cgroup, loopback, no pod, no plugin, no bridge.
+
+A process that has joined the cgroup connects from 127.0.0.6 to 127.0.0.1 as Envoy does to its
+application, and is bypassed. Runs wherever the programs load, also in a bare virtual machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from bpf import abi, loader, stats
+from bpf.loader import Limits, Programs
+from cni_plugin import bpfsys, names
+from cni_plugin.cgroup import mount_point, mountinfo
+
+CLIENT_IP = "127.0.0.6"
+SERVER_IP = "127.0.0.1"
+LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024)
+
+_numbers = itertools.count(1)
+
+
+class LightPod:
+    """An accelerated cgroup. Its pod's id is as good as any that ADD would draw."""
+
+    def __init__(self, folder: Path, programs: Programs, keepalive_s: int) -> None:
+        self.folder = folder
+        self.programs = programs
+        self.keepalive_s = keepalive_s
+        self.id = os.getpid() << 16 | next(_numbers)
+        self._attach()
+
+    def _attach(self) -> None:
+        pod = abi.Pod(id=self.id, proxy_uid=names.PROXY_UID, keepalive_s=self.keepalive_s)
+        pod.ip_count = 1
+        pod.ip[0].word[3] = self.id & 0xFFFFFFFF
+        key = abi.CgroupStorageKey(self.folder.stat().st_ino, bpfsys.CGROUP_SOCK_OPS, 0)
+        with bpfsys.closing(os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)) as cgroup:
+            bpfsys.prog_attach(self.programs.fds["tb_sock_ops"], cgroup)
+        bpfsys.map_update(self.programs.fds[names.PODS], bytes(key), bytes(pod))
+
+    def detach(self) -> None:
+        """New connections are left alone; open ones stay as they are."""
+        with bpfsys.closing(os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)) as cgroup:
+            bpfsys.prog_detach(self.programs.fds["tb_sock_ops"], cgroup)
+
+    def reload(self, programs: Programs) -> None:
+        """New programs take over from the running ones, as `load` does on a node."""
+        self.detach()
+        self.programs = programs
+        self._attach()
+
+    def enter(self) -> None:
+        """Puts the calling process into the pod."""
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    def pause(self, paused: bool = True) -> None:
+        """From the next message on every byte goes by TCP, or may go by bypass again."""
+        flags = abi.CONTROL_PAUSED if paused else 0
+        control = bytes(abi.Control(flags, 0))
+        bpfsys.map_update(self.programs.fds[names.CONTROL], bytes(4), control)
+
+    def counters(self) -> dict[str, stats.HopCounters]:
+        """What the running programs have counted for this pod, by hop."""
+        lookup = functools.partial(bpfsys.map_lookup, self.programs.fds[names.COUNTERS])
+        return stats.pod_counters(self.id, lookup)
+
+    def total(self) -> stats.HopCounters:
+        """The counters of all hops together."""
+        return sum(self.counters().values(), stats.HopCounters())
+
+    def sockets_left(self) -> bool:
+        """Whether any socket is still in the sockhash."""
+        return not bpfsys.map_is_empty(self.programs.fds[names.SOCKHASH])
+
+
+def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
+    """The programs as they would be with their source edited; nothing on disk changes."""
+    source = mock.Mock(spec=Path)
+    source.read_text.return_value = edit(loader.SOURCE.read_text())
+    with mock.patch.object(loader, "SOURCE", source):
+        return Programs(**arguments)
+
+
+def away_from_pods() -> None:
+    """Puts the calling process into the root cgroup, out of every pod."""
+    (_mount() / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def _mount() -> Path:
+    mount = mount_point(mountinfo())
+    if mount is None:
+        raise RuntimeError("no cgroup2 file system is mounted")
+    return mount
+
+
+def _remove(folder: Path) -> None:
+    """Removes a cgroup whose processes have ended, or are about to."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return folder.rmdir()
+        except OSError:  # EBUSY: a process is still on its way out
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+@contextmanager
+def accelerated(programs: Programs | None = None, *, keepalive_s: int = 0) -> Iterator[LightPod]:
+    """An accelerated cgroup, removed on leaving; its processes must have ended by then.
+
+    keepalive_s is the pod's keepalive as ADD would choose it; 0 leaves the sockets' own alone.
+    """
+    folder = _mount() / f"tb-light-{os.getpid()}-{next(_numbers)}"
+    folder.mkdir()
+    try:
+        pod = LightPod(folder, programs or Programs(LIMITS), keepalive_s)
+        try:
+            yield pod
+        finally:
+            pod.detach()
+    finally:
+        _remove(folder)
