@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * As much of a kernel as tcpip_bypass.c asks for, in plain C: so that the very rules that run in
+ * the kernel can be run in a test, a hundred thousand times a second, in states that no machine
+ * reaches on demand (a sequence number about to wrap, a lock held at the wrong moment).
+ */
+#ifndef HOST_KERNEL_H
+#define HOST_KERNEL_H
+
+#include <stddef.h>
+#include <string.h>
+
+#undef __always_inline /* the programs bring their own */
+
+struct list {
+	struct list *next;
+};
+
+struct waiter {
+	void *private;
+	struct list entry;
+};
+
+struct psock {
+	struct list ingress;
+	__u32 refcnt;
+};
+
+struct host_sock {
+	__u64 flags, ulp, user_data, wq, prot, net;
+	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned;
+	__u8 is_mptcp, nonagle;
+};
+
+struct wait_queue {
+	struct list head;
+};
+
+struct proto {
+	__u64 memory_pressure;
+};
+
+struct request {
+	__u64 listener;
+	__u32 rcv_isn, snt_isn;
+};
+
+#define OFF_ICSK_ULP_OPS offsetof(struct host_sock, ulp)
+#define OFF_SOCK_FLAGS offsetof(struct host_sock, flags)
+#define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
+#define OFF_SOCK_WQ offsetof(struct host_sock, wq)
+#define OFF_SOCK_PROT offsetof(struct host_sock, prot)
+#define OFF_SOCK_NET offsetof(struct host_sock, net)
+#define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
+#define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
+#define OFF_SOCK_UID offsetof(struct host_sock, uid)
+#define OFF_SOCK_LOCK_OWNED offsetof(struct host_sock, owned)
+#define OFF_TCP_SOCK_KEEPALIVE_TIME offsetof(struct host_sock, keepalive)
+#define OFF_TCP_SOCK_COPIED_SEQ offsetof(struct host_sock, copied_seq)
+#define OFF_TCP_SOCK_WRITE_SEQ offsetof(struct host_sock, write_seq)
+#define OFF_TCP_SOCK_IS_MPTCP offsetof(struct host_sock, is_mptcp)
+#define OFF_TCP_SOCK_NONAGLE offsetof(struct host_sock, nonagle)
+#define MASK_TCP_SOCK_IS_MPTCP 1
+#define MASK_TCP_NAGLE_CORK 2
+#define BIT_SOCK_ZEROCOPY 0
+#define OFF_SOCK_OPS_SK 0
+#define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
+#define OFF_PSOCK_INGRESS_MSG offsetof(struct psock, ingress)
+#define OFF_PSOCK_REFCNT offsetof(struct psock, refcnt)
+#define OFF_SOCKET_WQ_HEAD offsetof(struct wait_queue, head)
+#define OFF_WAIT_ENTRY offsetof(struct waiter, entry)
+#define OFF_WAIT_PRIVATE offsetof(struct waiter, private)
+#define OFF_REQUEST_SOCK_LISTENER offsetof(struct request, listener)
+#define OFF_TCP_REQUEST_RCV_ISN offsetof(struct request, rcv_isn)
+#define OFF_TCP_REQUEST_SNT_ISN offsetof(struct request, snt_isn)
+
+#define bpf_htonl(x) __builtin_bswap32(x)
+#define bpf_ntohl(x) __builtin_bswap32(x)
+
+/* bcc's maps have methods; here they are members that point to functions. */
+#define BPF_CGROUP_STORAGE(map, leaf)                                                              \
+	static struct {                                                                            \
+		leaf *(*get_local_storage)(int);                                                   \
+	} map
+#define BPF_SK_STORAGE(map, leaf)                                                                  \
+	static struct {                                                                            \
+		leaf *(*sk_storage_get)(void *, void *, int);                                      \
+	} map
+#define BPF_SOCKHASH(map, key, size)                                                               \
+	static struct {                                                                            \
+		int (*sock_hash_update)(void *, key *, int);                                       \
+		int (*msg_redirect_hash)(void *, key *, int);                                      \
+		int (*delete)(key *);                                                              \
+	} map
+#define BPF_F_TABLE(kind, key, leaf, map, size, flags)                                             \
+	static struct {                                                                            \
+		leaf *(*lookup)(key *);                                                            \
+		int (*insert)(key *, leaf *);                                                      \
+		int (*update)(key *, leaf *);                                                      \
+		int (*delete)(key *);                                                              \
+	} map
+#define BPF_ARRAY(map, leaf, size)                                                                 \
+	static struct {                                                                            \
+		leaf *(*lookup)(int *);                                                            \
+	} map
+
+static __u64 host_thread;
+
+static inline int bpf_probe_read_kernel(void *to, __u32 size, const void *from)
+{
+	memcpy(to, from, size);
+	return 0;
+}
+
+static inline __u64 bpf_get_current_pid_tgid(void)
+{
+	return host_thread;
+}
+
+static inline __u64 bpf_jiffies64(void)
+{
+	static __u64 now;
+
+	return ++now;
+}
+
+static inline const void *bpf_skc_to_tcp_sock(void *sk)
+{
+	return sk;
+}
+
+static inline __u64 bpf_get_socket_cookie(void *context)
+{
+	return (__u64)context;
+}
+
+static inline int bpf_setsockopt(void *context, int level, int name, void *value, int size)
+{
+	(void)context, (void)level, (void)name, (void)value, (void)size;
+	return 0;
+}
+
+static inline int bpf_sock_ops_cb_flags_set(void *context, int flags)
+{
+	(void)context, (void)flags;
+	return 0;
+}
+
+#endif

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Two ends of one connection around the real tb_sk_msg, for tests/fuzz/switch.py. PROGRAM is
+ * bpf/tcpip_bypass.c, or a mutant of it.
+ */
+#include PROGRAM
+
+struct host_end {
+	struct host_sock sock;
+	struct psock psock;
+	struct wait_queue queue;
+	struct waiter sleeper;
+	struct list unread; /* stands for whatever lies in the bypass queue */
+	struct tb_conn conn;
+};
+
+static struct host_end ends[2];
+static struct proto proto;
+static struct tb_control switches;
+static int redirected;
+
+static struct tb_conn *storage_of(void *sk, void *value, int flags)
+{
+	(void)value, (void)flags;
+	return &((struct host_end *)sk)->conn;
+}
+
+static int redirect(void *msg, __u64 *id, int flags)
+{
+	(void)msg, (void)flags;
+	redirected = *id == ends[0].conn.me.id || *id == ends[1].conn.me.id;
+	return redirected ? SK_PASS : SK_DROP;
+}
+
+static struct tb_control *control_of(int *index)
+{
+	(void)index;
+	return &switches;
+}
+
+static struct tb_counters *no_counters(struct tb_counter_key *key)
+{
+	(void)key;
+	return 0;
+}
+
+/* An established connection; the sequence number of the first byte that end i says is isn[i]. */
+void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 rcvbuf)
+{
+	conns.sk_storage_get = storage_of;
+	sockhash.msg_redirect_hash = redirect;
+	control.lookup = control_of;
+	counters.lookup = no_counters;
+	memset(ends, 0, sizeof(ends));
+	memset(&switches, 0, sizeof(switches));
+	proto.memory_pressure = 0;
+	for (int i = 0; i < 2; i++) {
+		struct host_end *end = &ends[i];
+
+		end->sock.wq = (__u64)&end->queue;
+		end->queue.head.next = &end->queue.head;
+		end->psock.ingress.next = &end->psock.ingress;
+		end->psock.refcnt = 2;
+		end->sock.prot = (__u64)&proto;
+		end->sock.rcvbuf = rcvbuf;
+		end->sock.rcvlowat = 1;
+		end->sock.write_seq = isn[i];
+		end->sock.copied_seq = isn[!i];
+		end->conn.self = (__u64)&end->sock;
+		end->conn.me = (struct tb_end){.id = i + 1,
+					       .sk = (__u64)&end->sock,
+					       .psock = (__u64)&end->psock,
+					       .conn = (__u64)&end->conn,
+					       .is_proxy = is_proxy[i]};
+	}
+	for (int i = 0; i < 2; i++) {
+		ends[i].conn.peer = ends[!i].conn.me;
+		tb_mark_consumed(&ends[i].conn, ends[i].sock.copied_seq);
+	}
+}
+
+/* One message; 1: it goes by bypass. The caller moves the sequence numbers on. */
+int host_send(int end, __u32 size, __u64 thread)
+{
+	struct sk_msg_md msg = {.size = size};
+
+	msg.sk = (struct bpf_sock *)&ends[end].sock;
+	host_thread = thread;
+	redirected = 0;
+	tb_sk_msg(&msg);
+	return redirected;
+}
+
+void host_set(int end, __u32 write_seq, __u32 copied_seq, __u32 lowat, __u32 owned, __u32 refcnt,
+	      int asleep, int queue_empty)
+{
+	struct host_end *it = &ends[end];
+
+	it->sock.write_seq = write_seq;
+	it->sock.copied_seq = copied_seq;
+	it->sock.rcvlowat = lowat;
+	it->sock.owned = owned;
+	it->psock.refcnt = refcnt;
+	it->psock.ingress.next = queue_empty ? &it->psock.ingress : &it->unread;
+	it->sleeper.private = it;
+	it->sleeper.entry.next = &it->queue.head;
+	it->queue.head.next = asleep ? &it->sleeper.entry : &it->queue.head;
+}
+
+void host_pause(int paused)
+{
+	switches.flags = paused ? TB_CONTROL_PAUSED : 0;
+}
+
+void host_memory_pressure(int pressure)
+{
+	proto.memory_pressure = pressure;
+}
+
+__u32 host_mark(int end)
+{
+	return ends[end].conn.rx_mark;
+}

@@ -1,0 +1,90 @@
+"""The programs with one of their rules taken out, by editing a copy of the source."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from bpf.loader import Programs
+from tests import light
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replaces a pattern, which must match `times` times: else the program has moved on."""
+
+    pattern: str
+    replacement: str
+    times: int = 1
+
+    def apply(self, source: str) -> str:
+        """Raises ValueError when the pattern does not match as often as it must."""
+        changed, count = re.subn(self.pattern, lambda _: self.replacement, source)
+        if count != self.times:
+            raise ValueError(f"{count} matches of {self.pattern!r}, expected {self.times}")
+        return changed
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A rule, and the edits that take it out."""
+
+    rule: str
+    edits: tuple[Edit, ...]
+
+    def edit(self, source: str) -> str:
+        for edit in self.edits:
+            source = edit.apply(source)
+        return source
+
+    def programs(self) -> Programs:
+        return light.edited(self.edit, limits=light.LIMITS)
+
+
+ORDER = Mutant(
+    "order: to the bypass although TCP bytes lie unread",
+    (Edit(r"if \(\(__u32\)mark != write_seq\) \{", "if (0) {"),),
+)
+
+# Pairing by addresses alone is not enough to go wrong: a mark is a sequence number as well, and a
+# stranger's does not fit. So that wall goes, too.
+IDENTITY = Mutant(
+    "identity: paired by addresses, not by sequence numbers",
+    (
+        *ORDER.edits,
+        Edit(r"key\.client_isn = [^;]+;", "key.client_isn = 0;", 3),
+        Edit(r"key\.server_isn = [^;]+;", "key.server_isn = 0;", 3),
+        Edit(r"if \(found->client\.id \|\| ", "if ("),
+        Edit(r"if \(half->server\.id\)\n\t\treturn 0;\n", ""),
+    ),
+)
+
+REUSED_SOCKET = Mutant(
+    "identity: a socket that disconnected keeps its bypass queue",
+    (Edit(r"if \(conn->me\.id\)\n\t\tsockhash\.delete\(&conn->me\.id\);", ""),),
+)
+
+BACKPRESSURE = Mutant(
+    "backpressure: nothing stops a redirecting sender",
+    (Edit(r"if \(!empty && conn->queued \+ cost > [^\n]+\n", "if (0)\n"),),
+)
+
+CONNTRACK = Mutant(
+    "conntrack: no keepalive",
+    (Edit(r"if \(!seconds \|\| [^\n]+\n\t\treturn;", "return;"),),
+)
+
+WAKE_UP = Mutant(
+    "wake-up: to the bypass although a reader sleeps on the TCP queue",
+    (Edit(r" \|\| tb_has_sleeper\(conn->self\)\)", ")"),),
+)
+
+STALE_MARK = Mutant(
+    "stale mark: believed again after the sequence numbers have wrapped",
+    (Edit(r"if \(!mark \|\| mark == conn->tx_dead\)", "if (!mark)"),),
+)
+
+OVERTAKING = Mutant(
+    "order: a message by TCP overtakes another thread's redirect",
+    (Edit(r"return !conn->writer \|\| [^;]+;", "return 1;"),),
+)

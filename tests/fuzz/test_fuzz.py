@@ -1,0 +1,61 @@
+"""A short run of the stream fuzzer over loopback and over the three hops between two pods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import engine, settings
+from tests.fuzz.engine import Options, Report
+
+SEED = 20240229
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stream")
+    for parent in (folder, folder.parent, folder.parent.parent):
+        parent.chmod(0o755)  # the pods' users run the program from there
+    return settings.compiled(folder)
+
+
+def assert_flawless(report: Report) -> None:
+    """Nothing lost, swapped, doubled, stuck; and it was the bypass that was tried, and TCP."""
+    assert report.bad == [], report.as_json()
+    assert report.connections > 100
+    assert report.aborted > 0
+    assert report.pauses > 0
+    assert 0.02 < report.bypassed_share < 0.98, report.as_json()
+
+
+def test_loopback(program: Path) -> None:
+    with settings.loopback() as place:
+        options = Options(SEED, seconds=8, kills=100, reload_every_s=2.5)
+        report = engine.run(program, place, options)
+    assert_flawless(report)
+    assert report.killed > 0
+    assert report.reloads > 0
+
+
+def test_three_hops(program: Path) -> None:
+    with settings.pods(settings.HOPS) as place:
+        report = engine.run(program, place, Options(SEED, seconds=10, at_once=16, kills=100))
+    assert_flawless(report)
+    assert report.killed > 0
+
+
+def test_traffic_finds_what_is_wrong_with_a_stream(program: Path) -> None:
+    """The fuzzer's own eyes: two ends that do not agree on the seed must report every stream."""
+    with settings.loopback() as place:
+        route = place.routes[settings.LOOPBACK]
+        argv = [str(program), "serve", "1", "0", route.listen, *map(str, route.listen_ports)]
+        with engine.ending(place.spawn("", argv, serves=True)) as server:
+            assert server.stdout
+            server.stdout.readline()
+            drive = ["drive", "2", "0", route.source, route.target, *map(str, route.ports)]
+            argv = [str(program), *drive, "0", "20", "10", "3"]
+            with engine.ending(place.spawn("", argv, serves=False)) as client:
+                assert client.stdout
+                told = client.stdout.read()
+    assert '"event":"mismatch"' in told

@@ -1,0 +1,165 @@
+"""The rules of the switch, the real C, against a model of the kernel around them."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from tests.fuzz import mutants, switch
+from tests.fuzz.mutants import Mutant
+from tests.fuzz.switch import LARGEST, WRAP, Broken, Connection
+
+SIDE = st.sampled_from((0, 1))
+SIZE = st.one_of(st.integers(1, 64), st.integers(1, LARGEST))
+# Near the wrap, and anywhere.
+ISN = st.one_of(st.integers(WRAP - 5000, WRAP - 1), st.integers(0, WRAP - 1))
+
+
+@cache
+def rules(mutant: Mutant | None = None) -> ctypes.CDLL:
+    """Compiled once; a library of its own for each mutant."""
+    edit = mutant.edit if mutant else str
+    return switch.built(Path(tempfile.mkdtemp(prefix="tb-switch-")), edit)
+
+
+class Machine(RuleBasedStateMachine):
+    """Everything two applications and an operator can do to one connection."""
+
+    mutant: Mutant | None = None
+
+    @initialize(isn=st.tuples(ISN, ISN), proxies=st.tuples(st.booleans(), st.booleans()))
+    def connect(self, isn: tuple[int, int], proxies: tuple[bool, bool]) -> None:
+        self.connection = Connection(rules(self.mutant), isn, proxies)
+
+    @rule(sender=SIDE, size=SIZE, times=st.integers(1, 4))
+    def send(self, sender: int, size: int, times: int) -> None:
+        for _ in range(times):
+            self.connection.send(sender, size)
+
+    @rule(reader=SIDE, size=SIZE)
+    def read(self, reader: int, size: int) -> None:
+        self.connection.read(reader, size)
+
+    @rule(reader=SIDE)
+    def read_everything(self, reader: int) -> None:
+        while self.connection.read(reader, 2**30):
+            pass
+
+    @rule(reader=SIDE, size=SIZE)
+    def read_and_wait_for_all(self, reader: int, size: int) -> None:
+        self.connection.read(reader, size, wait_for_all=True)
+
+    @rule(reader=SIDE, polling=st.booleans(), lowat=st.sampled_from((1, 1, 1, 100)))
+    def wait(self, reader: int, polling: bool, lowat: int) -> None:
+        end = self.connection.ends[reader]
+        end.polling, end.lowat = polling, lowat
+
+    @rule(paused=st.booleans())
+    def pause(self, paused: bool) -> None:
+        self.connection.pause(paused)
+
+    @rule(reader=SIDE, locked=st.booleans())
+    def lock(self, reader: int, locked: bool) -> None:
+        self.connection.ends[reader].locked = locked
+
+    @precondition(lambda self: not any(end.wants for end in self.connection.ends))
+    @rule(sender=SIDE, unread=st.integers(0, 2000), off=st.sampled_from((0, 0, 1, -1)))
+    def wrap(self, sender: int, unread: int, off: int) -> None:
+        """4 GiB by TCP, to where the sender's number is again what the peer last declared."""
+        self.read_everything(1 - sender)
+        declared = rules(self.mutant).host_mark(1 - sender) & (WRAP - 1)
+        distance = (declared - self.connection.ends[sender].write_seq) % WRAP or WRAP
+        # Only the last stretch is sent message by message: of 4 GiB nothing else would come.
+        jump = max(distance - 2 * LARGEST, 0)
+        end, peer = self.connection.ends[sender], self.connection.ends[1 - sender]
+        self.connection.send_by_tcp(sender, 1, 0)
+        end.write_seq = (end.write_seq + jump) % WRAP
+        peer.copied_seq = (peer.copied_seq + jump) % WRAP
+        total = max(distance - 1 - jump + off, 1)
+        self.connection.send_by_tcp(sender, total, min(unread, total))
+
+
+TestSwitch = Machine.TestCase
+TestSwitch.settings = settings(
+    max_examples=300,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+def fresh(mutant: Mutant | None = None, isn: tuple[int, int] = (1000, 2000)) -> Connection:
+    return Connection(rules(mutant), isn, (False, False))
+
+
+def test_bypasses_from_the_first_byte() -> None:
+    connection = fresh()
+    assert connection.send(0, 10)
+    assert connection.send(1, 10)
+
+
+def test_returns_to_the_bypass_once_the_peer_has_spoken() -> None:
+    connection = fresh()
+    connection.send_by_tcp(0, 100, 0)
+    assert not connection.send(0, 10)
+    connection.read(1, 10)
+    connection.send(1, 5)
+    assert connection.send(0, 10)
+
+
+def unread_by_tcp(connection: Connection) -> None:
+    """The peer has read half of what came by TCP and says so; then comes more."""
+    connection.send_by_tcp(0, 20, 20)
+    connection.read(1, 10)
+    connection.send(1, 5)
+    connection.send(0, 10)
+
+
+def asleep_on_tcp(connection: Connection) -> None:
+    """A reader that waits for all has part of it by TCP; its own end speaks; then comes more."""
+    connection.send_by_tcp(0, 10, 10)
+    connection.read(1, 20, wait_for_all=True)
+    connection.send(1, 5)
+    connection.send(0, 10)
+
+
+def unread_after_wrap(connection: Connection) -> None:
+    """The peer's only mark is seen not to fit; 4 GiB later its number fits, with bytes unread."""
+    connection.send_by_tcp(0, 100, 0)
+    connection.send(0, 10)
+    connection.read(1, 10)
+    end, peer = connection.ends
+    jump = WRAP - 110 - 1000
+    end.write_seq = (end.write_seq + jump) % WRAP
+    peer.copied_seq = (peer.copied_seq + jump) % WRAP
+    connection.send_by_tcp(0, 1000, 500)
+    connection.send(0, 10)
+
+
+def never_read(connection: Connection) -> None:
+    """A peer that does not read."""
+    for _ in range(10_000):
+        connection.send(0, 4096)
+
+
+BREAKS = [
+    (mutants.ORDER, unread_by_tcp),
+    (mutants.WAKE_UP, asleep_on_tcp),
+    (mutants.STALE_MARK, unread_after_wrap),
+    (mutants.BACKPRESSURE, never_read),
+]
+
+
+@pytest.mark.parametrize(("mutant", "story"), BREAKS, ids=lambda value: getattr(value, "rule", ""))
+def test_stories_break_without_their_rule(mutant: Mutant, story: object) -> None:
+    assert callable(story)
+    story(fresh())
+    with pytest.raises(Broken):
+        story(fresh(mutant))

@@ -1,0 +1,171 @@
+"""The findings as a table for people, as JSON, and as docs/limits.md."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.semantics.runner import BYPASS, DIRECTIONS, PAUSED, Difference, Finding, Run, troubles
+from tests.semantics.scenario import Limit
+
+INTRODUCTION = """\
+# What an application can see
+
+Written by `python -m tests.semantics --write docs/limits.md`; do not edit. {count} behaviours of a
+TCP socket were run over plain TCP, over the bypass, and over the bypass while it was paused (both
+sockets in the sockhash, every byte by TCP), each with the client and with the server as the sender,
+on Linux {kernel}. The table has those that came out differently. Envoy as the receiver
+uses none of them: towards a sidecar every difference below is without effect.
+
+**How to opt out.** By port: the annotation `tcpip-bypass/exclude-ports: "3306,5432"` on the pod of
+either end. By pod, all but the connections between two sidecars: `tcpip-bypass/proxy-only: "true"`.
+By pod altogether: `tcpip-bypass/enabled: "false"`. All three at the next start of the pod; at once
+and for the whole node: `tcpip-bypass-node pause` (but then sockets stay in the sockhash until they
+are closed: what is marked "paused" stays as it is).
+
+| behaviour: over TCP → here | what it means | what to do |
+| --- | --- | --- |
+"""
+
+UNSHOWN = """\
+
+## What a run cannot show
+
+- **Several threads that write to one socket at the same moment, without a lock of their own.** TCP
+  keeps their messages whole as long as the send buffer has room, and so does the bypass. When a
+  direction leaves the bypass (a receiver that has fallen behind, `pause`), a message that is still
+  on its way could be overtaken; the program waits that out for a bounded time, so that only a
+  thread that is held up between two instructions for all of it is left to chance.
+- **Two threads that read one stream at the same moment.** One can fall asleep on the TCP queue
+  while bytes for it come by bypass, until the next byte by TCP or the end of the stream.
+- **Kernel TLS switched on in the middle of a connection** (`TCP_ULP`, OpenSSL with `enable_ktls`):
+  from then on its bytes go by TCP; bytes of the peer that lay unread at that moment are read as
+  they were sent, undecrypted. A socket with kernel TLS before it is established is never bypassed.
+- **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
+
+## What is the same
+
+"""
+
+
+def print_table(findings: Sequence[Finding], runs: Sequence[Run]) -> None:
+    """The differences and the troubles, for a terminal."""
+    console = Console(width=None if Console().is_terminal else 160)
+    table = Table("behaviour", "event", "over TCP", "here", "when", "documented")
+    for finding in findings:
+        for difference, when in by_event(finding):
+            table.add_row(
+                *(finding.scenario.title, difference.event),
+                *(text(difference.plain), text(difference.found), when),
+                "yes" if finding.scenario.limit else "[red]NO",
+            )
+    console.print(table)
+    differing = sum(finding.differs for finding in findings)
+    console.print(f"{len(findings)} behaviours, {differing} differ, {len(runs)} runs")
+    for trouble in troubles(runs):
+        console.print(f"[red]{trouble}")
+
+
+def by_event(finding: Finding) -> list[tuple[Difference, str]]:
+    """Each event that differs once, with the modes and directions in which it does."""
+    groups: dict[tuple[str, str, str], list[Difference]] = {}
+    for difference in finding.differences:
+        key = (difference.event, text(difference.plain), text(difference.found))
+        groups.setdefault(key, []).append(difference)
+    return [(group[0], when(group)) for group in groups.values()]
+
+
+def when(group: Sequence[Difference]) -> str:
+    """In which modes, and in which direction when it is one only."""
+    modes = [mode for mode in (BYPASS, PAUSED) if any(one.mode == mode for one in group)]
+    directions = {one.direction for one in group}
+    only = "" if directions == set(DIRECTIONS) else f", {directions.pop()}"
+    return " and ".join(modes) + only
+
+
+def text(value: Any) -> str:
+    """A transcript's value for the eyes."""
+    if value == "":
+        return "0 bytes"
+    if isinstance(value, list):
+        return ", ".join(text(item) for item in value) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def as_json(findings: Sequence[Finding], runs: Sequence[Run]) -> str:
+    """Everything, for machines: differences by scenario, troubles, and the kernel."""
+    return json.dumps(
+        {
+            "kernel": platform.release(),
+            "scenarios": len(findings),
+            "runs": len(runs),
+            "differing": {
+                finding.scenario.name: {
+                    "title": finding.scenario.title,
+                    "documented": finding.scenario.limit is not None,
+                    "events": [
+                        {
+                            "event": difference.event,
+                            "plain": difference.plain,
+                            "found": difference.found,
+                            "when": when_,
+                        }
+                        for difference, when_ in by_event(finding)
+                    ],
+                }
+                for finding in findings
+                if finding.differs
+            },
+            "undocumented": undocumented(findings),
+            "vanished": vanished(findings),
+            "troubles": troubles(runs),
+        },
+        indent=1,
+    )
+
+
+def undocumented(findings: Sequence[Finding]) -> list[str]:
+    """Scenarios that differ and have no entry in the table."""
+    return [one.scenario.name for one in findings if one.differs and not one.scenario.limit]
+
+
+def vanished(findings: Sequence[Finding]) -> list[str]:
+    """Scenarios whose entry says that they differ on every kernel, and that do not."""
+    return [
+        one.scenario.name
+        for one in findings
+        if one.scenario.limit and one.scenario.limit.everywhere and not one.differs
+    ]
+
+
+def limits_page(findings: Sequence[Finding]) -> str:
+    """docs/limits.md."""
+    page = INTRODUCTION.format(count=len(findings), kernel=platform.release())
+    by_limit: dict[Limit, list[Finding]] = {}
+    for finding in findings:
+        if finding.scenario.limit:
+            by_limit.setdefault(finding.scenario.limit, []).append(finding)
+    for limit, group in by_limit.items():
+        seen = "<br>".join(cell(finding) for finding in group)
+        page += f"| {seen} | {limit.means}. | {limit.do} |\n"
+    page += UNSHOWN
+    same = [one.scenario.title for one in findings if not one.scenario.limit]
+    return page + "".join(f"- {title}\n" for title in same)
+
+
+def cell(finding: Finding) -> str:
+    """A behaviour and what came out: over TCP, then here."""
+    rows = by_event(finding)
+    if not rows:
+        return f"**{finding.scenario.title}**: the same on this kernel"
+    difference, modes = rows[0]
+    came = f"{difference.event}: {text(difference.plain)} → {text(difference.found)}"
+    paused = "" if PAUSED not in modes else ", also paused" if BYPASS in modes else ", paused only"
+    return f"**{finding.scenario.title}**: {came}{paused}".replace("|", "\\|")

@@ -1,0 +1,23 @@
+"""The scenarios, by what they are about; importing this package registers them all."""
+
+from tests.semantics.scenarios import (
+    blocking,
+    closing,
+    connecting,
+    reading,
+    sharing,
+    state,
+    waiting,
+    writing,
+)
+
+__all__ = [
+    "blocking",
+    "closing",
+    "connecting",
+    "reading",
+    "sharing",
+    "state",
+    "waiting",
+    "writing",
+]

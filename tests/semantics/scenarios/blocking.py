@@ -1,0 +1,158 @@
+"""A thread asleep in recv or send, and what wakes it other than data."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+from tests.semantics.scenario import (
+    PATIENCE_S,
+    SETTLE_S,
+    Background,
+    Io,
+    Limit,
+    abort,
+    attempt,
+    exactly,
+    recv,
+    scenario,
+    settle,
+)
+
+BLOCKED = Limit(
+    "A recv that blocks without time-out on an accelerated socket, also while its bytes go by TCP, "
+    "returns EAGAIN when something other than data wakes it. Event loops, Go, Envoy, nginx and "
+    "Java 13 or newer ask again; a program that takes EAGAIN on a blocking socket for an error "
+    "closes the connection",
+    "proxy-only for pods whose application reads with blocking calls, or exclude the port",
+)
+
+
+@scenario()
+def blocked_then_data(io: Io) -> None:
+    """A blocked recv is woken by data, ten times"""
+    sender, receiver = io.pair()
+    for number in range(10):
+        reader = Background(receiver.recv, 100)
+        time.sleep(SETTLE_S / 5)
+        sender.sendall(b"%d" % number)
+        io.log(f"recv {number}", reader.result())
+
+
+@scenario()
+def blocked_then_end(io: Io) -> None:
+    """A blocked recv is woken by the end of the stream"""
+    sender, receiver = io.pair()
+    reader = Background(receiver.recv, 100)
+    settle()
+    sender.close()
+    io.log("recv", reader.result())
+
+
+@scenario(BLOCKED)
+def blocked_then_reset(io: Io) -> None:
+    """A blocked recv when the peer aborts"""
+    sender, receiver = io.pair()
+    reader = Background(recv, receiver, 100)
+    settle()
+    abort(sender)
+    io.log("recv", reader.result())
+    io.log("recv again", attempt(receiver.recv, 100, socket.MSG_DONTWAIT))
+
+
+@scenario(BLOCKED)
+def blocked_then_own_shutdown(io: Io) -> None:
+    """A blocked recv when another thread calls shutdown(SHUT_RD)"""
+    _, receiver = io.pair()
+    reader = Background(recv, receiver, 100)
+    settle()
+    receiver.shutdown(socket.SHUT_RD)
+    io.log("recv", reader.result())
+    io.log("recv again", recv(receiver, 100, socket.MSG_DONTWAIT))
+
+
+@scenario(BLOCKED)
+def blocked_then_signal(io: Io) -> None:
+    """A blocked recv when a signal comes whose handler asks for restart (SA_RESTART)"""
+    sender, receiver = io.pair()
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.siginterrupt(signal.SIGUSR1, False)
+    reader = threading.main_thread().ident or 0
+    Background(signal_then_send, reader, sender)
+    io.log("recv", recv(receiver, 100))
+
+
+def signal_then_send(thread: int, sender: socket.socket) -> None:
+    settle()
+    signal.pthread_kill(thread, signal.SIGUSR1)
+    settle()
+    sender.sendall(b"data")
+
+
+@scenario(BLOCKED)
+def blocked_then_stopped(io: Io) -> None:
+    """A blocked recv over SIGSTOP and SIGCONT (like a frozen cgroup, or strace attached)"""
+    sender, receiver = io.pair()
+    me = os.getpid()
+    if not os.fork():
+        settle()
+        os.kill(me, signal.SIGSTOP)
+        settle()
+        os.kill(me, signal.SIGCONT)
+        settle()
+        sender.sendall(b"data")
+        os._exit(0)
+    io.log("recv", recv(receiver, 100))
+    os.wait()
+
+
+@scenario(BLOCKED)
+def blocked_while_writer_stalls(io: Io) -> None:
+    """A blocked recv while another thread of the process fills the same socket, and drains again"""
+    sender, receiver = io.pair()
+    reader = Background(recv, sender, 100)
+    size = 24 << 20
+    writer = Background(sender.sendall, b"x" * size)
+    settle()
+    exactly(receiver, size)
+    io.log("writer", writer.result())
+    receiver.sendall(b"end")
+    io.log("recv", reader.result())
+
+
+@scenario()
+def blocked_writer_and_reset(io: Io) -> None:
+    """A blocked send when the reader aborts"""
+    sender, receiver = io.pair()
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    writer = Background(sender.sendall, b"x" * (24 << 20))
+    settle()
+    abort(receiver)
+    result = writer.result()
+    io.log("send", result if result == "still blocked" else "failed")
+
+
+@scenario()
+def blocked_writer_and_close(io: Io) -> None:
+    """A blocked send when the reader closes without having read"""
+    sender, receiver = io.pair()
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    writer = Background(sender.sendall, b"x" * (24 << 20))
+    settle()
+    receiver.close()
+    result = writer.result()
+    io.log("send", result if result == "still blocked" else "failed")
+
+
+@scenario()
+def two_threads_read_two_write(io: Io) -> None:
+    """Full duplex with a blocked reader and a writer thread at each end"""
+    sender, receiver = io.pair()
+    readers = [Background(exactly, sock, 100_000) for sock in (sender, receiver)]
+    for _ in range(100):
+        sender.sendall(b"a" * 1000)
+        receiver.sendall(b"b" * 1000)
+    io.log("read", [reader.result(PATIENCE_S) for reader in readers])

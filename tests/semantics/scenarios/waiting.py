@@ -1,0 +1,248 @@
+"""Being told that there is something to do."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import socket
+
+from tests.semantics.scenario import (
+    PATIENCE_S,
+    SETTLE_S,
+    Background,
+    Io,
+    Value,
+    abort,
+    attempt,
+    exactly,
+    exactly_by_poll,
+    mask_names,
+    poll_mask,
+    scenario,
+    settle,
+)
+from tests.semantics.uring import Ring, RingUnavailable
+
+
+@scenario()
+def polled(io: Io) -> None:
+    """poll: before, with and after data"""
+    sender, receiver = io.pair()
+    io.log("nothing there", poll_mask(receiver))
+    waiting = Background(wait_for_input, receiver)
+    settle()
+    sender.sendall(b"data")
+    io.log("a poll that waited", waiting.result())
+    io.log("some read", receiver.recv(2))
+    io.log("some left", poll_mask(receiver))
+    io.log("all read", receiver.recv(2))
+    io.log("nothing left", poll_mask(receiver))
+
+
+def wait_for_input(sock: socket.socket) -> str:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return mask_names(dict(poller.poll(PATIENCE_S * 1000)).get(sock.fileno(), 0))
+
+
+@scenario()
+def selected(io: Io) -> None:
+    """select, waiting and with data there"""
+    sender, receiver = io.pair()
+    waiting = Background(select.select, [receiver], [], [], PATIENCE_S)
+    settle()
+    sender.sendall(b"data")
+    io.log("woken", len(waiting.result()[0]))
+    io.log("data there", len(select.select([receiver], [], [], 0)[0]))
+    receiver.recv(100)
+    io.log("data read", len(select.select([receiver], [], [], 0)[0]))
+
+
+def events(poller: select.epoll, timeout_s: float = SETTLE_S) -> list[Value]:
+    return [mask_names(mask) for _, mask in poller.poll(timeout_s)]
+
+
+@scenario()
+def epoll_level(io: Io) -> None:
+    """epoll, level-triggered, reading part of the data"""
+    sender, receiver = io.pair()
+    with select.epoll() as poller:
+        poller.register(receiver, select.EPOLLIN)
+        io.log("nothing", events(poller))
+        sender.sendall(b"0123456789")
+        io.log("data", events(poller, PATIENCE_S))
+        receiver.recv(5)
+        io.log("half of it read", events(poller, PATIENCE_S))
+        receiver.recv(5)
+        io.log("all of it read", events(poller))
+
+
+@scenario()
+def epoll_edge(io: Io) -> None:
+    """epoll, edge-triggered: one event per arrival, none for what is left"""
+    sender, receiver = io.pair()
+    with select.epoll() as poller:
+        poller.register(receiver, select.EPOLLIN | select.EPOLLET)
+        io.log("nothing", events(poller))
+        for number in range(3):
+            sender.sendall(b"0123456789")
+            io.log(f"arrival {number}", events(poller, PATIENCE_S))
+            receiver.recv(5)
+            io.log(f"half of it read {number}", events(poller))
+
+
+@scenario()
+def epoll_edge_ping_pong(io: Io) -> None:
+    """epoll, edge-triggered, 200 round trips between two event loops"""
+    sender, receiver = io.pair()
+    sender.setblocking(False)
+    receiver.setblocking(False)
+    echo = Background(edge_loop, receiver, 200, False)
+    io.log("asker", edge_loop(sender, 200, True))
+    io.log("echo", echo.result())
+
+
+def edge_loop(sock: socket.socket, rounds: int, first: bool) -> str:
+    """Reads until EAGAIN at each edge, answers each message; returns how far it came."""
+    with select.epoll() as poller:
+        poller.register(sock, select.EPOLLIN | select.EPOLLET)
+        if first:
+            sock.send(b"ping")
+        done = 0
+        while done < rounds:
+            if not poller.poll(PATIENCE_S):
+                return f"no event after {done} rounds"
+            while isinstance(data := attempt(sock.recv, 100), bytes):
+                done += 1
+                if done < rounds or not first:
+                    sock.send(data)
+    return f"{done} rounds"
+
+
+@scenario()
+def epoll_oneshot(io: Io) -> None:
+    """EPOLLONESHOT: one event until it is armed again"""
+    sender, receiver = io.pair()
+    with select.epoll() as poller:
+        poller.register(receiver, select.EPOLLIN | select.EPOLLONESHOT)
+        sender.sendall(b"first")
+        io.log("first", events(poller, PATIENCE_S))
+        sender.sendall(b"second")
+        io.log("not armed", events(poller))
+        poller.modify(receiver, select.EPOLLIN | select.EPOLLONESHOT)
+        io.log("armed again", events(poller, PATIENCE_S))
+
+
+@scenario()
+def epoll_exclusive(io: Io) -> None:
+    """EPOLLEXCLUSIVE: two event loops watch one connection"""
+    sender, receiver = io.pair()
+    with select.epoll() as one, select.epoll() as other:
+        for poller in (one, other):
+            poller.register(receiver, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        sender.sendall(b"data")
+        settle()
+        io.log("woken at least once", bool(events(one) or events(other)))
+
+
+@scenario()
+def epoll_end_of_stream(io: Io) -> None:
+    """EPOLLRDHUP and EPOLLIN when the sender shuts down after data"""
+    sender, receiver = io.pair()
+    with select.epoll() as poller:
+        poller.register(receiver, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+        sender.sendall(b"last words")
+        sender.shutdown(socket.SHUT_WR)
+        settle()
+        io.log("data and end", events(poller, PATIENCE_S))
+        io.log("read", [receiver.recv(100), receiver.recv(100)])
+        io.log("after the end", poll_mask(receiver))
+
+
+@scenario()
+def epoll_reset(io: Io) -> None:
+    """EPOLLERR and EPOLLHUP when the sender aborts"""
+    sender, receiver = io.pair()
+    with select.epoll() as poller:
+        poller.register(receiver, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET)
+        abort(sender)
+        settle()
+        io.log("events", events(poller, PATIENCE_S))
+
+
+@scenario()
+def signal_driven(io: Io) -> None:
+    """O_ASYNC: SIGIO for data"""
+    sender, receiver = io.pair()
+    seen: list[Value] = []
+    signal.signal(signal.SIGIO, lambda *_: seen.append("SIGIO"))
+    fcntl.fcntl(receiver, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(receiver, fcntl.F_SETFL, fcntl.fcntl(receiver, fcntl.F_GETFL) | os.O_ASYNC)
+    sender.sendall(b"data")
+    settle()
+    io.log("signalled", "SIGIO" in seen)
+    io.log("read", receiver.recv(100))
+
+
+@scenario()
+def io_uring_receive(io: Io) -> None:
+    """io_uring: a receive that waits, one with data there, and MSG_WAITALL in two writes"""
+    sender, receiver = io.pair()
+    try:
+        ring = Ring()
+    except RingUnavailable as error:
+        io.log("io_uring", str(error))
+        return
+    with ring:
+        waiting = ring.recv(receiver.fileno(), 100)
+        io.log("before data", ring.completion(SETTLE_S))
+        sender.sendall(b"0123456789")
+        io.log("completion", ring.completion(PATIENCE_S))
+        io.log("bytes", waiting.raw[:10])
+        sender.sendall(b"abcde")
+        settle()
+        there = ring.recv(receiver.fileno(), 3)
+        io.log("data there", ring.completion(PATIENCE_S))
+        io.log("its bytes", there.raw[:3])
+        exactly(receiver, 2)
+        whole = ring.recv(receiver.fileno(), 10, socket.MSG_WAITALL)
+        for part in (b"01234", b"56789"):
+            sender.sendall(part)
+            settle()
+        io.log("MSG_WAITALL", ring.completion(PATIENCE_S))
+        io.log("its bytes then", whole.raw[:10])
+
+
+@scenario()
+def io_uring_send(io: Io) -> None:
+    """io_uring: sends"""
+    sender, receiver = io.pair()
+    try:
+        ring = Ring()
+    except RingUnavailable as error:
+        io.log("io_uring", str(error))
+        return
+    with ring:
+        for number in range(3):
+            ring.send(sender.fileno(), b"message %d" % number)
+            io.log(f"completion {number}", ring.completion(PATIENCE_S))
+    io.log("received", exactly_by_poll(receiver, 27))
+
+
+@scenario()
+def io_uring_poll(io: Io) -> None:
+    """io_uring: a poll that waits for data"""
+    sender, receiver = io.pair()
+    try:
+        ring = Ring()
+    except RingUnavailable as error:
+        io.log("io_uring", str(error))
+        return
+    with ring:
+        ring.poll(receiver.fileno(), select.POLLIN)
+        io.log("before data", ring.completion(SETTLE_S))
+        sender.sendall(b"data")
+        mask = ring.completion(PATIENCE_S)
+        io.log("completion", mask_names(mask & select.POLLIN) if mask is not None else None)

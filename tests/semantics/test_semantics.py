@@ -1,0 +1,46 @@
+"""What an application can see is what docs/limits.md says, no more and no less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.semantics import report
+from tests.semantics.runner import Finding, Run, run_all, troubles
+from tests.semantics.scenario import SCENARIOS
+
+LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
+
+Suite = tuple[list[Finding], list[Run]]
+
+
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    """The whole suite, run once; what does not fit is run again, since the machine is shared."""
+    findings, runs = run_all()
+    doubtful = {*report.undocumented(findings), *report.vanished(findings)}
+    doubtful |= {trouble.partition(" ")[0] for trouble in troubles(runs)}
+    if not doubtful:
+        return findings, runs
+    again, runs_again = run_all(sorted(doubtful), jobs=1)
+    kept = [one for one in findings if one.scenario.name not in doubtful]
+    return kept + again, [run for run in runs if run.scenario not in doubtful] + runs_again
+
+
+def test_no_scenario_hangs_fails_or_misses_the_bypass(suite: Suite) -> None:
+    assert troubles(suite[1]) == []
+
+
+def test_every_difference_is_documented(suite: Suite) -> None:
+    assert report.undocumented(suite[0]) == []
+
+
+def test_every_documented_difference_is_there(suite: Suite) -> None:
+    assert report.vanished(suite[0]) == []
+
+
+def test_the_page_lists_every_scenario() -> None:
+    page = LIMITS.read_text()
+    missing = [one.name for one in SCENARIOS.values() if one.title.replace("|", "\\|") not in page]
+    assert missing == [], "run python -m tests.semantics --write docs/limits.md"
