@@ -1,0 +1,1 @@
+"""Our plugin under a real containerd, with real sandboxes, driven as kubelet drives it."""

@@ -1,0 +1,1 @@
+"""Other kernels: boots each under QEMU and runs the tests that this machine runs on its own."""

@@ -1,0 +1,86 @@
+"""`python -m tests.kernels [SERIES...]`: the suites on other kernels, and one table of them all."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import sys
+import time
+
+from tests.fuzz import settings
+from tests.kernels import images, initramfs, machine, report
+from tests.kernels.apt import AptError
+from tests.kernels.suites import FUZZ_PROGRAM, PROJECT, SUITES, Outcome, Suite
+
+FOLDER = PROJECT / "build/kernels"
+INITRAMFS = FOLDER / "initramfs.cpio"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels", description=__doc__)
+    parser.add_argument(
+        "series", nargs="*", default=images.SERIES, help=f"default: {' '.join(images.SERIES)}"
+    )
+    parser.add_argument(
+        "--suite", action="append", choices=SUITES, help="only this one; may be given again"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="kernels at a time; default: %(default)s"
+    )
+    parser.add_argument(
+        "--mirror", metavar="URL", help="a Debian archive; default: this machine's own"
+    )
+    return parser
+
+
+async def run_all(
+    qemu: images.Qemu, kernels: list[images.Kernel], suites: list[Suite], jobs: int
+) -> list[machine.Run]:
+    """Every suite on every kernel, `jobs` kernels at a time."""
+    turns = asyncio.Semaphore(jobs)
+
+    def tell(kernel: images.Kernel, outcome: Outcome) -> None:
+        print(f"{kernel.release}: {outcome.suite} took {outcome.seconds:.0f} s", flush=True)
+
+    guests = machine.Machine(qemu, INITRAMFS, tell)
+
+    async def one(kernel: images.Kernel) -> machine.Run:
+        async with turns:
+            console = FOLDER / f"console-{kernel.series}.log"
+            return await guests.run(kernel, suites, console)
+
+    return list(await asyncio.gather(*(one(kernel) for kernel in kernels)))
+
+
+def main() -> int:
+    """The entry point; the exit status is 0 if every kernel is as its self-test says."""
+    arguments = build_parser().parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run's downloads and initramfs are in use
+        return prepare_and_run(arguments)
+
+
+def prepare_and_run(arguments: argparse.Namespace) -> int:
+    """Fetches what is missing, runs, and reports; returns the exit status."""
+    try:
+        kernels = images.get_kernels(FOLDER / "images", arguments.series, arguments.mirror)
+        qemu = images.get_qemu(FOLDER, arguments.mirror)
+    except AptError as error:
+        print(f"test-kernels: {error}", file=sys.stderr)
+        return 1
+    settings.compiled(FUZZ_PROGRAM.parent)
+    initramfs.write(INITRAMFS, kernels)
+    suites = [SUITES[name] for name in arguments.suite or SUITES]
+    start = time.monotonic()
+    try:
+        runs = asyncio.run(run_all(qemu, kernels, suites, arguments.jobs))
+    except KeyboardInterrupt:
+        return 130
+    print(f"Kernels: {len(runs)}, in {time.monotonic() - start:.0f} s")
+    return report.show(runs, suites)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

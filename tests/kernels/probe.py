@@ -1,0 +1,97 @@
+"""Suite: do the programs load on this kernel at their real size, and do the bytes of the two hops
+inside a pod go past TCP?"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bpf.loader import LoadError, Programs
+from cni_plugin import names
+from install.probes import enter
+from tests.light import CLIENT_IP, SERVER_IP, LightPod, accelerated
+
+APP_UID = 0
+APP = (SERVER_IP, 8080)
+SERVICE = (SERVER_IP, 80)
+ENVOY = (SERVER_IP, 15001)
+REDIRECT = "iptables -t nat -A OUTPUT -p tcp --dport 80 -j REDIRECT --to-ports 15001"
+
+ROUNDS = 200
+MESSAGE = bytes(range(64))
+TIMEOUT_S = 10
+
+
+@contextmanager
+def owned_by(uid: int) -> Iterator[None]:
+    """Sockets made here belong to `uid`: 1337 is the sidecar, anybody else the application."""
+    os.seteuid(uid)
+    yield
+    os.seteuid(0)
+
+
+def ping_pong(client: socket.socket, server: socket.socket) -> None:
+    """One message there and back, ROUNDS times."""
+    for end in (client, server):
+        end.settimeout(TIMEOUT_S)
+    for _ in range(ROUNDS):
+        for sender, receiver in ((client, server), (server, client)):
+            sender.sendall(MESSAGE)
+            if receiver.recv(len(MESSAGE) + 1) != MESSAGE:
+                raise SystemExit("a message came out other than it went in")
+
+
+def inbound() -> None:
+    """The sidecar calls its application from 127.0.0.6."""
+    with owned_by(APP_UID):
+        listener = socket.create_server(APP)
+    with owned_by(names.PROXY_UID):
+        client = socket.create_connection(APP, TIMEOUT_S, (CLIENT_IP, 0))
+    with listener, client, listener.accept()[0] as server:
+        ping_pong(client, server)
+
+
+def outbound() -> None:
+    """The application calls a service, and iptables leads it to the sidecar."""
+    subprocess.run(REDIRECT.split(), check=True)
+    with owned_by(names.PROXY_UID):
+        listener = socket.create_server(ENVOY)
+    with owned_by(APP_UID):
+        client = socket.create_connection(SERVICE, TIMEOUT_S)
+    with listener, client, listener.accept()[0] as server:
+        ping_pong(client, server)
+
+
+def in_pod(pod: LightPod) -> None:
+    enter(pod.folder)
+    inbound()
+    outbound()
+
+
+def main() -> int:
+    start = time.monotonic()
+    try:
+        programs = Programs()
+    except LoadError as error:  # above it on stderr stands what the verifier said
+        print(error, file=sys.stderr)
+        return 1
+    load_s = round(time.monotonic() - start, 1)
+    with accelerated(programs) as pod:
+        child = multiprocessing.get_context("fork").Process(target=in_pod, args=(pod,))
+        child.start()
+        child.join()
+        bypassed = {hop: counted.bypassed_bytes for hop, counted in pod.counters().items()}
+    sent = 2 * ROUNDS * len(MESSAGE)
+    print(json.dumps({"load_s": load_s, "sent_bytes": sent, "bypassed_bytes": bypassed}))
+    return child.exitcode or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""What is run on each kernel, and what each run says about it.
+
+A suite is a command that prints one JSON object on stdout and talks on stderr. It runs in the
+guest; what it printed is judged on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cni_plugin import names
+
+PROJECT = Path(__file__).resolve().parents[2]
+FUZZ_PROGRAM = PROJECT / "build/kernels/stream"  # compiled on this machine
+_BIN = PROJECT / ".venv/bin"
+FULL, PROXY_ONLY, OFF = names.MODES
+
+
+class Failed(Exception):
+    """A suite did not do its work; the message says how."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a suite found: in a few words, what is wrong in itself, and the self-test's modes that
+    agree with it."""
+
+    summary: str
+    agreeing_modes: frozenset[str]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One command, how to judge what it printed, and how many seconds of an emulated CPU it may
+    take."""
+
+    name: str
+    command: tuple[str, ...]
+    judge: Callable[[dict[str, Any]], Finding]
+    timeout_s: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one suite in the guest. `exit_code` is None when it ran out of time."""
+
+    suite: str
+    exit_code: int | None
+    seconds: float
+    stdout: str
+    stderr: str
+
+    def finding(self) -> Finding:
+        """The judgement of what was printed. Raises Failed."""
+        if self.exit_code is None:
+            raise Failed(f"ran out of time after {self.seconds:.0f} s")
+        try:
+            printed = json.loads(self.stdout)
+        except ValueError as error:
+            raise Failed(f"exit status {self.exit_code} and no JSON: {error}") from error
+        finding = SUITES[self.suite].judge(printed)
+        if self.exit_code and not finding.problems:
+            raise Failed(f"exit status {self.exit_code}")
+        return finding
+
+
+def _selftest(printed: dict[str, Any]) -> Finding:
+    failed = [check["name"] for check in printed["checks"] if not check["ok"]]
+    summary = f"{printed['mode']} ({', '.join(failed)} wrong)" if failed else printed["mode"]
+    return Finding(summary, frozenset({printed["mode"]}))
+
+
+def _probe(printed: dict[str, Any]) -> Finding:
+    sent = printed["sent_bytes"]
+    shares = {hop: printed["bypassed_bytes"].get(hop, 0) / sent for hop in ("inbound", "outbound")}
+    summary = ", ".join(f"{hop} {share:.0%} bypassed" for hop, share in shares.items())
+    return Finding(summary, frozenset(names.MODES if all(shares.values()) else {OFF}))
+
+
+def _semantics(printed: dict[str, Any]) -> Finding:
+    """Applications may be touched exactly where FIONREAD is right; nothing that differs may be
+    missing in docs/limits.md."""
+    differing = printed["differing"]
+    summary = f"{len(differing)} of {printed['scenarios']} behaviours differ"
+    if "unread_bytes" in differing:
+        summary += ", FIONREAD among them"
+    problems = [f"not in docs/limits.md: {name}" for name in printed["undocumented"]]
+    return Finding(
+        summary,
+        frozenset({PROXY_ONLY if "unread_bytes" in differing else FULL}),
+        (*problems, *printed["troubles"]),
+    )
+
+
+def _fuzz(printed: dict[str, Any]) -> Finding:
+    wrong = tuple(
+        f"{kind}: {json.dumps(case)}"
+        for kind in ("mismatches", "lost", "hangs", "crashes")
+        for case in printed[kind]
+    )
+    summary = (
+        f"{printed['connections']} connections, {printed['bytes'] / 1e6:.0f} MB,"
+        f" {printed['bypassed_share']:.0%} bypassed, {len(wrong)} wrong"
+    )
+    return Finding(summary, frozenset({OFF} if wrong else names.MODES), wrong)
+
+
+_ALL = (
+    Suite("selftest", (f"{_BIN}/tcpip-bypass-node", "selftest", "--json"), _selftest, 300),
+    Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 120),
+    Suite(
+        "semantics",
+        (f"{_BIN}/python", "-m", "tests.semantics", "--json", "--jobs", "12"),
+        _semantics,
+        1800,
+        {"TB_SETTLE_S": "0.25"},
+    ),
+    Suite(
+        "fuzz",
+        (
+            *(f"{_BIN}/python", "-m", "tests.fuzz", "--program", str(FUZZ_PROGRAM)),
+            *("--seed", "1", "--seconds", "30", "--at-once", "12", "--pause-flips"),
+        ),
+        _fuzz,
+        300,
+    ),
+)
+SUITES = {suite.name: suite for suite in _ALL}
