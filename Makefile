@@ -1,11 +1,11 @@
 # Run as root on a bare Debian 12 or Ubuntu 24.04: `make demo` and `make test` need nothing else.
-.PHONY: setup build demo test lint unit integration clean
+.PHONY: setup build demo test lint soak test-kernels clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
 PLUGIN := dist/tcpip-bypass/tcpip-bypass
 PLUGIN_SOURCES := build.spec conf/schema.json bpf/__init__.py bpf/abi.py $(wildcard cni_plugin/*.py)
-C_SOURCES := $(wildcard bpf/*.c bpf/*.h tests/*/*.c)
+C_SOURCES := $(wildcard bpf/*.c bpf/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c tests/*/*/*.h)
 
 setup: .venv/.ready
 
@@ -23,6 +23,15 @@ demo: build
 
 test: build lint
 	$(PY) -m pytest tests
+
+# Random traffic on all three hops, every byte checked, for MINUTES; a load and pauses meanwhile.
+MINUTES ?= 30
+soak: build
+	$(PY) -m tests.fuzz --hops inbound,outbound,sidecars --seconds $$(( $(MINUTES) * 60 )) --pause-flips --reload 60
+
+# The self-test, the semantics suite and the fuzzer on other kernels, under QEMU.
+test-kernels: build
+	$(PY) -m tests.kernels
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

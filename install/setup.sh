@@ -7,8 +7,10 @@ cd "$(dirname "$0")/.."
 packages="
 	python3-venv python3-bpfcc libbpf1 linux-libc-dev
 	binutils gcc libc6-dev clang-format
-	iproute2 iptables conntrack tcpdump openssl
+	iproute2 iptables conntrack openssl strace
 	containernetworking-plugins nginx-light wrk
+	containerd runc busybox-static
+	debootstrap debian-archive-keyring
 "
 missing=""
 for package in $packages; do
@@ -18,7 +20,7 @@ done
 if [ -n "$missing" ]; then
 	export DEBIAN_FRONTEND=noninteractive
 	apt-get update -q
-	# RUNLEVEL=1: nginx is a test subject here, its service must not start.
+	# RUNLEVEL=1: nginx and containerd are test subjects here, no service must start.
 	# shellcheck disable=SC2086
 	RUNLEVEL=1 apt-get install -y -q --no-install-recommends $missing
 fi

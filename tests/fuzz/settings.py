@@ -137,6 +137,7 @@ class Pods:
     bed: Bed
     hops: Mapping[str, Hop]
     routes: Mapping[str, Route] = field(init=False)
+    _before: HopCounters = field(default_factory=HopCounters)
 
     def __post_init__(self) -> None:
         self.routes = {name: self._route(name, hop) for name, hop in self.hops.items()}
@@ -165,10 +166,13 @@ class Pods:
         (commands.pause if paused else commands.resume)(self._node)
 
     def reload(self) -> None:
+        counted = self.counters()
         self.bed.node.call("load")
+        if not commands.status_report(self._node)["older_generations"]:
+            self._before = counted  # had no connection left: gone, and its counters with it
 
     def counters(self) -> HopCounters:
-        total = HopCounters()
+        total = self._before
         for pod in commands.status_report(self._node)["pods"]:
             for counted in pod["hops"].values():
                 total += HopCounters(**counted)

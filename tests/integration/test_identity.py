@@ -79,7 +79,7 @@ def test_twins_that_connect_at_the_same_instant(
             inner = stack.enter_context(netns.created(f"{node.name}-inner"))
             right = LightPod(node, "inner", inner, left.cgroup, left.ip, left.record)  # noqa: PLW2901
         twins = [
-            pod.popen([sys.executable, traffic_twins.__file__, shared, str(number), "1500"], uid=0)
+            pod.popen([sys.executable, traffic_twins.__file__, shared, str(number), "600"], uid=0)
             for number, pod in enumerate((left, right))
         ]
         found = [json.loads(twin.communicate()[0]) for twin in twins]

@@ -313,6 +313,26 @@ def test_pause_and_resume_during_transfers(pods: tuple[LightPod, LightPod]) -> N
     assert client.total().tcp_messages["paused"] > 0
 
 
+def test_bypass_does_not_overtake_what_was_sent_during_a_pause(
+    pods: tuple[LightPod, LightPod],
+) -> None:
+    node = pods[0].node
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        for read_between in (False, True):
+            node.pause(True)
+            ours.sendall(b"first by TCP, ")
+            time.sleep(0.05)
+            if read_between:
+                assert receive(theirs, 6) == b"first "
+            theirs.sendall(b"go")  # says how far it has read
+            node.pause(False)
+            assert receive(ours, 2) == b"go"
+            ours.sendall(b"then the rest")
+            assert receive(theirs, 27 - 6 * read_between).endswith(b"by TCP, then the rest")
+            exchange(ours, theirs)
+
+
 def test_a_pod_is_deleted_during_a_transfer(pods: tuple[LightPod, LightPod]) -> None:
     """Its processes may live on for a while; their connections go on, new ones are left alone."""
     client, server = pods

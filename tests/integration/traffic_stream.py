@@ -7,7 +7,9 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Callable
 
+Work = Callable[[socket.socket, int, random.Random], None]
 SIZES = (1, 64, 1_000, 4_096, 65_536)
 
 
@@ -22,16 +24,16 @@ class Streams:
         self._heard: dict[int, str] = {}
         ends = (left, right)
         self._threads = [
-            threading.Thread(target=self._guarded, args=(work, ends, side, seed), daemon=True)
+            threading.Thread(target=self._guarded, args=(work, ends[side], side, seed), daemon=True)
             for side in (0, 1)
             for work in (self._send, self._receive)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _guarded(self, work, ends, side, seed):  # type: ignore[no-untyped-def]
+    def _guarded(self, work: Work, sock: socket.socket, side: int, seed: int) -> None:
         try:
-            work(ends[side], side, random.Random(seed + side))
+            work(sock, side, random.Random(seed + side))
         except BaseException as error:
             self._failures.append(error)
             self._stop.set()
