@@ -21,7 +21,6 @@ RUNS = 5
 CONNECTIONS = (1, 8, 32)
 SECONDS = 2
 WARMUP_SECONDS = 1
-BODY = b"The answer of a small service, 200 bytes long. ".ljust(200, b".")
 STEPS = RUNS * len(KINDS) * (len(HOPS) + len(CONNECTIONS)) + len(KINDS)
 
 Tell = Callable[[str], None]  # takes one line about a step that has just been done
@@ -141,8 +140,7 @@ def measure_mesh(
     before = payload(bed, both)
     with ExitStack() as stack:
         for pair in both:
-            files = {"answer": BODY}
-            stack.enter_context(mesh.running(pair.client, pair.server, files, cpus=cpu))
+            stack.enter_context(mesh.running(pair.client, pair.server, {}, cpus=cpu))
             load(pair, 8, WARMUP_SECONDS, cpu)
             tell(f"mesh      {pair.kind:7} two Envoys and nginx are up and warm")
         for connections in CONNECTIONS:
