@@ -1,5 +1,5 @@
 # Run as root on a bare Debian 12 or Ubuntu 24.04: `make demo` and `make test` need nothing else.
-.PHONY: setup build demo test lint soak test-kernels clean
+.PHONY: setup build freeze demo test lint soak plugin-speed test-kernels clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -18,6 +18,10 @@ build: $(PLUGIN)
 $(PLUGIN): .venv/.ready $(PLUGIN_SOURCES)
 	.venv/bin/pyinstaller --noconfirm --clean --log-level WARN --distpath dist --workpath build/pyinstaller build.spec
 
+# The same plugin for old nodes: frozen in a Debian 11 root, asks for glibc 2.29 at most.
+freeze: .venv/.ready
+	install/image/freeze.sh build/freeze
+
 demo: build
 	$(PY) -m tests.demo
 
@@ -28,6 +32,10 @@ test: build lint
 MINUTES ?= 30
 soak: build
 	$(PY) -m tests.fuzz --hops inbound,outbound,sidecars --seconds $$(( $(MINUTES) * 60 )) --pause-flips --reload 60
+
+# How long each call of the plugin takes, in turn with the reference bridge plugin.
+plugin-speed: build
+	$(PY) -m tests.integration.plugin_speed 50
 
 # The self-test, the semantics suite and the fuzzer on other kernels, under QEMU.
 test-kernels: build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -207,8 +208,10 @@ def _recorded(plugin: Json) -> Json:
 def _fill_bin_dir(folder: Path) -> None:
     """The reference plugins, ours, the failing one, and recorders for those to be recorded."""
     folder.mkdir()
-    for program in [*REFERENCE_PLUGINS.iterdir(), FROZEN_PLUGIN / "tcpip-bypass"]:
+    for program in REFERENCE_PLUGINS.iterdir():
         (folder / program.name).symlink_to(program)
+    installed = shutil.copytree(FROZEN_PLUGIN, folder.with_name("tcpip-bypass"))
+    (folder / "tcpip-bypass").symlink_to(installed / "tcpip-bypass")
     (folder / "failing").symlink_to(OWN_PLUGINS / "failing")
     for name in ("bridge", "tcpip-bypass"):
         (folder / f"{RECORDED}-{name}").symlink_to(OWN_PLUGINS / RECORDED)

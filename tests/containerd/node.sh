@@ -17,6 +17,7 @@ awk '$5 ~ "^/run/" || / - bpf / { print $5 }' /proc/self/mountinfo | sort -r |
 
 mkdir -p "$folder/run/netns" "$folder/run/${folder#/run/}" "$folder/var/new" "$folder/var/work"
 mount --bind "$folder" "$folder/run/${folder#/run/}"
+mount -o remount,bind,exec "$folder/run/${folder#/run/}" # distributions have noexec on /run
 mount --rbind "$folder/run" /run
 mount -t overlay -o "lowerdir=/var/lib,upperdir=$folder/var/new,workdir=$folder/var/work" node /var/lib
 mount -t bpf node /sys/fs/bpf

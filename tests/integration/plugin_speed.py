@@ -1,8 +1,7 @@
 """How long a call of the frozen plugin takes: the kubelet waits for it, for every pod.
 
-Also a program: ``python -m tests.integration.test_plugin_speed`` prints the table. The tests
-hold the CPU time of a call, not the time on the clock, to the limits, since a machine that is
-busy with other tests would fail them for nothing.
+``python -m tests.integration.plugin_speed [RUNS]`` prints the table. A measurement, not a test:
+what keeps the plugin fast is tested in tests/unit/test_start_up.py, by what each command imports.
 """
 
 from __future__ import annotations
@@ -17,21 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import pytest
-
 from tests.bed import cni, open_bed
 from tests.bed.bed import REFERENCE_PLUGINS, Bed
 from tests.integration import plugin_calls
 from tests.integration.plugin_calls import Sandbox
-
-# Milliseconds, medians over 50 runs.
-LIMITS_MS = {
-    "VERSION": 45,
-    "ADD, mesh pod": 80,
-    "DEL, mesh pod": 55,
-    "ADD, other pod": 55,
-    "DEL, other pod": 55,
-}
 
 
 @dataclass
@@ -103,17 +91,6 @@ def measured(pod: Sandbox, runs: int) -> dict[str, Times]:
         for name, call in calls.items():
             times[name].measure(call)
     return times
-
-
-@pytest.fixture(scope="module")
-def times() -> Iterator[dict[str, Times]]:
-    with pod() as made:
-        yield measured(made, runs=11)
-
-
-@pytest.mark.parametrize("call", LIMITS_MS)
-def test_cpu_time(times: dict[str, Times], call: str) -> None:
-    assert statistics.median(times[call].cpu) <= LIMITS_MS[call]
 
 
 def main(runs: int) -> None:
