@@ -114,10 +114,10 @@ class Programs:
         ]
         try:
             flags += kernel_flags(KernelBTF())
-            self._bpf = BPF(text=SOURCE.read_text(), cflags=flags)
+            self._bpf = BPF(text=SOURCE.read_text().encode(), cflags=flags)
             self.fds = {
-                "tb_sock_ops": self._bpf.load_func("tb_sock_ops", BPF.SOCK_OPS).fd,
-                "tb_sk_msg": self._bpf.load_func("tb_sk_msg", BPF.SK_MSG).fd,
+                "tb_sock_ops": self._bpf.load_func(b"tb_sock_ops", BPF.SOCK_OPS).fd,
+                "tb_sk_msg": self._bpf.load_func(b"tb_sk_msg", BPF.SK_MSG).fd,
             }
         except BTFError as error:
             raise LoadError(str(error)) from error

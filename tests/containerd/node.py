@@ -21,7 +21,7 @@ from tests.bed.pod import ENTER
 
 HOLD_NAMESPACE = Path(__file__).with_name("node.sh")
 PREFIX = "tbc-"
-COMMAND_TIMEOUT_S = 60
+COMMAND_TIMEOUT_S = 120
 
 _numbers = itertools.count()
 

@@ -1,0 +1,81 @@
+"""A program: many receivers that do not read, each with a sender that sends until it is stopped.
+
+`traffic_stalled.py CONNECTIONS` runs in the cgroup it was started in and prints one JSON object:
+bytes queued in all, pages of TCP memory taken, sends that failed, and whether a connection opened
+before and one opened after still work.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import socket
+import sys
+from pathlib import Path
+
+SOCKSTAT = Path("/proc/net/sockstat")
+CHUNK = b"s" * 65536
+
+
+def tcp_pages() -> int:
+    """Pages of memory that TCP holds, on the whole machine."""
+    found = re.search(r"^TCP:.* mem (\d+)", SOCKSTAT.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def pair(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    """A client's and a server's end, with one byte gone each way."""
+    client = socket.create_connection(listener.getsockname(), source_address=("127.0.0.6", 0))
+    server, _ = listener.accept()
+    exchange(client, server)
+    return client, server
+
+
+def exchange(client: socket.socket, server: socket.socket) -> bool:
+    """Whether a message and an answer arrive."""
+    for end in (client, server):
+        end.settimeout(20)
+    client.sendall(b"question")
+    heard = server.recv(100) == b"question"
+    server.sendall(b"answer")
+    return heard and client.recv(100) == b"answer"
+
+
+def fill(sender: socket.socket) -> tuple[int, str | None]:
+    """Bytes sent until the sender would block, and the error that stopped it, if another."""
+    sender.setblocking(False)
+    sent = 0
+    while True:
+        try:
+            sent += sender.send(CHUNK)
+        except BlockingIOError:
+            return sent, None
+        except OSError as error:
+            return sent, type(error).__name__
+
+
+def main(connections: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * connections + 100,) * 2)
+    with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        healthy = pair(listener)
+        before = tcp_pages()
+        stalled = [pair(listener) for _ in range(connections)]
+        filled = [fill(client) for client, _ in stalled]
+        pages = tcp_pages() - before
+        works = exchange(*healthy), exchange(*pair(listener))
+    errors = [error for _, error in filled if error]
+    json.dump(
+        {
+            "queued": sum(sent for sent, _ in filled),
+            "pages": pages,
+            "errors": errors,
+            "others work": works,
+        },
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
