@@ -13,6 +13,7 @@ MAX_IPS = 8
 MAX_PORT_RANGES = 16
 
 POD_PROXY_ONLY = 1
+POD_FORCED = 2
 CONTROL_PAUSED = 1
 
 HOPS = ("none", "inbound", "outbound", "sidecars", "local", "direct")

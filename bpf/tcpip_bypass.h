@@ -29,6 +29,7 @@ struct tb_port_range {
 /* tb_pod.flags */
 enum tb_pod_flag {
 	TB_POD_PROXY_ONLY = 1, /* accelerate only connections between two sidecars */
+	TB_POD_FORCED = 2,     /* the configuration forces the mode: `load` leaves it be */
 };
 
 /*

@@ -119,7 +119,8 @@ def _draft(
         pod_id=attachment.pod_id(call.container_id, call.ifname),
         prog_id=0,
         generation="",
-        flags=abi.POD_PROXY_ONLY if plan.proxy_only else 0,
+        flags=(abi.POD_PROXY_ONLY if plan.proxy_only else 0)
+        | (abi.POD_FORCED if conf.mode != "auto" else 0),
         proxy_uid=conf.proxy_uid,
         keepalive_s=conntrack.keepalive_s(call.netns),
         ips=[list(address) for address in addresses[: abi.MAX_IPS]],

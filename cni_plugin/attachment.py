@@ -179,18 +179,9 @@ def put(attachment: Attachment, generation: Generation) -> None:
             raise FileNotFoundError(
                 errno.ENOENT, "the pod's cgroup is gone again", attachment.cgroup
             )
-        with (
-            attached(cgroup_fd, attachment.inode) as before,
-            bpfsys.closing(generation.open(names.SOCK_OPS)) as program_fd,
-            bpfsys.closing(generation.open(names.PODS)) as pods_fd,
-        ):
+        with attached(cgroup_fd, attachment.inode) as before:
             _lift_memory_limit()
-            if attachment.prog_id not in [each.program.id for each in before]:
-                bpfsys.prog_attach(program_fd, cgroup_fd)
-            bpfsys.map_update(pods_fd, _storage_key(attachment.inode), bytes(record_of(attachment)))
-            for each in before:
-                if each.program.id != attachment.prog_id:
-                    _detach(each, cgroup_fd, attachment.inode)
+            move(cgroup_fd, attachment.inode, before, generation, record_of(attachment))
 
 
 def _lift_memory_limit() -> None:
@@ -199,7 +190,25 @@ def _lift_memory_limit() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
-def _detach(each: Attached, cgroup_fd: int, inode: int) -> None:
+def move(
+    cgroup_fd: int, inode: int, before: list[Attached], generation: Generation, record: abi.Pod
+) -> None:
+    """Put a cgroup's record, and with it the pod, under another generation; raises OSError."""
+    with (
+        bpfsys.closing(generation.open(names.SOCK_OPS)) as program_fd,
+        bpfsys.closing(generation.open(names.PODS)) as pods_fd,
+    ):
+        new_id = bpfsys.prog_info(program_fd).id
+        if new_id not in [each.program.id for each in before]:
+            bpfsys.prog_attach(program_fd, cgroup_fd)
+        bpfsys.map_update(pods_fd, _storage_key(inode), bytes(record))
+        for each in before:
+            if each.program.id != new_id:
+                detach(each, cgroup_fd, inode)
+
+
+def detach(each: Attached, cgroup_fd: int, inode: int) -> None:
+    """Take one program of ours off a cgroup; raises OSError."""
     # The record outlives the detachment on kernels from 5.9 on, until the cgroup goes.
     bpfsys.map_update(each.pods_fd, _storage_key(inode), bytes(abi.Pod()))
     try:
@@ -221,7 +230,7 @@ def take_out(cgroup: str, inode: int, owner: int) -> bool:
         with attached(cgroup_fd, inode) as found:
             mine = [each for each in found if each.record.id in (0, owner)]
             for each in mine:
-                _detach(each, cgroup_fd, inode)
+                detach(each, cgroup_fd, inode)
             return bool(mine)
 
 

@@ -67,7 +67,7 @@ class State:
         self._attachments = self.folder / names.ATTACHMENTS
 
     def make(self) -> None:
-        """Create the folders; readable by root alone, whatever the umask."""
+        """Create the folders; the attachments are readable by root alone, whatever the umask."""
         self._attachments.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextlib.contextmanager
@@ -78,19 +78,29 @@ class State:
         disk could refuse, and a process that dies lets go of it. Without the folder there is
         nothing to guard.
         """
-        try:
-            fd = os.open(self._attachments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except _ABSENT:
-            yield
-            return
-        try:
-            self._flock(fd, patience_s)
-            yield
-        finally:
-            os.close(fd)
-
-    def _flock(self, fd: int, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fd = os.open(self._attachments, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except _ABSENT:
+                yield
+                return
+            try:
+                self._flock(fd, patience_s, deadline)
+                if self._is_current(fd):
+                    yield
+                    return
+            finally:
+                os.close(fd)
+
+    def _is_current(self, fd: int) -> bool:
+        """Whether ``fd`` still is the folder: an unload may have removed it while we waited."""
+        try:
+            return os.path.samestat(os.fstat(fd), self._attachments.stat())
+        except _ABSENT:
+            return False
+
+    def _flock(self, fd: int, patience_s: float, deadline: float) -> None:
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

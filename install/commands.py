@@ -23,6 +23,7 @@ from cni_plugin import attachment, bpfsys, names
 from cni_plugin.state import Attachment, State
 from install import selftest as selftests
 from install.generations import Generation, Generations, is_bpffs, opened
+from install.pods import attached_cgroups
 
 LOCK_PATIENCE_S = 30.0
 
@@ -85,54 +86,110 @@ def load(node: Node) -> None:
         print(f"warning: mode {verdict.mode} because of {reason}", file=sys.stderr)
     try:
         programs = Programs()
-    except LoadError as error:
-        raise NodeError(str(error)) from error
+    except LoadError:
+        with node.locked():
+            _write_node_json(node, verdict)
+        raise
     with node.locked():
-        generation = node.generations.publish(programs)
         _write_node_json(node, verdict)
-        _move_pods(node, generation)
-        node.generations.remove_idle()
+        generations = node.generations
+        ours = {g.sock_ops_id() for g in generations.complete()}
+        generation = generations.publish(programs)
+        try:
+            _move_pods(node, generation, ours, verdict.mode)
+        finally:
+            generations.remove_idle(_attached_ids(generations))
 
 
-def _move_pods(node: Node, generation: Generation) -> None:
-    """New connections of attached pods are handled by this generation from now on."""
+def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) -> None:
+    """New connections of attached pods are handled by this generation from now on.
+
+    The self-test's mode holds for them as for new pods, unless their configuration forces one.
+    """
     pins = attachment.Generation(generation.folder)
-    for record in node.attachments():
-        moved = record._replace(prog_id=generation.sock_ops_id(), generation=pins.name)
-        node.state.write(moved)
-        with contextlib.suppress(FileNotFoundError):  # the pod has just gone; DEL cleans up
-            attachment.put(moved, pins)
+    states = {record.pod_id: record for record in node.attachments()}
+    if mode == "off":
+        for older in node.generations.complete():
+            if older != generation:
+                older.set_flags(older.flags() | abi.CONTROL_PAUSED)
+    for pod in attached_cgroups(ours):
+        record = pod.record
+        forced = record is not None and record.flags & abi.POD_FORCED
+        if record is None or (mode == "off" and not forced):
+            pod.take_out()
+            continue
+        if mode == "proxy-only" and not forced:
+            record.flags |= abi.POD_PROXY_ONLY
+        if record.id in states:
+            moved = states[record.id]._replace(
+                prog_id=generation.sock_ops_id(), generation=pins.name, flags=record.flags
+            )
+            node.state.write(moved)
+        try:
+            attachment.move(pod.fd, pod.inode, pod.programs, pins, record)
+        except OSError as error:
+            print(f"warning: {pod.path} stays on its generation: {error}", file=sys.stderr)
+
+
+def _attached_ids(generations: Generations) -> set[int]:
+    """The programs of these generations that some pod has."""
+    ours = {generation.sock_ops_id() for generation in generations.complete()}
+    return {each.program.id for pod in attached_cgroups(ours) for each in pod.programs}
 
 
 def _write_node_json(node: Node, verdict: selftests.Verdict) -> None:
     path = node.state_dir / names.NODE_JSON
     staged = path.with_suffix(".part")
     content = {**verdict.as_json(), "kernel": platform.release()}
-    staged.write_text(json.dumps(content, indent=1))
-    staged.rename(path)
+    try:
+        staged.write_text(json.dumps(content, indent=1))
+        staged.rename(path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 def unload(node: Node) -> None:
     """Everything of ours off this node. Open connections go on over TCP."""
-    with node.locked():
-        node.generations.withdraw()
+    with _locked_if_possible(node):
+        generations = node.generations
+        ours = {generation.sock_ops_id() for generation in generations.complete()}
+        generations.withdraw()
         _set_paused(node, True)
-        for record in node.attachments():
-            attachment.take_out(record.cgroup, record.inode, record.pod_id)
-        node.generations.remove_all()
-        shutil.rmtree(node.state_dir)
+        for pod in attached_cgroups(ours):
+            pod.take_out()
+        generations.remove_all()
+        for folder in (names.ATTACHMENTS, names.VALIDATED):
+            shutil.rmtree(node.state_dir / folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (node.state_dir / names.NODE_JSON).unlink(missing_ok=True)
+            node.state_dir.rmdir()  # unless something that is not ours is in it
+    selftests.sweep()
+
+
+@contextlib.contextmanager
+def _locked_if_possible(node: Node) -> Iterator[None]:
+    """The node's lock; a state folder that cannot be written is no reason not to switch off."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(node.locked())
+        except OSError as error:
+            print(f"warning: going on without the lock: {error}", file=sys.stderr)
+        yield
 
 
 def pause(node: Node) -> None:
     """From the next message on, every byte goes by TCP."""
-    if not _set_paused(node, True):
-        raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
+    with _locked_if_possible(node):
+        if not _set_paused(node, True):
+            raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
 
 
 def resume(node: Node) -> None:
     """Undoes pause; each direction goes back to the bypass when its order rule allows."""
-    if not _set_paused(node, False):
-        raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
+    with _locked_if_possible(node):
+        if not _set_paused(node, False):
+            raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
 
 
 def _set_paused(node: Node, paused: bool) -> int:
@@ -162,7 +219,7 @@ def status_report(node: Node) -> dict[str, Any]:
         "loaded": current is not None,
         "generation": current.number if current else None,
         "older_generations": [g.number for g in complete if g != current],
-        "paused": bool(current and current.flags() & abi.CONTROL_PAUSED),
+        "paused": bool(complete) and all(g.flags() & abi.CONTROL_PAUSED for g in complete),
         "mode": mode,
         "reason": reason,
         "pods": [_pod_report(record, complete) for record in node.attachments()],
@@ -190,22 +247,31 @@ def _pod_report(record: Attachment, generations: list[Generation]) -> dict[str, 
 
 def _print_status(report: dict[str, Any]) -> None:
     console = _console()
-    if not report["loaded"]:
+    if not report["loaded"] and (report["older_generations"] or report["pods"]):
+        console.print("Half unloaded: run tcpip-bypass-node unload again, or load.")
+    elif not report["loaded"]:
         console.print("Not loaded: pods on this node use plain TCP. Run tcpip-bypass-node load.")
         return
-    paused = ", paused: all bytes go by TCP" if report["paused"] else ""
-    console.print(f"Generation {report['generation']}, mode {report['mode']}{paused}")
+    console.print(
+        f"Generation {report['generation']}, mode {report['mode']} ({report['reason']})"
+        + (", paused: all bytes go by TCP" if report["paused"] else "")
+    )
+    if report["older_generations"]:
+        console.print(f"Older generations with connections: {report['older_generations']}")
     table = Table("pod", "hop", "connections", "bypassed", "by TCP", "why by TCP (messages)")
     for pod in report["pods"]:
+        name = f"{pod['namespace']}/{pod['name']}"
         for hop, counters in pod["hops"].items():
             table.add_row(
-                f"{pod['namespace']}/{pod['name']}",
+                name,
                 hop,
                 _counts(counters["connections"]),
                 f"{counters['bypassed_messages']} messages, {counters['bypassed_bytes']} B",
                 f"{counters['tcp_bytes']} B",
                 _counts(counters["tcp_messages"]),
             )
+        if not pod["hops"]:
+            table.add_row(name, "no connection yet")
     console.print(table)
 
 

@@ -8,8 +8,10 @@ and `unload` reach them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import re
 import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from bpf import abi
 from bpf.loader import PINS, Programs
 from cni_plugin import bpfsys, names
 
+_NAME = re.compile(r"gen-\d+")
+_STAGED = "next"  # bpffs refuses names with a dot
 BPF_FS_MAGIC = 0xCAFE4A11  # linux/magic.h
 
 
@@ -70,7 +74,7 @@ class Generations:
 
     def all(self) -> list[Generation]:
         """Oldest first; also those that a killed load left incomplete."""
-        found = [Generation(path) for path in self.root.glob("gen-*")]
+        found = [Generation(p) for p in self.root.glob("gen-*") if _NAME.fullmatch(p.name)]
         return sorted(found, key=lambda generation: generation.number)
 
     def complete(self) -> list[Generation]:
@@ -87,35 +91,43 @@ class Generations:
         before = self.current()
         number = max((generation.number for generation in self.all()), default=0) + 1
         generation = Generation(self.root / f"gen-{number}")
-        programs.pin(generation.folder, bpfsys.obj_pin)
-        if before:
-            generation.set_flags(before.flags())
-        staged = self.root / "next"  # bpffs refuses names with a dot
-        staged.unlink(missing_ok=True)
-        staged.symlink_to(generation.folder.name)
-        staged.rename(self.root / names.CURRENT)
+        try:
+            programs.pin(generation.folder, bpfsys.obj_pin)
+            if before:
+                generation.set_flags(before.flags())
+            staged = self.root / _STAGED
+            staged.unlink(missing_ok=True)
+            staged.symlink_to(generation.folder.name)
+            staged.rename(self.root / names.CURRENT)
+        except BaseException:
+            shutil.rmtree(generation.folder, ignore_errors=True)
+            raise
         return generation
 
     def withdraw(self) -> None:
         """No current generation any more: from here on ADD passes pods through."""
         (self.root / names.CURRENT).unlink(missing_ok=True)
 
-    def remove_idle(self) -> list[Generation]:
-        """Removes old generations without connections, and incomplete ones."""
+    def remove_idle(self, attached: set[int]) -> None:
+        """Removes old generations without connections, and incomplete ones.
+
+        `attached` are the IDs of programs that pods still have: their generation stays, too.
+        """
         current, complete = self.current(), self.complete()
-        removed = []
         for generation in self.all():
-            idle = generation not in complete or not generation.has_sockets()
-            if generation != current and idle:
+            in_use = generation in complete and (
+                generation.sock_ops_id() in attached or generation.has_sockets()
+            )
+            if generation != current and not in_use:
                 generation.remove()
-                removed.append(generation)
-        return removed
 
     def remove_all(self) -> None:
+        """Unpins everything; what is not ours in the folder stays, and so does the folder."""
         self.withdraw()
         for generation in self.all():
             generation.remove()
-        if self.root.exists():
+        (self.root / _STAGED).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
             self.root.rmdir()
 
 

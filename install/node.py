@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+from bpf.loader import LoadError
 from cni_plugin import names
+from cni_plugin.attachment import NotLoaded
 from install import commands
 
 
@@ -45,20 +48,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """The entry point; returns the exit status."""
     arguments = build_parser().parse_args()
+    said = f"tcpip-bypass-node {arguments.command}:"
+    if os.geteuid() != 0:
+        print(f"{said} this must run as root", file=sys.stderr)
+        return 1
     node = commands.Node(arguments.bpffs, arguments.state_dir)
+    command = getattr(commands, arguments.command)
     try:
         if arguments.command in ("status", "selftest"):
-            getattr(commands, arguments.command)(node, as_json=arguments.json)
+            command(node, as_json=arguments.json)
         else:
-            getattr(commands, arguments.command)(node)
-    except commands.NodeError as error:
-        print(f"tcpip-bypass-node {arguments.command}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"tcpip-bypass-node {arguments.command}: {error} (it must run as root)",
-            file=sys.stderr,
-        )
+            command(node)
+    except (commands.NodeError, LoadError, NotLoaded, OSError) as error:
+        print(f"{said} {error}", file=sys.stderr)
         return 1
     return 0
 

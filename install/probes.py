@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import sys
 import termios
@@ -26,6 +27,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 
 CLONE_NEWNET = 0x40000000
+PR_SET_PDEATHSIG = 1
 IPPROTO_MPTCP = 262
 TIMEOUT_S = 5.0
 ORDER_CONNECTIONS = 50
@@ -202,8 +204,9 @@ def mptcp() -> Found:
 
 
 def enter(cgroup: Path | None) -> None:
-    """Joins the cgroup and a new network namespace whose loopback is up."""
+    """Joins the cgroup and a new network namespace whose loopback is up; ends with its parent."""
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if libc.unshare(CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
     with IPRoute() as ip:

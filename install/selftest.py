@@ -7,10 +7,15 @@ compared with what it sees over plain TCP on the very same kernel.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +28,8 @@ from cni_plugin import bpfsys, cgroup, names
 from install.probes import PROBES
 
 POD_ID = 1
-TIMEOUT_S = 60
+SCRATCH_PREFIX = "tcpip-bypass-selftest-"
+TIMEOUT_S = 180  # a probe that hangs ends by its own time-outs; this is for slow machines
 LIMITS = Limits(sockets=4096, pending=4096, counters=64)
 
 FULL, PROXY_ONLY, OFF = names.MODES
@@ -63,6 +69,7 @@ class Verdict:
 def run() -> Verdict:
     """Runs the whole self-test; takes a few seconds and leaves nothing behind."""
     try:
+        sweep()
         checks = [*_behaviour(), _mptcp()]
     except LoadError as error:
         loads = Check("load", "The programs load", "both load", str(error), False)
@@ -131,31 +138,69 @@ def _mptcp() -> Check:
 
 def _probe(folder: Path | None, *only: str) -> dict[str, dict[str, Any]]:
     command = [sys.executable, "-m", "install.probes", str(folder or ""), *only]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        cwd=Path(__file__).parents[1],
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            cwd=Path(__file__).parents[1],
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LoadError(f"the probes took longer than {TIMEOUT_S} s") from error
     if done.returncode:
         raise LoadError(f"the probes could not run: {done.stderr.strip()}")
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found
 
 
-@contextmanager
-def _scratch_cgroup() -> Iterator[Path]:
-    mount = cgroup.mount_point(Path("/proc/self/mountinfo").read_text())
+def _mount() -> Path:
+    mount = cgroup.mount_point(cgroup.mountinfo())
     if mount is None:
         raise LoadError("no cgroup2 file system is mounted")
-    folder = mount / f"tcpip-bypass-selftest-{os.getpid()}"
-    folder.mkdir()
+    return mount
+
+
+@contextmanager
+def _scratch_cgroup() -> Iterator[Path]:
+    """A cgroup of our own, locked as long as we live, so that sweep() can tell it from litter."""
     try:
-        yield folder
-    finally:
-        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=_mount()))
+    except OSError as error:
+        raise LoadError(f"cannot make a scratch cgroup: {error}") from error
+    with bpfsys.closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def sweep() -> None:
+    """Removes the scratch cgroups of self-tests that were killed, and the programs with them."""
+    for folder in _mount().glob(f"{SCRATCH_PREFIX}*"):
+        try:
+            with bpfsys.closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder)
+        except OSError:
+            continue  # gone, or locked: a self-test that is running
+
+
+def _remove(folder: Path) -> None:
+    """Ends what is left in the cgroup and removes it; raises OSError after 5 s."""
+    deadline = time.monotonic() + 5
+    while True:
+        for pid in (folder / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            return folder.rmdir()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 @contextmanager

@@ -77,10 +77,6 @@ class LightPod:
         """The counters of all hops together."""
         return sum(self.counters().values(), stats.HopCounters())
 
-    def sockets_left(self) -> bool:
-        """Whether any socket is still in the sockhash."""
-        return not bpfsys.map_is_empty(self.programs.fds[names.SOCKHASH])
-
 
 def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
     """The programs as they would be with their source edited; nothing on disk changes."""

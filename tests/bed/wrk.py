@@ -18,10 +18,6 @@ class Load:
     duration_s: float
     latencies: dict[int, int]
 
-    @property
-    def requests_per_second(self) -> float:
-        return self.requests / self.duration_s
-
     def latency_us(self, percentile: float) -> int:
         """The smallest latency that `percentile` percent of the requests did not exceed."""
         wanted = sum(self.latencies.values()) * percentile / 100

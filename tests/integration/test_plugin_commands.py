@@ -67,7 +67,8 @@ def test_add_writes_the_record_the_programs_read(pod: Sandbox) -> None:
     generation = attachment.current_generation(str(pod.bed.node.bpffs))
     with bpfsys.closing(generation.open(names.PODS)) as pods_fd:
         record = attachment.read_record(pods_fd, inode)
-    assert (record.id, record.flags, record.proxy_uid) == (pod.pod_id, abi.POD_PROXY_ONLY, 4242)
+    forced = abi.POD_PROXY_ONLY | abi.POD_FORCED  # the testbed's configuration forces a mode
+    assert (record.id, record.flags, record.proxy_uid) == (pod.pod_id, forced, 4242)
     assert record.ip_count == 1
     assert [(r.first, r.last) for r in record.excluded[: record.excluded_count]] == [
         (22, 22),

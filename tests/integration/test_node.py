@@ -1,0 +1,159 @@
+"""load, unload and the self-test when things are not as they left them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bpf import abi
+from install import commands, selftest
+from install.selftest import Verdict
+from tests.bed import cgroups, open_bed
+from tests.bed.bed import Bed
+from tests.bed.node import PROGRAM
+from tests.integration import plugin_calls
+from tests.integration.plugin_calls import Sandbox
+
+
+@pytest.fixture
+def bed() -> Iterator[Bed]:
+    with open_bed() as made:
+        yield made
+
+
+@pytest.fixture
+def pod(bed: Bed) -> Iterator[Sandbox]:
+    with plugin_calls.sandbox(bed, "node") as made:
+        yield made
+
+
+def must(pod: Sandbox, command: str) -> None:
+    answer = pod.call(command)
+    assert answer.exit == 0, answer
+
+
+def in_process(bed: Bed) -> commands.Node:
+    return commands.Node(bed.node.bpffs, bed.node.state_dir)
+
+
+@pytest.mark.parametrize(("old", "new"), [("aaa-old", "zzz-new"), ("zzz-old", "aaa-new")])
+def test_load_leaves_a_re_created_pod_to_its_new_sandbox(
+    bed: Bed, pod: Sandbox, old: str, new: str
+) -> None:
+    before, after = pod.again(old), pod.again(new)
+    must(before, "ADD")
+    must(after, "ADD")
+    bed.node.call("load")
+    assert after.owners() == [after.pod_id]
+    must(after, "CHECK")
+    must(before, "DEL")
+    assert after.owners() == [after.pod_id]
+    must(after, "DEL")
+    assert after.leftovers() == []
+
+
+def test_load_and_unload_find_a_pod_whose_record_is_lost(bed: Bed, pod: Sandbox) -> None:
+    must(pod, "ADD")
+    shutil.rmtree(bed.node.state_dir / "attachments")
+    bed.node.call("load")
+    assert pod.owners() == [pod.pod_id]
+    status = bed.node.status()
+    assert (status["generation"], status["older_generations"]) == (2, [])
+    bed.node.call("unload")
+    assert pod.owners() == []
+
+
+def test_unload_removes_only_what_is_ours(bed: Bed, pod: Sandbox) -> None:
+    must(pod, "ADD")
+    stranger = bed.node.state_dir / "somebody-else's"
+    stranger.write_text("data")
+    (bed.node.bpffs / "next").symlink_to("gen-9")  # a load was killed here
+    (bed.node.bpffs / "gen-of-another").mkdir()
+    bed.node.call("unload")
+    assert [path.name for path in bed.node.state_dir.iterdir()] == [stranger.name]
+    assert [path.name for path in bed.node.bpffs.iterdir()] == ["gen-of-another"]
+    assert pod.owners() == []
+    bed.node.call("unload")
+    must(pod, "DEL")
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("mode", ["off", "proxy-only"])
+def test_a_new_verdict_holds_for_running_pods_too(
+    bed: Bed, pod: Sandbox, monkeypatch: pytest.MonkeyPatch, mode: str, forced: bool
+) -> None:
+    node_json = bed.node.state_dir / "node.json"
+    node_json.write_text(json.dumps({**json.loads(node_json.read_text()), "mode": "full"}))
+    conf = (("mode", "full" if forced else "auto"),)
+    changed = Sandbox(**{**vars(pod), "conf": conf})
+    must(changed, "ADD")
+    verdict = Verdict(mode, ["a bug was found"], [])
+    monkeypatch.setattr(selftest, "run", lambda: verdict)
+    commands.load(in_process(bed))
+    if mode == "off" and not forced:
+        assert changed.owners() == []
+    else:
+        assert changed.owners() == [changed.pod_id]
+        record = next(r for r in in_process(bed).attachments() if r.pod_id == changed.pod_id)
+        assert bool(record.flags & abi.POD_PROXY_ONLY) == (not forced)
+        must(changed, "CHECK")
+    must(changed, "DEL")
+
+
+def test_a_load_that_fails_leaves_no_generation(bed: Bed) -> None:
+    before = bed.node.status()["generation"]
+    node_json = bed.node.state_dir / "node.json"
+    node_json.unlink()
+    node_json.mkdir()  # nothing can be written over it
+    with pytest.raises(RuntimeError, match=r"node\.json"):
+        bed.node.call("load")
+    assert [path.name for path in bed.node.bpffs.glob("gen-*")] == [f"gen-{before}"]
+
+
+def test_a_killed_self_test_is_swept_up() -> None:
+    mount = cgroups.mount_point()
+    process = subprocess.Popen(
+        [PROGRAM, "selftest"], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (left := scratch(mount, process.pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert left[0].exists()
+    selftest.sweep()
+    assert not left[0].exists()
+
+
+def scratch(mount: Path, owner: int) -> list[Path]:
+    """Scratch cgroups that are locked now, by the process `owner`."""
+    found = []
+    for folder in mount.glob(f"{selftest.SCRATCH_PREFIX}*"):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if any(holds(owner, folder)):
+                found.append(folder)
+        finally:
+            os.close(fd)
+    return found
+
+
+def holds(owner: int, folder: Path) -> Iterator[bool]:
+    """Whether each of the process' open files is this folder."""
+    for fd in Path(f"/proc/{owner}/fd").iterdir():
+        try:
+            yield fd.readlink() == folder
+        except OSError:
+            yield False
