@@ -32,7 +32,7 @@ def bed() -> Iterator[Bed]:
 
 @pytest.fixture
 def pod(bed: Bed) -> Iterator[Sandbox]:
-    with plugin_calls.sandbox(bed, "node") as made:
+    with plugin_calls.sandbox(bed, "moved") as made:
         yield made
 
 
