@@ -6,7 +6,9 @@ Every call here has an environment of CNI's variables alone: no HOME, no PATH, n
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,9 +30,18 @@ def bed() -> Iterator[Bed]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def program() -> Iterator[Path]:
+    """The plugin as it is installed: not below /tmp, wherever this repository may be."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        installed = Path(shutil.copytree(plugin_calls.PROGRAM.parent, Path(folder) / "plugin"))
+        yield installed / plugin_calls.PROGRAM.name
+
+
 @pytest.fixture
-def pod(bed: Bed) -> Iterator[Sandbox]:
-    with plugin_calls.sandbox(bed, "odd") as made:
+def pod(bed: Bed, program: Path) -> Iterator[Sandbox]:
+    with plugin_calls.sandbox(bed, "odd") as sandbox:
+        made = replace(sandbox, program=program)
         yield made
         made.call("GC")
 
