@@ -17,6 +17,7 @@ from typing import Any
 import pyroute2
 
 from bpf import abi
+from bpf.stats import possible_cpus
 from cni_plugin import attachment, bpfsys, names
 from cni_plugin.state import Key, State
 from tests.bed import cgroups, netns
@@ -168,12 +169,6 @@ class Sandbox:
             for hop in range(len(abi.HOPS)):
                 key = bytes(abi.CounterKey(pod_id=self.pod_id, hop=hop))
                 bpfsys.map_update(fd, key, bytes(abi.Counters()) * possible_cpus())
-
-
-def possible_cpus() -> int:
-    """How many values a per-CPU map has for a key."""
-    text = Path("/sys/devices/system/cpu/possible").read_text(encoding="ascii").strip()
-    return int(text.rpartition("-")[2]) + 1
 
 
 def _has(map_fd: int, key: bytes, value_size: int) -> bool:

@@ -41,6 +41,10 @@ UNSHOWN = """\
   direction leaves the bypass (a receiver that has fallen behind, `pause`), a message that is still
   on its way could be overtaken; the program waits that out for a bounded time, so that only a
   thread that is held up between two instructions for all of it is left to chance.
+- **An edge-triggered reader that takes a short read for the end of what is there** (epoll(7) allows
+  it), and that does not look at its socket while more than its receive buffer and 512 KB arrive:
+  what came after by TCP can lie there until the next byte comes. The same at `pause` and `unload`
+  with as much unread. nginx with large uploads is such a reader: exclude its port, or proxy-only.
 - **Two threads that read one stream at the same moment.** One can fall asleep on the TCP queue
   while bytes for it come by bypass, until the next byte by TCP or the end of the stream.
 - **Kernel TLS switched on in the middle of a connection** (`TCP_ULP`, OpenSSL with `enable_ktls`):
