@@ -62,7 +62,11 @@ def test_scenario_fails_without_the_rule(
     assert not scenario_holds(mutant.programs(), name, direction, events), mutant.rule
 
 
+CHANCES = 5
+
+
 @pytest.mark.parametrize(("mutant", "case"), BY_CASE, ids=name_of)
 def test_case_fails_without_the_rule(mutant: Mutant, case: Case) -> None:
     assert case_holds(Programs(LIMITS), case)
-    assert not case_holds(mutant.programs(), case), mutant.rule
+    # What goes wrong without a rule is a race: some chances to see it.
+    assert not all(case_holds(mutant.programs(), case) for _ in range(CHANCES)), mutant.rule

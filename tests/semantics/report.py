@@ -45,6 +45,9 @@ UNSHOWN = """\
   it), and that does not look at its socket while more than its receive buffer and 512 KB arrive:
   what came after by TCP can lie there until the next byte comes. The same at `pause` and `unload`
   with as much unread. nginx with large uploads is such a reader: exclude its port, or proxy-only.
+- **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
+  stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
+  more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
 - **Two threads that read one stream at the same moment.** One can fall asleep on the TCP queue
   while bytes for it come by bypass, until the next byte by TCP or the end of the stream.
 - **Kernel TLS switched on in the middle of a connection** (`TCP_ULP`, OpenSSL with `enable_ktls`):
