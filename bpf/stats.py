@@ -36,9 +36,9 @@ def _sum(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
     return {key: left.get(key, 0) + right.get(key, 0) for key in {**left, **right}}
 
 
-def possible_cpus(text: str | None = None) -> int:
+def possible_cpus() -> int:
     """How many values a per-CPU map holds per key: the last possible CPU's number plus one."""
-    ranges = (POSSIBLE_CPUS.read_text() if text is None else text).strip()
+    ranges = POSSIBLE_CPUS.read_text().strip()
     return int(ranges.replace(",", "-").split("-")[-1]) + 1
 
 

@@ -93,7 +93,7 @@ def load(node: Node) -> None:
     with node.locked():
         _write_node_json(node, verdict)
         generations = node.generations
-        ours = {g.sock_ops_id() for g in generations.complete()}
+        ours = generations.program_ids()
         generation = generations.publish(programs)
         try:
             _move_pods(node, generation, ours, verdict.mode)
@@ -111,7 +111,7 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
     if mode == "off":
         for older in node.generations.complete():
             if older != generation:
-                older.set_flags(older.flags() | abi.CONTROL_PAUSED)
+                older.set_paused(True)
     for pod in attached_cgroups(ours):
         record = pod.record
         forced = record is not None and record.flags & abi.POD_FORCED
@@ -133,8 +133,8 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
 
 def _attached_ids(generations: Generations) -> set[int]:
     """The programs of these generations that some pod has."""
-    ours = {generation.sock_ops_id() for generation in generations.complete()}
-    return {each.program.id for pod in attached_cgroups(ours) for each in pod.programs}
+    pods = attached_cgroups(generations.program_ids())
+    return {each.program.id for pod in pods for each in pod.programs}
 
 
 def _write_node_json(node: Node, verdict: selftests.Verdict) -> None:
@@ -153,7 +153,7 @@ def unload(node: Node) -> None:
     """Everything of ours off this node. Open connections go on over TCP."""
     with _locked_if_possible(node):
         generations = node.generations
-        ours = {generation.sock_ops_id() for generation in generations.complete()}
+        ours = generations.program_ids()
         generations.withdraw()
         _set_paused(node, True)
         for pod in attached_cgroups(ours):
@@ -196,8 +196,7 @@ def _set_paused(node: Node, paused: bool) -> int:
     """Returns how many generations there are."""
     generations = node.generations.complete()
     for generation in generations:
-        flags = generation.flags() & ~abi.CONTROL_PAUSED
-        generation.set_flags(flags | (abi.CONTROL_PAUSED if paused else 0))
+        generation.set_paused(paused)
     return len(generations)
 
 

@@ -56,6 +56,11 @@ class Generation:
         with opened(self.folder / names.CONTROL) as fd:
             bpfsys.map_update(fd, bytes(4), bytes(abi.Control(flags, 0)))
 
+    def set_paused(self, paused: bool) -> None:
+        """Whether all bytes of this generation's connections go by TCP."""
+        others = self.flags() & ~abi.CONTROL_PAUSED
+        self.set_flags(others | (abi.CONTROL_PAUSED if paused else 0))
+
     def has_sockets(self) -> bool:
         """Whether any open connection still lives in this generation's sockhash."""
         with opened(self.folder / names.SOCKHASH) as fd:
@@ -80,6 +85,10 @@ class Generations:
     def complete(self) -> list[Generation]:
         """Those with every pin in place."""
         return [g for g in self.all() if all((g.folder / pin).exists() for pin in PINS)]
+
+    def program_ids(self) -> set[int]:
+        """The IDs of their sock_ops programs: what is ours on a cgroup."""
+        return {generation.sock_ops_id() for generation in self.complete()}
 
     def current(self) -> Generation | None:
         link = self.root / names.CURRENT
