@@ -31,7 +31,8 @@ test: build lint
 # Random traffic on all three hops, every byte checked, for MINUTES; a load and pauses meanwhile.
 MINUTES ?= 30
 soak: build
-	$(PY) -m tests.fuzz --hops inbound,outbound,sidecars --seconds $$(( $(MINUTES) * 60 )) --pause-flips --reload 60
+	$(PY) -m tests.fuzz --hops inbound,outbound,sidecars --at-once 12 \
+		--seconds $$(( $(MINUTES) * 60 )) --pause-flips --reload 60
 
 # How long each call of the plugin takes, in turn with the reference bridge plugin.
 plugin-speed: build

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = Path(__file__).parents[2] / ".venv" / "bin" / "tcpip-bypass-node"
-TIMEOUT_S = 60
+TIMEOUT_S = 180  # a soak leaves a load of the programs little of the CPU
 
 
 @dataclass(frozen=True)
