@@ -14,7 +14,9 @@ MAX_PORT_RANGES = 16
 
 POD_PROXY_ONLY = 1
 POD_FORCED = 2
+POD_SERVICES = 4
 CONTROL_PAUSED = 1
+CONTROL_PODS_PAUSED = 2
 
 HOPS = ("none", "inbound", "outbound", "sidecars", "local", "direct")
 REASONS = (
@@ -24,6 +26,7 @@ REASONS = (
     "busy",
     "memory",
     "corked",
+    "stream",
     "paused",
     "ineligible",
     "gone",

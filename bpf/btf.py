@@ -42,11 +42,15 @@ class _Enumerator(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Member:
-    """A struct member's place: bytes from the start of the struct, and, for a bit-field of one
-    bit, the mask of that bit in its byte (0xff otherwise)."""
+    """A struct member's place: bytes from the start of the struct, and, for a bit-field, the mask
+    of its bits in that byte (0xff otherwise)."""
 
     offset: int
     mask: int
+
+    @property
+    def lowest_bit(self) -> int:
+        return self.mask & -self.mask
 
 
 class KernelBTF:

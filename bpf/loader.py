@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bpf.btf import BTFError, KernelBTF, Member
-from cni_plugin import names
+from cni_plugin import bpfsys, names
 
 _HERE = Path(__file__).parent
 SOURCE = _HERE / "tcpip_bypass.c"
@@ -21,16 +21,18 @@ SOURCE = _HERE / "tcpip_bypass.c"
 PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG}
 MAP_PINS = (
     *("conns", "halves"),
-    *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL),
+    *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
 )
 PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
 
 _OFFSETS = {
+    "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
     "REQUEST_SOCK_LISTENER": ("request_sock", "__req_common.skc_listener"),
+    "SOCKET_FILE": ("socket", "file"),
     "SOCKET_WQ_HEAD": ("socket_wq", "wait.head"),
     "SOCK_FLAGS": ("sock", "__sk_common.skc_flags"),
     "SOCK_LOCK_OWNED": ("sock", "sk_lock.owned"),
@@ -39,6 +41,7 @@ _OFFSETS = {
     "SOCK_PROT": ("sock", "__sk_common.skc_prot"),
     "SOCK_RCVBUF": ("sock", "sk_rcvbuf"),
     "SOCK_RCVLOWAT": ("sock", "sk_rcvlowat"),
+    "SOCK_SOCKET": ("sock", "sk_socket"),
     "SOCK_UID": ("sock", "sk_uid"),
     "SOCK_USER_DATA": ("sock", "sk_user_data"),
     "SOCK_WQ": ("sock", "sk_wq"),
@@ -53,6 +56,7 @@ _OFFSETS = {
 
 
 TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
+SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
 
 class LoadError(Exception):
@@ -78,12 +82,14 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
     nonagle = btf.member("tcp_sock", "nonagle")
-    lowest_bit = nonagle.mask & -nonagle.mask
+    userlocks = btf.member("sock", "sk_userlocks")
     flags += [
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
         f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
         f"-DOFF_TCP_SOCK_NONAGLE={nonagle.offset}",
-        f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * lowest_bit:#x}",
+        f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * nonagle.lowest_bit:#x}",
+        f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
+        f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
     return flags
@@ -124,6 +130,7 @@ class Programs:
         except Exception as error:  # bcc raises bare Exception
             raise LoadError(f"bcc could not build the programs for this kernel: {error}") from error
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
+        self._draw_secret()
         self._attach_sk_msg()
 
     def _map_fd(self, name: str) -> int:
@@ -131,6 +138,10 @@ class Programs:
         if fd < 0:
             raise LoadError(f"bcc made no map {name}")
         return fd
+
+    def _draw_secret(self) -> None:
+        """Fills map ``secret`` (struct tb_secret, 16 bytes): only the programs ever read it."""
+        bpfsys.map_update(self._map_fd("secret"), bytes(4), os.urandom(16))
 
     def _attach_sk_msg(self) -> None:
         sk_msg_verdict = 7  # BPF_SK_MSG_VERDICT, linux/bpf.h

@@ -15,6 +15,11 @@
 #include <uapi/linux/bpf.h>
 #include "tcpip_bypass.h"
 
+/* By a name of our own: bcc turns bpf_probe_read_kernel into bpf_probe_read, which sock_ops may not
+ * call, where it sees no kernel symbols (kptr_restrict, no CAP_SYSLOG). */
+static long (*tb_probe_read_kernel)(void *to, __u32 size,
+				    const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+
 #define __always_inline inline __attribute__((always_inline))
 
 #define AF_INET 2
@@ -25,16 +30,34 @@
 #define TCP_KEEPIDLE 4
 #define TCP_KEEPINTVL 5
 #define EBUSY 16
+#define O_NONBLOCK 04000
 
 /* An id is the socket's cookie and, in its low bits, how often the socket has joined before. */
 #define TB_ID_SHIFT 16
 #define TB_MANY (~0ULL)
+/* The epoch of a tx_mark for which no rx_mark of the peer's was the reason. */
+#define TB_SEEN 0xffffffffULL
 /* How many bytes, at most, go on bypassing while there is no good moment to leave. */
 #define TB_MAX_OVERDUE (512 * 1024)
 /* What the kernel allocates for a redirected message besides its bytes (struct sk_msg). */
 #define TB_MESSAGE_COST 1024
 /* A wait queue with more entries than this is not walked: the socket counts as being read. */
 #define TB_MAX_WAITERS 8
+#define TB_MAX_PAUSED_PODS 4096
+/*
+ * What TCP would coalesce: writes below TB_SMALL bytes, hundreds in a row while earlier ones lie
+ * unread, as when both ends share a CPU. One that finds the peer's queue empty takes back as many
+ * as TB_RELIEF. And what gains nothing: TB_STUCK messages in a row that the order rule keeps on
+ * TCP.
+ */
+#define TB_SMALL 8192
+#define TB_CROWD 256
+#define TB_RELIEF 32
+#define TB_STUCK 512
+/* Like TCP's own receive buffer (net.ipv4.tcp_rmem), the bound grows for who reads. */
+#define TB_MAX_BOUND (4 << 20)
+/* How long, in jiffies, a step of parting lasts at least: see tb_take_leave(). */
+#define TB_PARTING_STEP 2
 
 /* ---- What the two ends of one connection know of each other ---------------------------- */
 
@@ -69,15 +92,45 @@ struct tb_half_key {
 
 /* A connection that is being set up: announced, then joined by the client, then the server. */
 struct tb_half {
-	struct tb_end client; /* id 0: has not joined */
-	struct tb_end server;
+	struct tb_end client;	/* id 0: has not joined */
+	struct tb_end server;	/* id 0: has not joined; pod_id: who has announced it */
+	__u64 server_netns;	/* struct net *, of the listener */
 	struct tb_addr dialled; /* where the client meant to go */
 	__u32 dialled_port;	/* host byte order */
+	__u32 vouched;		/* the SYN-ACK had the announcing pod's token, see tb_token() */
+};
+
+/* A connect of a pod that dials Services: its SYN is about to go out. */
+struct tb_dial {
+	struct tb_addr client;
+	__u32 client_isn;
 	__u32 reserved;
 };
 
+/* A TCP option for experiments (RFC 6994), in SYN-ACKs between two accelerated pods of one node. */
+struct tb_option {
+	__u8 kind;
+	__u8 length;
+	__u8 id[2];
+	__u8 token[8];
+};
+
+#define TB_OPTION_KIND 253
+#define TB_OPTION_ID                                                                               \
+	{                                                                                          \
+		't', 'b'                                                                           \
+	}
+
+/* How a socket leaves the sockhash for good, see tb_take_leave(). */
+enum tb_parting {
+	TB_STAYING,
+	TB_PARTING, /* redirects nothing any more, and asks its peer to do the same */
+	TB_CLOSED,  /* whoever looks from now on must not redirect to it */
+	TB_PARTED,  /* not in the sockhash any more: plain TCP */
+};
+
 /* One socket in the sockhash. Written by its owner alone, under its own socket lock; the
- * peer reads `rx_mark`. */
+ * peer reads `rx_mark` and `parting`. */
 struct tb_conn {
 	/*
 	 * "All my peer's TCP bytes below sequence number (u32)rx_mark were consumed, and nobody
@@ -96,11 +149,22 @@ struct tb_conn {
 	__u64 messages; /* bypassed, not yet in the counters */
 	__u64 bytes;
 	__u64 tallied_at; /* jiffies */
+	__u64 stepped_at; /* jiffies of the last step of parting */
+	__u32 parting;	  /* enum tb_parting */
+	__u64 oldest;	  /* struct sk_msg * at the head of the peer's queue, as last seen */
+	__u32 crowd;	  /* how much this looks like a stream that TCP would do better */
+	__u32 stuck;	  /* messages in a row that the order rule has kept on TCP */
+	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;
+};
+
+/* What only the kernel's own programs know. */
+struct tb_secret {
+	__u64 key[2];
 };
 
 /* ---- Maps ------------------------------------------------------------------------------- */
@@ -109,9 +173,12 @@ BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
 BPF_SOCKHASH(sockhash, __u64, TB_MAX_SOCKETS);
 BPF_F_TABLE("lru_hash", struct tb_half_key, struct tb_half, halves, TB_MAX_PENDING, 0);
+BPF_F_TABLE("lru_hash", struct tb_dial, __u32, dials, TB_MAX_PENDING, 0);
+BPF_ARRAY(secret, struct tb_secret, 1); /* drawn anew by each load */
 BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, TB_MAX_COUNTERS,
 	    BPF_F_NO_PREALLOC);
 BPF_ARRAY(control, struct tb_control, 1);
+BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PAUSED_PODS, BPF_F_NO_PREALLOC);
 
 /* ---- Reading kernel memory -------------------------------------------------------------- */
 
@@ -123,7 +190,7 @@ static __always_inline __u64 tb_read64(__u64 address)
 {
 	__u64 value = 0;
 
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	tb_probe_read_kernel(&value, sizeof(value), (void *)address);
 	return value;
 }
 
@@ -131,7 +198,7 @@ static __always_inline __u32 tb_read32(__u64 address)
 {
 	__u32 value = 0;
 
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	tb_probe_read_kernel(&value, sizeof(value), (void *)address);
 	return value;
 }
 
@@ -139,7 +206,7 @@ static __always_inline __u8 tb_read8(__u64 address)
 {
 	__u8 value = 0;
 
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	tb_probe_read_kernel(&value, sizeof(value), (void *)address);
 	return value;
 }
 
@@ -149,7 +216,7 @@ static __always_inline __u64 tb_context_sock(struct bpf_sock_ops *skops)
 {
 	__u64 sk = 0;
 
-	bpf_probe_read_kernel(&sk, sizeof(sk), (void *)skops + OFF_SOCK_OPS_SK);
+	tb_probe_read_kernel(&sk, sizeof(sk), (void *)skops + OFF_SOCK_OPS_SK);
 	return sk;
 }
 
@@ -443,8 +510,7 @@ static __always_inline void tb_mark_consumed(struct tb_conn *conn, __u32 seq)
 		return;
 	if ((int)tb_read32(conn->self + OFF_SOCK_RCVLOWAT) > 1 || tb_has_sleeper(conn->self))
 		return;
-	epoch = (epoch + 1) & 0xffffffff;
-	conn->rx_mark = (epoch ? epoch : 1) << 32 | seq;
+	conn->rx_mark = (epoch + 1 < TB_SEEN ? epoch + 1 : 1) << 32 | seq;
 }
 
 /*
@@ -472,8 +538,163 @@ static __always_inline void tb_announce(struct bpf_sock_ops *skops, const struct
 	key.netns = tb_netns(&key.client, request);
 	key.client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
 	key.server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
+	half.server.pod_id = pod->id;
+	half.server_netns = tb_read64(request + OFF_SOCK_NET);
 	halves.insert(&key, &half);
 }
+
+/* ---- Joining through a Service ------------------------------------------------------------ */
+
+#define TB_ROTL(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
+
+#define TB_SIPROUND(v0, v1, v2, v3)                                                                \
+	do {                                                                                       \
+		v0 += v1;                                                                          \
+		v2 += v3;                                                                          \
+		v1 = TB_ROTL(v1, 13) ^ v0;                                                         \
+		v3 = TB_ROTL(v3, 16) ^ v2;                                                         \
+		v0 = TB_ROTL(v0, 32);                                                              \
+		v2 += v1;                                                                          \
+		v0 += v3;                                                                          \
+		v1 = TB_ROTL(v1, 17) ^ v2;                                                         \
+		v3 = TB_ROTL(v3, 21) ^ v0;                                                         \
+		v2 = TB_ROTL(v2, 32);                                                              \
+	} while (0)
+
+/*
+ * RULE (identity). Where a Service's address was dialled, the node's address translation chooses
+ * the server, and nothing that the client knows tells which pod that is. So the server's pod
+ * vouches for itself: its SYN-ACK, which takes the way that the node's own rules gave it, has a
+ * token in it, a MAC (SipHash-2-4) over the connection and the pod, under a secret that never
+ * leaves the kernel. Whoever did not get this very SYN cannot make it, and one that was seen is
+ * good for nothing else.
+ */
+static __always_inline __u64 tb_token(const struct tb_half_key *key, __u64 pod_id)
+{
+	int zero = 0;
+	struct tb_secret *s = secret.lookup(&zero);
+	__u64 word[5] = {
+		(__u64)key->client.word[0] << 32 | key->client.word[1],
+		(__u64)key->client.word[2] << 32 | key->client.word[3],
+		(__u64)key->client_isn << 32 | key->server_isn,
+		pod_id,
+		32ULL << 56, /* the length, as SipHash has it */
+	};
+	__u64 v0, v1, v2, v3;
+	int i;
+
+	if (!s)
+		return 0;
+	v0 = s->key[0] ^ 0x736f6d6570736575ULL;
+	v1 = s->key[1] ^ 0x646f72616e646f6dULL;
+	v2 = s->key[0] ^ 0x6c7967656e657261ULL;
+	v3 = s->key[1] ^ 0x7465646279746573ULL;
+#pragma unroll
+	for (i = 0; i < 5; i++) {
+		v3 ^= word[i];
+		TB_SIPROUND(v0, v1, v2, v3);
+		TB_SIPROUND(v0, v1, v2, v3);
+		v0 ^= word[i];
+	}
+	v2 ^= 0xff;
+#pragma unroll
+	for (i = 0; i < 4; i++)
+		TB_SIPROUND(v0, v1, v2, v3);
+	return v0 ^ v1 ^ v2 ^ v3;
+}
+
+/* A listener of a pod that serves Services asks to be called for its SYN-ACKs; its connections
+ * inherit that, and end it when they are established. */
+static __always_inline void tb_vouches(struct bpf_sock_ops *skops, int on)
+{
+	int flags = skops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+
+	if (on)
+		flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+	if (flags != skops->bpf_sock_ops_cb_flags)
+		bpf_sock_ops_cb_flags_set(skops, flags);
+}
+
+/* The client says that its SYN comes from this node: no other peer gets to see the option. */
+static __always_inline void tb_dials(struct bpf_sock_ops *skops)
+{
+	__u64 sk = tb_context_sock(skops);
+	struct tb_dial dial = {};
+	__u32 one = 1;
+
+	if (!tb_local_addr(skops, &dial.client))
+		return;
+	dial.client_isn = tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ) + 1;
+	dials.update(&dial, &one);
+}
+
+/* The key of the connection whose SYN-ACK is being made, if it was announced by this pod, and if
+ * the SYN came from this node. */
+static __always_inline int tb_is_vouched_for(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					     struct tb_half_key *key)
+{
+	__u64 request = tb_context_sock(skops);
+	struct tb_dial dial = {};
+	struct tb_half *half;
+
+	if (skops->is_fullsock || !tb_remote_addr(skops, &key->client))
+		return 0;
+	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
+	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
+	dial.client = key->client;
+	dial.client_isn = key->client_isn;
+	if (!dials.lookup(&dial))
+		return 0;
+	half = halves.lookup(key);
+	return half && half->server.pod_id == pod->id;
+}
+
+static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const struct tb_pod *pod)
+{
+	struct tb_option option = {TB_OPTION_KIND, sizeof(option), TB_OPTION_ID};
+	struct tb_half_key key = {};
+	__u64 token;
+
+	if (!tb_is_vouched_for(skops, pod, &key))
+		return;
+	if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
+		bpf_reserve_hdr_opt(skops, sizeof(option), 0);
+		return;
+	}
+	token = tb_token(&key, pod->id);
+	__builtin_memcpy(option.token, &token, sizeof(token));
+	bpf_store_hdr_opt(skops, &option, sizeof(option), 0);
+}
+
+static __always_inline void tb_reaches_services(struct bpf_sock_ops *skops,
+						const struct tb_pod *pod)
+{
+	if (skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		tb_dials(skops);
+	else if (skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+		tb_vouches(skops, 1);
+	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		tb_vouches(skops, 0);
+	else if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB ||
+		 skops->op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB)
+		tb_write_option(skops, pod);
+}
+
+/* Does the SYN-ACK that the client has just got show that the announcing pod has sent it? */
+static __always_inline int tb_has_token(struct bpf_sock_ops *skops, const struct tb_half_key *key,
+					const struct tb_half *half)
+{
+	/* To search by kind and ID, the length is that of the two (bpf_helpers(7)). */
+	struct tb_option option = {TB_OPTION_KIND, 4, TB_OPTION_ID};
+	__u64 token;
+
+	if (bpf_load_hdr_opt(skops, &option, sizeof(option), 0) != sizeof(option))
+		return 0;
+	__builtin_memcpy(&token, option.token, sizeof(token));
+	return token == tb_token(key, half->server.pod_id);
+}
+
+/* ---- Joining, again ------------------------------------------------------------------------ */
 
 /* The client's end is established, before the server's. It joins if it was announced. */
 static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
@@ -482,6 +703,7 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 	__u64 sk = tb_context_sock(skops);
 	struct tb_half_key key = {};
 	struct tb_half half = {}, *found;
+	struct tb_dial dial = {};
 	struct tb_conn *conn;
 	__u32 outcome;
 
@@ -490,11 +712,21 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 	key.netns = tb_netns(&key.client, sk);
 	key.client_isn = skops->snd_nxt;
 	key.server_isn = skops->rcv_nxt;
+	if (pod->flags & TB_POD_SERVICES) {
+		dial.client = key.client;
+		dial.client_isn = key.client_isn;
+		dials.delete(&dial);
+	}
 	found = halves.lookup(&key);
 	if (!found)
 		return TB_OUTCOME_NO_PEER;
-	if (found->client.id || (!key.netns && !tb_pod_owns(pod, &key.client)))
+	/* A sidecar may speak in the name of a client elsewhere (TPROXY), to its own namespace. */
+	if (found->client.id || (!key.netns && !tb_pod_owns(pod, &key.client) &&
+				 found->server_netns != tb_read64(sk + OFF_SOCK_NET)))
 		return TB_OUTCOME_MISMATCH;
+	half.server.pod_id = found->server.pod_id;
+	half.server_netns = found->server_netns;
+	half.vouched = (pod->flags & TB_POD_SERVICES) && tb_has_token(skops, &key, found);
 	half.dialled_port = bpf_ntohl(skops->remote_port);
 	if (tb_pod_excludes(pod, half.dialled_port) || tb_pod_excludes(pod, skops->local_port))
 		return TB_OUTCOME_EXCLUDED;
@@ -512,14 +744,18 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 }
 
 /* Whether a connection may be this pod's server's. RULE (identity): a half is taken once, and
- * from another pod only by the pod whose IP was dialled, whatever else anybody may know. */
+ * from another pod only by the pod whose IP was dialled, or that has vouched for itself, whatever
+ * else anybody may know. */
 static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_half_key *key,
 					const struct tb_pod *pod, const struct tb_addr *local)
 {
 	if (half->server.id)
 		return 0;
-	return half->client.pod_id == pod->id ||
-	       (!key->netns && tb_pod_owns(pod, local) && tb_pod_owns(pod, &half->dialled));
+	if (half->client.pod_id == pod->id)
+		return 1;
+	return !key->netns && tb_pod_owns(pod, local) &&
+	       (tb_pod_owns(pod, &half->dialled) ||
+		(half->vouched && half->server.pod_id == pod->id));
 }
 
 /* The server's end is established: it joins if its client did. */
@@ -559,7 +795,8 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	/* copied_seq is set a moment later (tcp_rcv_state_process); nobody can be reading. */
 	tb_mark_consumed(conn, skops->rcv_nxt);
 	tb_keep_alive(skops, pod, conn->self);
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
+						 BPF_SOCK_OPS_RTT_CB_FLAG);
 	half.server = conn->me;
 	halves.update(&key, &half);
 	return TB_OUTCOME_PAIRED;
@@ -584,15 +821,12 @@ static __always_inline void tb_state_changed(struct bpf_sock_ops *skops, struct 
  * to it on its way fails. Nobody can have redirected to this one: the server would have had to
  * take the offer first, and the offer is still there, untaken.
  */
-static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, struct tb_conn *conn)
+static __always_inline void tb_leave_alone(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	struct tb_half *half;
 
-	if (conn->seeking && skops->snd_una == conn->half.client_isn)
+	if (skops->snd_una == conn->half.client_isn)
 		return; /* that was the SYN */
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
-	if (!conn->seeking)
-		return;
 	half = halves.lookup(&conn->half);
 	if (!half || half->server.id)
 		return;
@@ -600,6 +834,53 @@ static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, str
 	halves.delete(&conn->half);
 	sockhash.delete(&conn->me.id);
 	tb_count_outcome(conn->me.pod_id, TB_HOP_NONE, TB_OUTCOME_NO_PEER);
+}
+
+/*
+ * A socket whose stream TCP does better leaves the sockhash, where it would be slower than TCP
+ * even if it redirected nothing.
+ *
+ * RULE (removal), as above: nothing may be unread in this socket's queue, and no redirect to it on
+ * its way, now or later. It goes in steps, each a while after the one before, long enough for every
+ * CPU to see what was written:
+ *   1. TB_PARTING. This end redirects nothing any more; whoever sends at the other end sees that,
+ *      and parts as well if it can do so in good order.
+ *   2. TB_CLOSED. Whoever sends at the other end from now on goes by TCP, come what may.
+ *   3. TB_PARTED, if this end's queue is empty.
+ * After 1 and after 2 there must be a moment in which no redirect by the other end can be on its
+ * way: it has parted itself, or no thread is inside a call on it (each would hold its psock; the
+ * one reference is the sockhash's). So those that had looked before a step are done before the
+ * next.
+ */
+static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	__u64 now = bpf_jiffies64(), head = conn->me.psock + OFF_PSOCK_INGRESS_MSG;
+
+	if (now - conn->stepped_at < TB_PARTING_STEP)
+		return;
+	if (tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting)) == TB_STAYING &&
+	    tb_read32(conn->peer.psock + OFF_PSOCK_REFCNT) != 1)
+		return;
+	conn->stepped_at = now;
+	if (conn->parting == TB_PARTING) {
+		conn->parting = TB_CLOSED;
+		return;
+	}
+	if (tb_read64(head) != head)
+		return;
+	tb_flush_tally(conn);
+	conn->parting = TB_PARTED;
+	sockhash.delete(&conn->me.id);
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
+/* Only bytes that went by TCP are acknowledged: while a connection bypasses, this never runs. */
+static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (conn->seeking)
+		tb_leave_alone(skops, conn);
+	else if (conn->parting)
+		tb_take_leave(skops, conn);
 }
 
 /*
@@ -642,12 +923,12 @@ int tb_sock_ops(struct bpf_sock_ops *skops)
 	__u32 outcome, hop = TB_HOP_NONE;
 
 	if (skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
-	    skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB || skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB) {
+	    skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB || skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
 		tb_socket_lives_on(skops);
-		return 1;
-	}
 	if (!pod || !pod->id)
 		return 1;
+	if (pod->flags & TB_POD_SERVICES)
+		tb_reaches_services(skops, pod);
 	if (skops->op == BPF_SOCK_OPS_RWND_INIT && !skops->is_fullsock)
 		tb_announce(skops, pod);
 	if (skops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
@@ -685,6 +966,19 @@ static __always_inline int tb_paired(struct tb_conn *conn)
 }
 
 /*
+ * Has the peer consumed everything up to `seq`, and cannot it sleep on a part of what it waits for?
+ * Then it need not declare anything. Reads from a non-blocking file never sleep, whatever their
+ * flags; a thread that does sleep here was there before the file was made so, or polls.
+ */
+static __always_inline int tb_has_consumed(__u64 sk, __u32 seq)
+{
+	__u64 file = tb_read64(tb_read64(sk + OFF_SOCK_SOCKET) + OFF_SOCKET_FILE);
+
+	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == seq &&
+	       (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) && !tb_has_sleeper(sk);
+}
+
+/*
  * RULE (order). A receiver reads redirected bytes before anything in its TCP queue. So from
  * TCP to bypass only when the peer has declared, after the last byte this end sent by TCP,
  * that it had consumed everything (tb_mark_consumed). From bypass to TCP any time.
@@ -700,18 +994,19 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, __u32 write_seq)
 
 	if (mark && (__u32)mark == write_seq)
 		return 1;
+	if (mark && mark >> 32 != TB_SEEN)
+		conn->tx_dead = mark;
 	conn->tx_mark = 0;
-	if (mark)
-		conn->tx_dead = mark;
 	mark = tb_read64(conn->peer.conn + offsetof(struct tb_conn, rx_mark));
-	if (!mark || mark == conn->tx_dead)
-		return 0;
-	if ((__u32)mark != write_seq) {
-		conn->tx_dead = mark;
-		return 0;
+	if (mark && mark != conn->tx_dead) {
+		if ((__u32)mark == write_seq)
+			conn->tx_mark = mark;
+		else
+			conn->tx_dead = mark;
 	}
-	conn->tx_mark = mark;
-	return 1;
+	if (!conn->tx_mark && tb_has_consumed(conn->peer.sk, write_seq))
+		conn->tx_mark = TB_SEEN << 32 | write_seq;
+	return conn->tx_mark != 0;
 }
 
 /*
@@ -725,12 +1020,15 @@ static __always_inline int tb_busy(const struct tb_conn *conn)
 	return !conn->peer.is_proxy && tb_read32(conn->peer.sk + OFF_SOCK_LOCK_OWNED);
 }
 
-static __always_inline int tb_paused(void)
+static __always_inline int tb_paused(struct tb_conn *conn)
 {
 	int zero = 0;
 	struct tb_control *node = control.lookup(&zero);
 
-	return !node || (node->flags & TB_CONTROL_PAUSED);
+	if (!node || (node->flags & TB_CONTROL_PAUSED))
+		return 1;
+	return (node->flags & TB_CONTROL_PODS_PAUSED) &&
+	       (paused_pods.lookup(&conn->me.pod_id) || paused_pods.lookup(&conn->peer.pod_id));
 }
 
 /*
@@ -752,6 +1050,16 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 	return conn->pressure && tb_read64(conn->pressure);
 }
 
+static __always_inline __u32 tb_bound(const struct tb_conn *conn)
+{
+	__u32 rcvbuf = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
+
+	if (rcvbuf >= conn->bound ||
+	    (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK))
+		return rcvbuf;
+	return conn->bound < TB_MAX_BOUND ? conn->bound : TB_MAX_BOUND;
+}
+
 /*
  * Why this message should leave the bypass, or TB_REASONS.
  *
@@ -764,7 +1072,7 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void *tp, __u32 cost,
 						int empty)
 {
-	if (tb_paused())
+	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
 	if (tb_short_of_memory(conn))
 		return TB_REASON_MEMORY;
@@ -773,11 +1081,19 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if (!empty && conn->queued + cost > tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF))
+	if (!empty && conn->queued + cost > tb_bound(conn))
 		return TB_REASON_BACKLOG;
 	conn->queued += cost;
 	conn->overdue = 0;
 	return TB_REASONS;
+}
+
+/* First step out of the sockhash; no redirect of this end's may be on its way. */
+static __always_inline void tb_part(struct tb_conn *conn)
+{
+	conn->writer = 0;
+	conn->parting = TB_PARTING;
+	conn->stepped_at = bpf_jiffies64();
 }
 
 /*
@@ -793,24 +1109,65 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u32 size,
 				      __u64 thread)
 {
-	__u64 head = conn->peer.psock + OFF_PSOCK_INGRESS_MSG;
-	int empty = tb_read64(head) == head;
+	__u64 list = conn->peer.psock + OFF_PSOCK_INGRESS_MSG, oldest = tb_read64(list);
+	int empty = oldest == list;
 	__u32 cost = size + TB_MESSAGE_COST, reason;
 	int clean;
 
-	if (empty)
+	conn->stuck = 0;
+	if (empty) {
+		if (conn->queued > conn->bound / 2 && conn->bound < TB_MAX_BOUND)
+			conn->bound = conn->queued * 2;
 		conn->queued = 0;
+	}
+	if (empty || oldest != conn->oldest)
+		conn->crowd -= conn->crowd < TB_RELIEF ? conn->crowd : TB_RELIEF;
+	else if (size < TB_SMALL)
+		conn->crowd++;
+	conn->oldest = oldest;
 	reason = tb_reason_to_leave(conn, tp, cost, empty);
-	if (reason == TB_REASONS)
+	if (reason == TB_REASONS && conn->crowd <= TB_CROWD)
 		return reason;
 	clean = tb_alone(conn, thread) &&
 		(empty || conn->peer.is_proxy || reason == TB_REASON_BUSY);
+	if (reason == TB_REASONS) {
+		if (clean)
+			tb_part(conn);
+		return clean ? TB_REASON_STREAM : TB_REASONS;
+	}
 	conn->overdue += cost;
 	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE)
 		return TB_REASONS;
 	conn->writer = 0;
 	conn->overdue = 0;
 	return reason;
+}
+
+/* Must this message go by TCP, because one end is on its way out of the sockhash? */
+static __always_inline int tb_is_parting(struct tb_conn *conn, __u64 thread)
+{
+	__u32 peer;
+
+	if (conn->parting)
+		return 1;
+	peer = tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting));
+	if (peer)
+		conn->crowd = TB_CROWD + 1; /* part as well, at the next good moment */
+	if (peer >= TB_CLOSED && tb_alone(conn, thread))
+		tb_part(conn);
+	return peer >= TB_CLOSED;
+}
+
+/* The order rule keeps this message on TCP. Where it does so all the time, as towards an
+ * application that never answers, the socket is better off outside the sockhash. */
+static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, __u64 thread)
+{
+	if (tb_paused(conn))
+		return TB_REASON_PAUSED;
+	conn->stuck++;
+	if ((conn->crowd > TB_CROWD || conn->stuck > TB_STUCK) && tb_alone(conn, thread))
+		tb_part(conn);
+	return TB_REASON_ORDER;
 }
 
 /* Redirects the message and returns TB_REASONS, or returns why it must go by TCP. */
@@ -823,8 +1180,10 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	tb_mark_consumed(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_COPIED_SEQ));
 	if (!tb_paired(conn))
 		return TB_REASON_UNPAIRED;
+	if (tb_is_parting(conn, thread))
+		return TB_REASON_STREAM;
 	if (!tb_may_bypass(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)))
-		return tb_paused() ? TB_REASON_PAUSED : TB_REASON_ORDER;
+		return tb_kept_on_tcp(conn, thread);
 	/* With kTLS at either end the bytes here are not the bytes on the wire; and for a
 	 * bypassed MSG_ZEROCOPY no completion comes. */
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||

@@ -30,6 +30,7 @@ struct tb_port_range {
 enum tb_pod_flag {
 	TB_POD_PROXY_ONLY = 1, /* accelerate only connections between two sidecars */
 	TB_POD_FORCED = 2,     /* the configuration forces the mode: `load` leaves it be */
+	TB_POD_SERVICES = 4,   /* pairs through a Service's address translation, too: no sidecar */
 };
 
 /*
@@ -51,10 +52,12 @@ struct tb_pod {
 
 /* tb_control.flags */
 enum tb_control_flag {
-	TB_CONTROL_PAUSED = 1, /* from the next message on, every byte goes by TCP */
+	TB_CONTROL_PAUSED = 1,	    /* from the next message on, every byte goes by TCP */
+	TB_CONTROL_PODS_PAUSED = 2, /* so do those to and from pods in map "paused_pods" */
 };
 
-/* Map "control" (BPF_MAP_TYPE_ARRAY, one element): the node's switch. */
+/* Map "control" (BPF_MAP_TYPE_ARRAY, one element): the node's switch. Map "paused_pods"
+ * (BPF_MAP_TYPE_HASH) has the __u64 pod IDs of single pods that are paused, with a __u32 of 1. */
 struct tb_control {
 	__u32 flags;
 	__u32 reserved;
@@ -79,6 +82,7 @@ enum tb_reason {
 	TB_REASON_BUSY,	      /* a thread of the peer's is inside a call on its socket */
 	TB_REASON_MEMORY,     /* the kernel is short of memory for TCP */
 	TB_REASON_CORKED,     /* TCP_CORK: the sender wants it held back */
+	TB_REASON_STREAM,     /* a stream of small writes: it is about to leave the sockhash */
 	TB_REASON_PAUSED,     /* the operator paused the bypass */
 	TB_REASON_INELIGIBLE, /* an end got a ULP or SO_ZEROCOPY after it joined */
 	TB_REASON_GONE,	      /* the peer has left the sockhash: it is closing */

@@ -43,7 +43,7 @@ class Mutant:
 
 ORDER = Mutant(
     "order: to the bypass although TCP bytes lie unread",
-    (Edit(r"if \(\(__u32\)mark != write_seq\) \{", "if (0) {"),),
+    (Edit(r"\t\tif \(\(__u32\)mark == write_seq\)\n", "\t\tif (1)\n"),),
 )
 
 # Pairing by addresses alone is not enough to go wrong: a mark is a sequence number as well, and a
@@ -81,10 +81,30 @@ WAKE_UP = Mutant(
 
 STALE_MARK = Mutant(
     "stale mark: believed again after the sequence numbers have wrapped",
-    (Edit(r"if \(!mark \|\| mark == conn->tx_dead\)", "if (!mark)"),),
+    (Edit(r"if \(mark && mark != conn->tx_dead\)", "if (mark)"),),
 )
 
 OVERTAKING = Mutant(
     "order: a message by TCP overtakes another thread's redirect",
     (Edit(r"return !conn->writer \|\| [^;]+;", "return 1;"),),
+)
+
+LEAVING_UNREAD = Mutant(
+    "removal: a socket leaves with bypassed bytes unread",
+    (Edit(r"if \(tb_read64\(head\) != head\)\n\t\treturn;", ""),),
+)
+
+LEAVING_BLINDLY = Mutant(
+    "removal: a socket leaves while a redirect to it is on its way",
+    (Edit(r" &&\n\t    tb_read32\(conn->peer\.psock \+ OFF_PSOCK_REFCNT\) != 1\)", " && 0)"),),
+)
+
+LEAVING_OPENLY = Mutant(
+    "removal: redirects go on to a socket that has announced to leave",
+    (Edit(r"return peer >= TB_CLOSED;", "return 0;"),),
+)
+
+SILENT_ORDER = Mutant(
+    "order: to the bypass although TCP bytes lie unread at a non-blocking reader",
+    (Edit(r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == seq", "1"),),
 )

@@ -8,6 +8,7 @@ bypass: that the C code says, compiled for this machine (tests/fuzz/host).
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,7 @@ WRAP = 2**32
 LARGEST = 17 * 32768  # bytes: what one sk_msg holds at most
 RCVBUF = 131_072
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
+LARGEST_BOUND = 4 << 20  # TB_MAX_BOUND: what RCVBUF grows to for a peer that reads
 
 
 def built(folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
@@ -47,6 +49,7 @@ class End:
 
     write_seq: int
     copied_seq: int
+    nonblocking: bool = False
     said: int = 0  # messages
     heard: int = 0
     bypass_queue: deque[tuple[int, int]] = field(default_factory=deque)  # (message, bytes left)
@@ -56,26 +59,38 @@ class End:
     lowat: int = 1
     locked: bool = False  # its socket lock is held
     others_inside: int = 0  # threads in send or recv, besides the one that sends now
+    on_its_way: int | None = None  # size of a redirect by another thread: decided, not yet queued
+    left: bool = False  # the sockhash: plain TCP from here on
 
 
 class Connection:
     """Two ends; raises Broken when bytes come out of order or a reader sleeps through them."""
 
     def __init__(
-        self, rules: ctypes.CDLL, isn: tuple[int, int], proxies: tuple[bool, bool]
+        self,
+        rules: ctypes.CDLL,
+        isn: tuple[int, int],
+        proxies: tuple[bool, bool],
+        nonblocking: tuple[bool, bool],
     ) -> None:
         self._rules = rules
         two = ctypes.c_uint32 * 2
-        rules.host_connect(two(*isn), two(*proxies), RCVBUF)
-        self.ends = [End(isn[0], isn[1]), End(isn[1], isn[0])]
+        flags = (os.O_NONBLOCK if each else 0 for each in nonblocking)
+        rules.host_connect(two(*isn), two(*proxies), two(*flags), RCVBUF)
+        self.ends = [
+            End(isn[0], isn[1], nonblocking=nonblocking[0]),
+            End(isn[1], isn[0], nonblocking=nonblocking[1]),
+        ]
         self.paused = False
+        self.bounded = LARGEST_BOUND + OVERDUE + 2 * LARGEST
 
-    def _tell(self) -> None:
+    def _tell(self, sender: int | None = None) -> None:
         for number, end in enumerate(self.ends):
             self._rules.host_set(
                 number,
                 *(ctypes.c_uint32(end.write_seq), ctypes.c_uint32(end.copied_seq)),
-                *(end.lowat, int(end.locked), 2 + end.others_inside),
+                # The sender of the moment holds its psock as well; see send().
+                *(end.lowat, int(end.locked), 1 + end.others_inside + (number == sender)),
                 *(int(bool(end.wants) or end.polling), int(not end.bypass_queue)),
             )
 
@@ -86,8 +101,8 @@ class Connection:
     def send(self, sender: int, size: int, thread: int = 1) -> bool:
         """One message, delivered at once; says whether it went by bypass."""
         end, peer = self.ends[sender], self.ends[1 - sender]
-        self._tell()
-        bypassed = bool(self._rules.host_send(sender, size, ctypes.c_uint64(thread)))
+        self._tell(sender)
+        bypassed = not end.left and self._asked(sender, size, thread)
         message = end.said
         end.said += 1
         if bypassed:
@@ -97,7 +112,7 @@ class Connection:
                 raise Broken(f"message {message} is bypassed, its reader sleeps on the TCP queue")
             peer.bypass_queue.append((message, size))
             unread = sum(left for _, left in peer.bypass_queue)
-            if unread > RCVBUF + OVERDUE + 2 * LARGEST:
+            if unread > self.bounded:
                 raise Broken(f"{unread} bypassed bytes lie unread")
         else:
             end.write_seq = (end.write_seq + size) % WRAP
@@ -105,6 +120,47 @@ class Connection:
             if peer.wants:
                 peer.wants -= self._take(peer, peer.tcp_queue, peer.wants)
         return bypassed
+
+    def _asked(self, sender: int, size: int, thread: int) -> bool:
+        bypassed = bool(self._rules.host_send(sender, size, ctypes.c_uint64(thread)))
+        if bypassed and self.ends[1 - sender].left:
+            raise Broken("a redirect to a socket that has left the sockhash: the send fails")
+        return bypassed
+
+    def start_redirect(self, sender: int, size: int, thread: int) -> bool:
+        """One thread's message, decided upon; arrive() queues it. Says whether it is a redirect."""
+        end = self.ends[sender]
+        self._tell(sender)
+        if end.left or not self._asked(sender, size, thread):
+            return False
+        end.others_inside += 1
+        end.on_its_way = size
+        return True
+
+    def arrive(self, sender: int) -> None:
+        """The kernel queues the message of start_redirect()."""
+        end, peer = self.ends[sender], self.ends[1 - sender]
+        assert end.on_its_way is not None
+        if peer.left:
+            raise Broken(
+                "a redirect arrives at a socket that has left the sockhash: bytes are lost"
+            )
+        peer.bypass_queue.append((end.said, end.on_its_way))
+        end.said += 1
+        end.others_inside -= 1
+        end.on_its_way = None
+
+    def acknowledge(self, speaker: int, times: int = 1) -> bool:
+        """The peer's TCP acknowledges bytes; says whether the speaker has left the sockhash."""
+        end = self.ends[speaker]
+        for _ in range(0 if end.left else times):
+            self._tell()
+            end.left = bool(self._rules.host_acknowledged(speaker))
+            if end.left:
+                if end.bypass_queue:
+                    raise Broken(f"{len(end.bypass_queue)} unread messages are thrown away")
+                break
+        return end.left
 
     def send_by_tcp(self, sender: int, total: int, unread: int) -> None:
         """Many messages while the bypass is paused, all but the last bytes read at once.
@@ -132,7 +188,7 @@ class Connection:
         if not end.tcp_queue:
             return 0  # blocks in tcp_bpf_recvmsg, for both queues: no danger
         got = self._take(end, end.tcp_queue, size)
-        if wait_for_all and got < size:
+        if wait_for_all and got < size and not end.nonblocking:
             end.wants = size - got
         return got
 

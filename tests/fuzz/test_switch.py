@@ -14,9 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.fuzz import mutants, switch
 from tests.fuzz.mutants import Mutant
-from tests.fuzz.switch import LARGEST, WRAP, Broken, Connection
+from tests.fuzz.switch import LARGEST, OVERDUE, RCVBUF, WRAP, Broken, Connection
 
 SIDE = st.sampled_from((0, 1))
+BOTH = st.tuples(st.booleans(), st.booleans())
 SIZE = st.one_of(st.integers(1, 64), st.integers(1, LARGEST))
 # Near the wrap, and anywhere.
 ISN = st.one_of(st.integers(WRAP - 5000, WRAP - 1), st.integers(0, WRAP - 1))
@@ -34,9 +35,11 @@ class Machine(RuleBasedStateMachine):
 
     mutant: Mutant | None = None
 
-    @initialize(isn=st.tuples(ISN, ISN), proxies=st.tuples(st.booleans(), st.booleans()))
-    def connect(self, isn: tuple[int, int], proxies: tuple[bool, bool]) -> None:
-        self.connection = Connection(rules(self.mutant), isn, proxies)
+    @initialize(isn=st.tuples(ISN, ISN), proxies=BOTH, nonblocking=BOTH)
+    def connect(
+        self, isn: tuple[int, int], proxies: tuple[bool, bool], nonblocking: tuple[bool, bool]
+    ) -> None:
+        self.connection = Connection(rules(self.mutant), isn, proxies, nonblocking)
 
     @rule(sender=SIDE, size=SIZE, times=st.integers(1, 4))
     def send(self, sender: int, size: int, times: int) -> None:
@@ -64,6 +67,18 @@ class Machine(RuleBasedStateMachine):
     @rule(paused=st.booleans())
     def pause(self, paused: bool) -> None:
         self.connection.pause(paused)
+
+    @rule(speaker=SIDE, times=st.integers(1, 8))
+    def acknowledge(self, speaker: int, times: int) -> None:
+        self.connection.acknowledge(speaker, times)
+
+    @rule(sender=SIDE, rounds=st.integers(1, 30))
+    def stream(self, sender: int, rounds: int) -> None:
+        """Small writes, read in one go now and then."""
+        for _ in range(rounds):
+            for _ in range(60):
+                self.connection.send(sender, 10)
+            self.read_everything(1 - sender)
 
     @rule(reader=SIDE, locked=st.booleans())
     def lock(self, reader: int, locked: bool) -> None:
@@ -95,8 +110,9 @@ TestSwitch.settings = settings(
 )
 
 
-def fresh(mutant: Mutant | None = None, isn: tuple[int, int] = (1000, 2000)) -> Connection:
-    return Connection(rules(mutant), isn, (False, False))
+def fresh(mutant: Mutant | None = None, *, nonblocking: bool = False) -> Connection:
+    """A connection between two applications; end 1 may be non-blocking."""
+    return Connection(rules(mutant), (1000, 2000), (False, False), (False, nonblocking))
 
 
 def test_bypasses_from_the_first_byte() -> None:
@@ -145,8 +161,68 @@ def unread_after_wrap(connection: Connection) -> None:
 
 def never_read(connection: Connection) -> None:
     """A peer that does not read."""
+    connection.bounded = RCVBUF + OVERDUE + 2 * LARGEST
     for _ in range(10_000):
         connection.send(0, 4096)
+
+
+def stream_until_parting(connection: Connection) -> None:
+    """End 0 sends what TCP would coalesce, until it begins to leave the sockhash."""
+    for _ in range(100):
+        for _ in range(100):
+            if not connection.send(0, 10):
+                return
+        while connection.read(1, 10_000):
+            pass
+    raise AssertionError("a stream of small writes goes on bypassing")
+
+
+def leaves_with_bytes_unread(connection: Connection) -> None:
+    """A stream's sender has not read what it was sent itself."""
+    connection.send(1, 10)
+    stream_until_parting(connection)
+    assert not connection.acknowledge(0, 10)
+    connection.read(0, 10)
+    assert connection.acknowledge(0, 10)
+
+
+def leaves_with_a_redirect_on_its_way(connection: Connection) -> None:
+    """A thread at the other end has decided on a redirect, and the kernel has not queued it yet."""
+    connection.start_redirect(1, 10, thread=2)
+    stream_until_parting(connection)
+    connection.acknowledge(0, 10)
+    connection.arrive(1)
+    connection.read(0, 10)
+    assert connection.acknowledge(0, 10)
+
+
+def redirects_to_the_leaving(connection: Connection) -> None:
+    """Nobody is inside a call at the other end; then two threads are, and know nothing of it."""
+    stream_until_parting(connection)
+    assert not connection.acknowledge(0, 3)
+    connection.ends[1].others_inside = 2
+    if connection.start_redirect(1, 10, thread=7):
+        raise Broken("a redirect to a socket that may leave at any moment")
+
+
+def test_both_ends_of_a_stream_leave_and_go_on() -> None:
+    connection = fresh()
+    stream_until_parting(connection)
+    assert connection.acknowledge(0, 10)
+    assert not connection.send(1, 10)
+    assert connection.acknowledge(1, 10)
+    for sender in (0, 1, 0, 1):
+        assert not connection.send(sender, 10)
+        connection.read(1 - sender, 10_000)
+
+
+def silent_with_bytes_unread(connection: Connection) -> None:
+    """A non-blocking reader need not speak first, but it must have read everything."""
+    connection.send_by_tcp(0, 100, 100)
+    connection.read(1, 50)
+    assert not connection.send(0, 10)
+    connection.read(1, 60)
+    assert connection.send(0, 10)
 
 
 BREAKS = [
@@ -154,12 +230,17 @@ BREAKS = [
     (mutants.WAKE_UP, asleep_on_tcp),
     (mutants.STALE_MARK, unread_after_wrap),
     (mutants.BACKPRESSURE, never_read),
+    (mutants.LEAVING_UNREAD, leaves_with_bytes_unread),
+    (mutants.LEAVING_BLINDLY, leaves_with_a_redirect_on_its_way),
+    (mutants.LEAVING_OPENLY, redirects_to_the_leaving),
+    (mutants.SILENT_ORDER, silent_with_bytes_unread),
 ]
 
 
 @pytest.mark.parametrize(("mutant", "story"), BREAKS, ids=lambda value: getattr(value, "rule", ""))
 def test_stories_break_without_their_rule(mutant: Mutant, story: object) -> None:
     assert callable(story)
-    story(fresh())
+    nonblocking = mutant is mutants.SILENT_ORDER
+    story(fresh(nonblocking=nonblocking))
     with pytest.raises(Broken):
-        story(fresh(mutant))
+        story(fresh(mutant, nonblocking=nonblocking))

@@ -27,13 +27,21 @@ struct psock {
 };
 
 struct host_sock {
-	__u64 flags, ulp, user_data, wq, prot, net;
+	__u64 flags, ulp, user_data, wq, prot, net, socket;
 	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned;
-	__u8 is_mptcp, nonagle;
+	__u8 is_mptcp, nonagle, userlocks;
 };
 
 struct wait_queue {
 	struct list head;
+};
+
+struct file {
+	__u32 flags;
+};
+
+struct socket {
+	__u64 file;
 };
 
 struct proto {
@@ -50,6 +58,9 @@ struct request {
 #define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
 #define OFF_SOCK_WQ offsetof(struct host_sock, wq)
 #define OFF_SOCK_PROT offsetof(struct host_sock, prot)
+#define OFF_SOCK_SOCKET offsetof(struct host_sock, socket)
+#define OFF_SOCKET_FILE offsetof(struct socket, file)
+#define OFF_FILE_FLAGS offsetof(struct file, flags)
 #define OFF_SOCK_NET offsetof(struct host_sock, net)
 #define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
 #define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
@@ -62,6 +73,8 @@ struct request {
 #define OFF_TCP_SOCK_NONAGLE offsetof(struct host_sock, nonagle)
 #define MASK_TCP_SOCK_IS_MPTCP 1
 #define MASK_TCP_NAGLE_CORK 2
+#define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
+#define MASK_SOCK_RCVBUF_LOCK 2
 #define BIT_SOCK_ZEROCOPY 0
 #define OFF_SOCK_OPS_SK 0
 #define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
@@ -104,9 +117,11 @@ struct request {
 		leaf *(*lookup)(int *);                                                            \
 	} map
 
+#define BPF_FUNC_probe_read_kernel host_probe_read_kernel
+
 static __u64 host_thread;
 
-static inline int bpf_probe_read_kernel(void *to, __u32 size, const void *from)
+static inline int host_probe_read_kernel(void *to, __u32 size, const void *from)
 {
 	memcpy(to, from, size);
 	return 0;
@@ -138,6 +153,25 @@ static inline int bpf_setsockopt(void *context, int level, int name, void *value
 {
 	(void)context, (void)level, (void)name, (void)value, (void)size;
 	return 0;
+}
+
+/* No connection is set up here. */
+static inline int bpf_reserve_hdr_opt(void *context, __u32 size, __u64 flags)
+{
+	(void)context, (void)size, (void)flags;
+	return -1;
+}
+
+static inline int bpf_store_hdr_opt(void *context, const void *option, __u32 size, __u64 flags)
+{
+	(void)context, (void)option, (void)size, (void)flags;
+	return -1;
+}
+
+static inline int bpf_load_hdr_opt(void *context, void *option, __u32 size, __u64 flags)
+{
+	(void)context, (void)option, (void)size, (void)flags;
+	return -1;
 }
 
 static inline int bpf_sock_ops_cb_flags_set(void *context, int flags)

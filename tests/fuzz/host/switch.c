@@ -10,6 +10,8 @@ struct host_end {
 	struct psock psock;
 	struct wait_queue queue;
 	struct waiter sleeper;
+	struct socket socket;
+	struct file file;
 	struct list unread; /* stands for whatever lies in the bypass queue */
 	struct tb_conn conn;
 };
@@ -17,7 +19,7 @@ struct host_end {
 static struct host_end ends[2];
 static struct proto proto;
 static struct tb_control switches;
-static int redirected;
+static int redirected, removed;
 
 static struct tb_conn *storage_of(void *sk, void *value, int flags)
 {
@@ -30,6 +32,13 @@ static int redirect(void *msg, __u64 *id, int flags)
 	(void)msg, (void)flags;
 	redirected = *id == ends[0].conn.me.id || *id == ends[1].conn.me.id;
 	return redirected ? SK_PASS : SK_DROP;
+}
+
+static int remove_from_sockhash(__u64 *id)
+{
+	(void)id;
+	removed = 1;
+	return 0;
 }
 
 static struct tb_control *control_of(int *index)
@@ -45,10 +54,11 @@ static struct tb_counters *no_counters(struct tb_counter_key *key)
 }
 
 /* An established connection; the sequence number of the first byte that end i says is isn[i]. */
-void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 rcvbuf)
+void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags[2], __u32 rcvbuf)
 {
 	conns.sk_storage_get = storage_of;
 	sockhash.msg_redirect_hash = redirect;
+	sockhash.delete = remove_from_sockhash;
 	control.lookup = control_of;
 	counters.lookup = no_counters;
 	memset(ends, 0, sizeof(ends));
@@ -58,11 +68,14 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 rcvbuf)
 		struct host_end *end = &ends[i];
 
 		end->sock.wq = (__u64)&end->queue;
+		end->sock.socket = (__u64)&end->socket;
+		end->socket.file = (__u64)&end->file;
 		end->queue.head.next = &end->queue.head;
 		end->psock.ingress.next = &end->psock.ingress;
 		end->psock.refcnt = 2;
 		end->sock.prot = (__u64)&proto;
 		end->sock.rcvbuf = rcvbuf;
+		end->file.flags = flags[i];
 		end->sock.rcvlowat = 1;
 		end->sock.write_seq = isn[i];
 		end->sock.copied_seq = isn[!i];
@@ -89,6 +102,16 @@ int host_send(int end, __u32 size, __u64 thread)
 	redirected = 0;
 	tb_sk_msg(&msg);
 	return redirected;
+}
+
+/* Bytes of an end's were acknowledged; 1: it has left the sockhash. */
+int host_acknowledged(int end)
+{
+	struct bpf_sock_ops context = {0};
+
+	removed = 0;
+	tb_data_acknowledged(&context, &ends[end].conn);
+	return removed;
 }
 
 void host_set(int end, __u32 write_seq, __u32 copied_seq, __u32 lowat, __u32 owned, __u32 refcnt,
