@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +33,32 @@ class HopCounters:
             _sum(self.connections, other.connections),
         )
 
+    def since(self, before: HopCounters) -> HopCounters:
+        """What has been added to `before`; all of it when the counters were made anew since."""
+        added = HopCounters(
+            self.bypassed_messages - before.bypassed_messages,
+            self.bypassed_bytes - before.bypassed_bytes,
+            self.tcp_bytes - before.tcp_bytes,
+            _difference(self.tcp_messages, before.tcp_messages),
+            _difference(self.connections, before.connections),
+        )
+        numbers = (
+            *(added.bypassed_messages, added.bypassed_bytes, added.tcp_bytes),
+            *added.tcp_messages.values(),
+            *added.connections.values(),
+        )
+        return added if min(numbers) >= 0 else self
+
 
 def _sum(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
     return {key: left.get(key, 0) + right.get(key, 0) for key in {**left, **right}}
 
 
+def _difference(left: dict[str, int], right: dict[str, int]) -> dict[str, int]:
+    return _sum(left, {key: -count for key, count in right.items()})
+
+
+@functools.cache
 def possible_cpus() -> int:
     """How many values a per-CPU map holds per key: the last possible CPU's number plus one."""
     ranges = POSSIBLE_CPUS.read_text().strip()
@@ -56,9 +79,15 @@ def pod_counters(pod_id: int, lookup: Callable[[bytes, int], bytes]) -> dict[str
             raw = lookup(key, ctypes.sizeof(abi.Counters) * cpus)
         except FileNotFoundError:
             continue
-        per_cpu = (abi.Counters * cpus).from_buffer_copy(raw)
-        found[hop] = sum((_named(value) for value in per_cpu), HopCounters())
+        found[hop] = _named(abi.Counters.from_buffer_copy(_over_cpus(raw)))
     return found
+
+
+def _over_cpus(raw: bytes) -> array[int]:
+    """Sums the values of all CPUs, each a struct of nothing but 64-bit numbers."""
+    words = memoryview(raw).cast("Q")
+    width = ctypes.sizeof(abi.Counters) // words.itemsize
+    return array("Q", (sum(words[member::width]) for member in range(width)))
 
 
 def _named(value: abi.Counters) -> HopCounters:

@@ -15,10 +15,14 @@
 #include <uapi/linux/bpf.h>
 #include "tcpip_bypass.h"
 
-/* By a name of our own: bcc turns bpf_probe_read_kernel into bpf_probe_read, which sock_ops may not
- * call, where it sees no kernel symbols (kptr_restrict, no CAP_SYSLOG). */
+/*
+ * Two helpers under names of our own. bcc turns bpf_probe_read_kernel into bpf_probe_read, which
+ * sock_ops may not call, where it sees no kernel symbols (kptr_restrict, no CAP_SYSLOG). And it
+ * declares bpf_get_socket_cookie to return 32 bits of the cookie's 64.
+ */
 static long (*tb_probe_read_kernel)(void *to, __u32 size,
 				    const void *from) = (void *)BPF_FUNC_probe_read_kernel;
+static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_cookie;
 
 #define __always_inline inline __attribute__((always_inline))
 
@@ -432,7 +436,7 @@ static __always_inline void tb_keep_alive(struct bpf_sock_ops *skops, const stru
  */
 static __always_inline __u64 tb_new_id(struct bpf_sock_ops *skops, const struct tb_conn *conn)
 {
-	__u64 first = bpf_get_socket_cookie(skops) << TB_ID_SHIFT;
+	__u64 first = tb_socket_cookie(skops) << TB_ID_SHIFT;
 	__u64 next = conn->last_id + 1;
 
 	if (!conn->last_id)

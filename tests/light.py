@@ -78,11 +78,18 @@ class LightPod:
         return sum(self.counters().values(), stats.HopCounters())
 
 
-def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
-    """The programs as they would be with their source edited; nothing on disk changes."""
+@contextmanager
+def source_edited(edit: Callable[[str], str]) -> Iterator[None]:
+    """Programs made meanwhile are as if their source were edited; nothing on disk changes."""
     source = mock.Mock(spec=Path)
     source.read_text.return_value = edit(loader.SOURCE.read_text())
     with mock.patch.object(loader, "SOURCE", source):
+        yield
+
+
+def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
+    """The programs as they would be with their source edited."""
+    with source_edited(edit):
         return Programs(**arguments)
 
 

@@ -34,6 +34,7 @@ from tests.integration.traffic_pods import (
 )
 from tests.integration.traffic_twins import sequence_numbers
 
+SO_COOKIE = 57  # asm-generic/socket.h
 A, B, C, D = "10.9.0.1", "10.9.0.2", "10.9.0.3", "10.9.0.4"
 
 
@@ -271,6 +272,41 @@ def test_a_socket_that_disconnects_and_listens(node: LightNode) -> None:
 # ---- Handshakes out of the ordinary --------------------------------------------------------------
 
 
+def test_sockets_whose_cookies_agree_in_their_low_bits(node: LightNode) -> None:
+    """A socket's key is made from its cookie, all 64 bits of it: 2^16 sockets later a new one
+    must not get the key of one that is still open."""
+    before, after = 300, 3000  # connections; cookies are dealt out by CPU, a few thousand at a time
+
+    def cookie(sock: socket.socket) -> int:
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+
+    with ExitStack() as stack:
+        pod = stack.enter_context(node.pod(A, wired=False))
+        listener = stack.enter_context(pod.listen(host="127.0.0.1"))
+
+        def connect() -> socket.socket:
+            ours = stack.enter_context(pod.connect(("127.0.0.1", 8080)))
+            theirs = stack.enter_context(accepted(listener))
+            used.update({cookie(ours) & 0xFFFF, cookie(theirs) & 0xFFFF})
+            return ours
+
+        used: set[int] = set()
+        first = cookie(connect())
+        for _ in range(before):
+            connect()
+        old = set(used)
+        while cookie(newest := socket.socket()) < first + 2**16 - 200:
+            newest.close()
+        newest.close()
+        used.clear()
+        for _ in range(after):
+            if used & old:
+                break
+            connect()
+        assert used & old, "no two cookies agree: this has tested nothing"
+        assert set(outcomes(pod)) == {"paired"}
+
+
 def tcp_ext(pod: LightPod, name: str) -> int:
     """A TcpExt counter of the pod's namespace."""
     with pod.netns.entered():
@@ -384,10 +420,15 @@ class Attack:
     """
 
     def __init__(
-        self, victim: LightPod, server: LightPod, attacker: LightPod, listener: socket.socket
+        self,
+        victim: LightPod,
+        server: LightPod,
+        attacker: LightPod,
+        listener: socket.socket,
+        to: tuple[str, int] = (B, 8080),
     ) -> None:
         self.victim, self.server, self.attacker, self.listener = victim, server, attacker, listener
-        self.client = victim.connect((B, 8080))
+        self.client = victim.connect(to)
         self.numbers = sequence_numbers(self.client)
         assert tuple(self.numbers) in victim.node.pending()
 

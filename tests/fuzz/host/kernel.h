@@ -118,6 +118,7 @@ struct request {
 	} map
 
 #define BPF_FUNC_probe_read_kernel host_probe_read_kernel
+#define BPF_FUNC_get_socket_cookie host_socket_cookie
 
 static __u64 host_thread;
 
@@ -144,7 +145,7 @@ static inline const void *bpf_skc_to_tcp_sock(void *sk)
 	return sk;
 }
 
-static inline __u64 bpf_get_socket_cookie(void *context)
+static inline __u64 host_socket_cookie(void *context)
 {
 	return (__u64)context;
 }
