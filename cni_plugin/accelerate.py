@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _LOCK_PATIENCE_S = 2.0
 
 
+class CgroupNotFound(Exception):
+    """There is nothing to attach to; the message says where it was looked for."""
+
+
 def accelerate(request: Request, pod: Pod, result: Json) -> None:
     """Accelerate the pod, or say on stderr why not.
 
@@ -103,8 +107,7 @@ def _draft(
         return None
     folder, why = cgroup.find(policy.cgroup_path_of(request), pod.uid)
     if folder is None:
-        log.say(f"warning: not accelerated: {why}")
-        return None
+        raise CgroupNotFound(why)
     call = request.call
     return Attachment(
         container_id=call.container_id,
@@ -120,7 +123,8 @@ def _draft(
         prog_id=0,
         generation="",
         flags=(abi.POD_PROXY_ONLY if plan.proxy_only else 0)
-        | (abi.POD_FORCED if conf.mode != "auto" else 0),
+        | (abi.POD_FORCED if conf.mode != "auto" else 0)
+        | (0 if pod.in_mesh else abi.POD_SERVICES),  # Envoy dials pods
         proxy_uid=conf.proxy_uid,
         keepalive_s=conntrack.keepalive_s(call.netns),
         ips=[list(address) for address in addresses[: abi.MAX_IPS]],
@@ -160,7 +164,7 @@ def _sibling(draft: Attachment, state: State) -> str | None:
     A cgroup has one record. The first interface keeps it; the addresses of a later one are in
     nobody's record, and its connections stay on TCP.
     """
-    for key in state.keys():  # noqa: SIM118 - not a dict
+    for key in state.keys(draft.container_id):
         if key.container_id == draft.container_id and key.ifname != draft.ifname:
             other = state.read(key)
             if other is not None and other.inode == draft.inode:

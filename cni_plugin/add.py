@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from cni_plugin import log, policy, results
 from cni_plugin.protocol import CniError
 
 if TYPE_CHECKING:
+    from cni_plugin.policy import Pod
     from cni_plugin.protocol import Json, Request
 
 
@@ -25,5 +27,17 @@ def add(request: Request) -> Json:
     except CniError:
         raise
     except Exception as error:  # whatever it is, the pod can live without us
-        log.say(f"warning: not accelerated: {type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        log.say(f"warning: not accelerated: {reason}")
+        _note(request, pod, reason)
     return answer
+
+
+def _note(request: Request, pod: Pod, reason: str) -> None:
+    """Leave the reason where the node program finds it, if that can be done."""
+    from cni_plugin import netconf, state  # noqa: PLC0415 - loaded by now if all is well
+
+    key = state.Key(request.call.container_id, request.call.ifname)
+    with contextlib.suppress(OSError):
+        folder = netconf.folders(request.conf)[1]
+        state.State(folder).note_failure(key, pod.namespace, pod.name, reason)

@@ -129,14 +129,23 @@ def map_delete(map_fd: int, key: bytes) -> None:
     _bpf(_MAP_DELETE_ELEM, _attr("=IIQQQ", map_fd, 0, _address(key_buffer), 0, 0))
 
 
+def map_keys(map_fd: int, key_size: int) -> Iterator[bytes]:
+    """Every key; while the map changes, some may be missed or come twice."""
+    key: ctypes.Array[ctypes.c_char] | None = None
+    while True:
+        following = ctypes.create_string_buffer(key_size)
+        here = 0 if key is None else _address(key)
+        try:
+            _bpf(_MAP_GET_NEXT_KEY, _attr("=IIQQQ", map_fd, 0, here, _address(following), 0))
+        except FileNotFoundError:
+            return
+        yield following.raw
+        key = following
+
+
 def map_is_empty(map_fd: int) -> bool:
     """Whether the map has no key at all."""
-    first = ctypes.create_string_buffer(_MAX_KEY)
-    try:
-        _bpf(_MAP_GET_NEXT_KEY, _attr("=IIQQQ", map_fd, 0, 0, _address(first), 0))
-    except FileNotFoundError:
-        return True
-    return False
+    return next(map_keys(map_fd, _MAX_KEY), None) is None
 
 
 def prog_attach(prog_fd: int, cgroup_fd: int) -> None:

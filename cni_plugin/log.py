@@ -11,7 +11,7 @@ _subject = ""
 def about(subject: str) -> None:
     """Name what the following lines are about, such as ``ADD 4f2a/eth0 shop/cart-7d9``."""
     global _subject
-    _subject = f"{subject}: "
+    _subject = f"{subject.rstrip()}: "
 
 
 def say(text: str) -> None:

@@ -59,7 +59,8 @@ def _dispatch(request: Request) -> Json | None:
     from cni_plugin import log
 
     call = request.call
-    log.about(f"{call.command} {call.container_id}/{call.ifname}")
+    pod = (call.args.get("K8S_POD_NAMESPACE"), call.args.get("K8S_POD_NAME"))
+    log.about(f"{call.command} {call.container_id}/{call.ifname} {'/'.join(filter(None, pod))}")
     if call.command == "ADD":
         from cni_plugin.add import add
 

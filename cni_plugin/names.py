@@ -24,12 +24,14 @@ COUNTERS = "counters"
 SK_MSG = "sk_msg"
 SOCKHASH = "sockhash"
 CONTROL = "control"
+PAUSED_PODS = "paused_pods"
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.
 SOCK_OPS_NAME = "tb_sock_ops"
 
 # Below the state folder.
 ATTACHMENTS = "attachments"
+FAILURES = "failures"
 VALIDATED = "validated"
 NODE_JSON = "node.json"
 

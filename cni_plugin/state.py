@@ -65,6 +65,7 @@ class State:
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self._attachments = self.folder / names.ATTACHMENTS
+        self._failures = self.folder / names.FAILURES
 
     def make(self) -> None:
         """Create the folders; the attachments are readable by root alone, whatever the umask."""
@@ -117,20 +118,38 @@ class State:
     def _path(self, key: Key) -> Path:
         return self._attachments / f"{key.container_id}:{key.ifname}{_SUFFIX}"
 
-    def has(self, key: Key) -> bool:
-        """Whether there is a file, whole, torn or half written."""
+    def _files(self, key: Key) -> tuple[Path, Path, Path]:
         path = self._path(key)
-        return path.exists() or path.with_suffix(_PART).exists()
+        return path, path.with_suffix(_PART), self._failures / path.name
+
+    def has(self, key: Key) -> bool:
+        """Whether there is a file, whole, torn or half written, or a note of a failure."""
+        return any(path.exists() for path in self._files(key))
 
     def write(self, attachment: Attachment) -> None:
         """Whole or not at all. Call it under the lock."""
-        path = self._path(Key(attachment.container_id, attachment.ifname))
-        part = path.with_suffix(_PART)
+        path, part, failure = self._files(Key(attachment.container_id, attachment.ifname))
         try:
             part.write_text(json.dumps(attachment._asdict(), indent=1), encoding="utf-8")
             part.replace(path)
         except OSError:
             part.unlink(missing_ok=True)
+            raise
+        with contextlib.suppress(OSError):
+            failure.unlink()
+
+    def note_failure(self, key: Key, pod_namespace: str, pod_name: str, reason: str) -> None:
+        """Tell `tcpip-bypass-node status` why there is no attachment, until remove() or write().
+
+        It does not make the state folder: without one nothing is loaded, and status says that.
+        """
+        note = {"namespace": pod_namespace, "name": pod_name, "reason": reason}
+        path = self._files(key)[2]
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            path.write_text(json.dumps({**key._asdict(), **note}), encoding="utf-8")
+        except OSError:
+            path.unlink(missing_ok=True)
             raise
 
     def read(self, key: Key) -> Attachment | None:
@@ -142,17 +161,20 @@ class State:
 
     def remove(self, key: Key) -> None:
         """Absent is as good. Call it under the lock: a file half written goes as well."""
-        path = self._path(key)
-        for each in (path, path.with_suffix(_PART)):
+        for each in self._files(key):
             with contextlib.suppress(*_ABSENT):
                 each.unlink()
 
-    def keys(self) -> list[Key]:
-        """All attachments with a file here, torn and half-written ones included."""
-        try:
-            found = [path.name for path in self._attachments.iterdir()]
-        except _ABSENT:
-            return []
+    def keys(self, container_id: str = "") -> list[Key]:
+        """All attachments with a file here, torn and half-written ones and failures included.
+
+        Those of one container cost no more on a node with a thousand of others.
+        """
+        found: list[str] = []
+        for folder in (self._attachments, self._failures):
+            with contextlib.suppress(*_ABSENT):
+                names_here = os.listdir(folder)  # noqa: PTH208 - a Path for each costs more
+                found += [name for name in names_here if name.startswith(container_id)]
         keys = set()
         for name in found:
             container_id, colon, rest = name.partition(":")

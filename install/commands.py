@@ -8,22 +8,22 @@ import json
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
-from bpf import abi, stats
+from bpf import abi
 from bpf.loader import LoadError, Programs
-from cni_plugin import attachment, bpfsys, names
+from cni_plugin import attachment, names
 from cni_plugin.state import Attachment, State
+from install import freshness, installer, log, report
 from install import selftest as selftests
-from install.generations import Generation, Generations, is_bpffs, opened
+from install.generations import Generation, Generations, is_bpffs
 from install.pods import attached_cgroups
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOCK_PATIENCE_S = 30.0
 
@@ -67,6 +67,8 @@ def selftest(_node: Node, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(verdict.as_json(), indent=1))
         return
+    from rich.table import Table  # noqa: PLC0415 - see status()
+
     table = Table("", "what", "expected", "found")
     for check in verdict.checks:
         table.add_row("ok" if check.ok else "WRONG", check.what, check.expected, check.found)
@@ -83,7 +85,7 @@ def load(node: Node) -> None:
         raise NodeError(f"{node.bpffs} is not on a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf")
     verdict = selftests.run()
     for reason in verdict.reasons:
-        print(f"warning: mode {verdict.mode} because of {reason}", file=sys.stderr)
+        log.warning("mode", f"mode {verdict.mode} because of {reason}", mode=verdict.mode)
     try:
         programs = Programs()
     except LoadError:
@@ -99,6 +101,8 @@ def load(node: Node) -> None:
             _move_pods(node, generation, ours, verdict.mode)
         finally:
             generations.remove_idle(_attached_ids(generations))
+        if verdict.is_final:
+            _write_node_json(node, verdict, freshness.mark(generation))
 
 
 def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) -> None:
@@ -128,7 +132,11 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
         try:
             attachment.move(pod.fd, pod.inode, pod.programs, pins, record)
         except OSError as error:
-            print(f"warning: {pod.path} stays on its generation: {error}", file=sys.stderr)
+            log.warning(
+                "pod_not_moved",
+                f"{pod.path} stays on its generation: {error}",
+                **log.of(states.get(record.id)),
+            )
 
 
 def _attached_ids(generations: Generations) -> set[int]:
@@ -137,10 +145,12 @@ def _attached_ids(generations: Generations) -> set[int]:
     return {each.program.id for pod in pods for each in pod.programs}
 
 
-def _write_node_json(node: Node, verdict: selftests.Verdict) -> None:
+def _write_node_json(
+    node: Node, verdict: selftests.Verdict, mark: dict[str, Any] | None = None
+) -> None:
     path = node.state_dir / names.NODE_JSON
     staged = path.with_suffix(".part")
-    content = {**verdict.as_json(), "kernel": platform.release()}
+    content = {**verdict.as_json(), "kernel": platform.release(), **(mark or {})}
     try:
         staged.write_text(json.dumps(content, indent=1))
         staged.rename(path)
@@ -159,7 +169,7 @@ def unload(node: Node) -> None:
         for pod in attached_cgroups(ours):
             pod.take_out()
         generations.remove_all()
-        for folder in (names.ATTACHMENTS, names.VALIDATED):
+        for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             (node.state_dir / names.NODE_JSON).unlink(missing_ok=True)
@@ -174,22 +184,87 @@ def _locked_if_possible(node: Node) -> Iterator[None]:
         try:
             stack.enter_context(node.locked())
         except OSError as error:
-            print(f"warning: going on without the lock: {error}", file=sys.stderr)
+            log.warning("no_lock", f"going on without the lock: {error}")
         yield
 
 
-def pause(node: Node) -> None:
-    """From the next message on, every byte goes by TCP."""
+def install(node: Node, places: installer.Places, options: dict[str, Any] | None) -> None:
+    """The plugin and its entry, in place and up to date."""
+    wanted = installer.entry(node.bpffs, node.state_dir, options)
+    done = installer.install(places, wanted)
+    print(f"{places.files.link}: {'installed' if done.program_changed else 'was up to date'}")
+    for problem in done.conf.problems:
+        log.warning("conf_problem", problem)
+    if done.conf.conflist is None:
+        raise NodeError("no network configuration has our entry, so no pod is accelerated")
+    print(f"{done.conf.conflist}: {'our entry is in' if done.conf.changed else 'was up to date'}")
+
+
+def uninstall(node: Node, places: installer.Places, *, purge: bool) -> None:
+    """Everything of ours off this node, in an order that lets every pod start and end."""
+    done = installer.uninstall(places, functools.partial(unload, node), purge=purge)
+    for problem in done.conf.problems:
+        log.warning("conf_problem", problem)
+    for pid in done.still_running:
+        log.warning("plugin_running", f"process {pid} still runs the plugin that is now removed")
+    if done.conf.changed:
+        print(f"{done.conf.conflist}: our entry is out")
+    if done.program_removed:
+        print(f"{places.files.link}: removed")
+    if done.left_stub:
+        print(
+            f"{places.files.link}: a stub, with which pods can end that the plugin has seen; "
+            "when they are gone, `uninstall --purge` removes it"
+        )
+
+
+def pause(node: Node, pod: str | None = None) -> None:
+    """From the next message on, every byte goes by TCP; with `pod`, those to and from that pod.
+
+    `pod` is NAMESPACE/NAME. A pod that comes in its place is not paused.
+    """
     with _locked_if_possible(node):
-        if not _set_paused(node, True):
+        if pod is not None:
+            pods = _ids_of(node, pod)
+            _change_paused_pods(node, lambda paused: paused | pods)
+        elif not _set_paused(node, True):
             raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
 
 
-def resume(node: Node) -> None:
-    """Undoes pause; each direction goes back to the bypass when its order rule allows."""
+def resume(node: Node, pod: str | None = None) -> None:
+    """Undoes pause: everything, or what concerns one pod, may bypass again.
+
+    Each direction goes back to the bypass when its order rule allows.
+    """
     with _locked_if_possible(node):
+        if pod is not None:
+            pods = _ids_of(node, pod)
+            _change_paused_pods(node, lambda paused: paused - pods)
+            return
         if not _set_paused(node, False):
             raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
+        _change_paused_pods(node, lambda _: set())
+
+
+def _ids_of(node: Node, pod: str) -> set[int]:
+    """One for each of its sandboxes that is accelerated; raises NodeError when there is none."""
+    found = {
+        record.pod_id
+        for record in node.attachments()
+        if f"{record.pod_namespace}/{record.pod_name}" == pod
+    }
+    if not found:
+        raise NodeError(
+            f"no pod {pod} is accelerated on this node; tcpip-bypass-node status lists all that are"
+        )
+    return found
+
+
+def _change_paused_pods(node: Node, change: Callable[[set[int]], set[int]]) -> None:
+    """Also forgets the paused pods that are no more."""
+    alive = {record.pod_id for record in node.attachments()}
+    for generation in node.generations.complete():
+        generation.set_paused_pods(change(generation.paused_pods() & alive))
 
 
 def _set_paused(node: Node, paused: bool) -> int:
@@ -200,83 +275,24 @@ def _set_paused(node: Node, paused: bool) -> int:
     return len(generations)
 
 
-def status(node: Node, *, as_json: bool) -> None:
-    """Prints the node's state: a table for people, or one JSON document."""
-    report = status_report(node)
+def status(node: Node, *, as_json: bool, watch_s: float | None = None) -> None:
+    """Prints the node's state: a table for people, maybe live, or one JSON document."""
     if as_json:
-        print(json.dumps(report, indent=1))
-    else:
-        _print_status(report)
-
-
-def status_report(node: Node) -> dict[str, Any]:
-    """What `status --json` prints."""
-    current = node.generations.current()
-    mode, reason = node.state.node_mode()
-    complete = node.generations.complete()
-    return {
-        "loaded": current is not None,
-        "generation": current.number if current else None,
-        "older_generations": [g.number for g in complete if g != current],
-        "paused": bool(complete) and all(g.flags() & abi.CONTROL_PAUSED for g in complete),
-        "mode": mode,
-        "reason": reason,
-        "pods": [_pod_report(record, complete) for record in node.attachments()],
-    }
-
-
-def _pod_report(record: Attachment, generations: list[Generation]) -> dict[str, Any]:
-    hops: dict[str, stats.HopCounters] = {}
-    for generation in generations:
-        with opened(generation.folder / names.COUNTERS) as fd:
-            lookup = functools.partial(bpfsys.map_lookup, fd)
-            found = stats.pod_counters(record.pod_id, lookup)
-        for hop, counters in found.items():
-            hops[hop] = hops.get(hop, stats.HopCounters()) + counters
-    return {
-        "pod_id": record.pod_id,
-        "namespace": record.pod_namespace,
-        "name": record.pod_name,
-        "container_id": record.container_id,
-        "ips": sorted({address for address, _ in record.ips}),
-        "generation": record.generation,
-        "hops": {hop: asdict(counters) for hop, counters in hops.items()},
-    }
-
-
-def _print_status(report: dict[str, Any]) -> None:
-    console = _console()
-    if not report["loaded"] and (report["older_generations"] or report["pods"]):
-        console.print("Half unloaded: run tcpip-bypass-node unload again, or load.")
-    elif not report["loaded"]:
-        console.print("Not loaded: pods on this node use plain TCP. Run tcpip-bypass-node load.")
+        print(json.dumps(report.report(node), indent=1))
         return
-    console.print(
-        f"Generation {report['generation']}, mode {report['mode']} ({report['reason']})"
-        + (", paused: all bytes go by TCP" if report["paused"] else "")
-    )
-    if report["older_generations"]:
-        console.print(f"Older generations with connections: {report['older_generations']}")
-    table = Table("pod", "hop", "connections", "bypassed", "by TCP", "why by TCP (messages)")
-    for pod in report["pods"]:
-        name = f"{pod['namespace']}/{pod['name']}"
-        for hop, counters in pod["hops"].items():
-            table.add_row(
-                name,
-                hop,
-                _counts(counters["connections"]),
-                f"{counters['bypassed_messages']} messages, {counters['bypassed_bytes']} B",
-                f"{counters['tcp_bytes']} B",
-                _counts(counters["tcp_messages"]),
-            )
-        if not pod["hops"]:
-            table.add_row(name, "no connection yet")
-    console.print(table)
+    from install import status as tables  # noqa: PLC0415 - rich: 5 MB that the agent can do without
+
+    console = _console()
+    if watch_s is None:
+        tables.show(node, console)
+    elif console.is_terminal:
+        with contextlib.suppress(KeyboardInterrupt):
+            tables.watch(node, console, watch_s)
+    else:
+        raise NodeError("--watch needs a terminal; for machines there is --json")
 
 
 def _console() -> Console:
+    from rich.console import Console  # noqa: PLC0415 - see status()
+
     return Console(width=None if os.isatty(1) else 140)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())

@@ -13,6 +13,7 @@ import ctypes
 import os
 import re
 import shutil
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from cni_plugin import bpfsys, names
 
 _NAME = re.compile(r"gen-\d+")
 _STAGED = "next"  # bpffs refuses names with a dot
+_ONE = (1).to_bytes(4, sys.byteorder)
 BPF_FS_MAGIC = 0xCAFE4A11  # linux/magic.h
 
 
@@ -61,6 +63,22 @@ class Generation:
         others = self.flags() & ~abi.CONTROL_PAUSED
         self.set_flags(others | (abi.CONTROL_PAUSED if paused else 0))
 
+    def paused_pods(self) -> set[int]:
+        """The IDs of the pods all of whose bytes go by TCP."""
+        with opened(self.folder / names.PAUSED_PODS) as fd:
+            return {int.from_bytes(key, sys.byteorder) for key in bpfsys.map_keys(fd, 8)}
+
+    def set_paused_pods(self, pod_ids: set[int]) -> None:
+        """Pauses these pods and no others; the programs look them up only if there are any."""
+        before = self.paused_pods()
+        with opened(self.folder / names.PAUSED_PODS) as fd:
+            for pod_id in pod_ids - before:
+                bpfsys.map_update(fd, pod_id.to_bytes(8, sys.byteorder), _ONE)
+            others = self.flags() & ~abi.CONTROL_PODS_PAUSED
+            self.set_flags(others | (abi.CONTROL_PODS_PAUSED if pod_ids else 0))
+            for pod_id in before - pod_ids:
+                bpfsys.map_delete(fd, pod_id.to_bytes(8, sys.byteorder))
+
     def has_sockets(self) -> bool:
         """Whether any open connection still lives in this generation's sockhash."""
         with opened(self.folder / names.SOCKHASH) as fd:
@@ -91,6 +109,7 @@ class Generations:
         return {generation.sock_ops_id() for generation in self.complete()}
 
     def current(self) -> Generation | None:
+        """What the link names, whether or not it is there."""
         link = self.root / names.CURRENT
         return Generation(self.root / link.readlink()) if link.is_symlink() else None
 
@@ -102,8 +121,9 @@ class Generations:
         generation = Generation(self.root / f"gen-{number}")
         try:
             programs.pin(generation.folder, bpfsys.obj_pin)
-            if before:
+            if before in self.complete():  # else somebody has removed it, or a part of it
                 generation.set_flags(before.flags())
+                generation.set_paused_pods(before.paused_pods())
             staged = self.root / _STAGED
             staged.unlink(missing_ok=True)
             staged.symlink_to(generation.folder.name)

@@ -10,11 +10,75 @@ from pathlib import Path
 from bpf.loader import LoadError
 from cni_plugin import names
 from cni_plugin.attachment import NotLoaded
-from install import commands
+from install import commands, installer, log, paths
+from install.lock import FolderLock
+from install.plugin_files import InstallError
+
+_CONF_JSON_HELP = (
+    "keys of our entry, see docs/cni.md; without this option those of an entry that is there stay"
+)
+
+
+def _places() -> argparse.ArgumentParser:
+    """Where the node's CNI folders are."""
+    places = argparse.ArgumentParser(add_help=False)
+    for option, default, help_text in (
+        ("--cni-conf-dir", paths.CNI_CONF_DIR, "the network configurations"),
+        ("--cni-bin-dir", paths.CNI_BIN_DIR, "the plugins' programs"),
+        ("--plugin-dir", paths.plugin_dir(), "the frozen plugin to install"),
+        ("--host-proc", Path("/proc"), "the /proc of the host"),
+    ):
+        places.add_argument(
+            option,
+            type=Path,
+            default=default,
+            metavar="DIR",
+            help=f"{help_text}; default: %(default)s",
+        )
+    return places
+
+
+def places_of(arguments: argparse.Namespace) -> installer.Places:
+    """What the options of _places() say."""
+    return installer.Places(
+        arguments.cni_conf_dir, arguments.cni_bin_dir, arguments.plugin_dir, arguments.host_proc
+    )
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("expected 0.1 to 3600 seconds")
+    return seconds
+
+
+def _cri_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cri-socket",
+        metavar="PATH",
+        help="the container runtime's; default: the first of the well-known ones that is there",
+    )
+
+
+def _agent_options(parser: argparse.ArgumentParser) -> None:
+    _cri_option(parser)
+    parser.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
+    parser.add_argument(
+        "--daemonset",
+        metavar="NAMESPACE/NAME",
+        help="the DaemonSet that the agent is of: when it is deleted, uninstall on SIGTERM",
+    )
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", help="serve /healthz, /readyz and /metrics there"
+    )
+    parser.add_argument(
+        "--per-pod-metrics", action="store_true", help="also series for each pod, in /metrics"
+    )
+    parser.add_argument("--once", action="store_true", help="do everything once, and end")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every command takes the two folders."""
+    """The command line; every command takes the two folders and the form of log lines."""
     folders = argparse.ArgumentParser(add_help=False)
     folders.add_argument(
         "--bpffs", type=Path, default=Path(names.BPFFS), metavar="DIR", help="default: %(default)s"
@@ -26,22 +90,58 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="default: %(default)s",
     )
+    folders.add_argument(
+        "--log-format",
+        choices=log.FORMATS,
+        help="of the lines on stderr; default: logfmt for the agent, else plain",
+    )
     parser = argparse.ArgumentParser(prog="tcpip-bypass-node", description=__doc__)
     commands_of = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, help_text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, help_text: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
         return commands_of.add_parser(
-            name, parents=[folders], help=help_text, description=help_text
+            name, parents=[folders, *parents], help=help_text, description=help_text
         )
 
     command("load", "Compile the programs for this kernel and pin them; running pods move over.")
     command("unload", "Send all connections back to TCP, detach every pod and unpin everything.")
     status = command("status", "Show whether this node accelerates, and its pods' counters.")
-    status.add_argument("--json", action="store_true", help="for machines")
+    form = status.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=2.0,
+        metavar="SECONDS",
+        help="live, with what is counted per second; anew every SECONDS, default 2",
+    )
     selftest = command("selftest", "Try this kernel and say what may be switched on here.")
     selftest.add_argument("--json", action="store_true", help="for machines")
-    command("pause", "Send all bytes by TCP, from the next message on, until `resume`.")
-    command("resume", "Let connections bypass TCP/IP again.")
+    places = _places()
+    install = command("install", "Put the plugin and its entry in place, or repair them.", places)
+    install.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
+    uninstall = command(
+        "uninstall", "Take our entry, then the programs, then the plugin off this node.", places
+    )
+    uninstall.add_argument(
+        "--purge",
+        action="store_true",
+        help="leave not even the stub with which pods can end that the plugin has seen",
+    )
+    gc = command("gc", "Undo what is recorded for pods that the runtime no longer has.", places)
+    _cri_option(gc)
+    gc.add_argument("--adopt", action="store_true", help="and accelerate those that we missed")
+    gc.add_argument("--json", action="store_true", help="for machines")
+    _agent_options(command("agent", "Do all of this, and keep it so until it is ended.", places))
+    one_pod = argparse.ArgumentParser(add_help=False)
+    one_pod.add_argument(
+        "--pod", metavar="NAMESPACE/NAME", help="only what goes to and from this pod"
+    )
+    command("pause", "Send all bytes by TCP, from the next message on, until `resume`.", one_pod)
+    command("resume", "Let connections bypass TCP/IP again, those of single pods too.", one_pod)
     return parser
 
 
@@ -52,17 +152,56 @@ def main() -> int:
     if os.geteuid() != 0:
         print(f"{said} this must run as root", file=sys.stderr)
         return 1
+    is_agent = arguments.command == "agent"
+    arguments.log_format = arguments.log_format or ("logfmt" if is_agent else "plain")
+    log.setup(arguments.log_format)
     node = commands.Node(arguments.bpffs, arguments.state_dir)
-    command = getattr(commands, arguments.command)
     try:
-        if arguments.command in ("status", "selftest"):
-            command(node, as_json=arguments.json)
-        else:
-            command(node)
-    except (commands.NodeError, LoadError, NotLoaded, OSError) as error:
-        print(f"{said} {error}", file=sys.stderr)
+        return _run(node, arguments)
+    except (commands.NodeError, InstallError, LoadError, NotLoaded, OSError) as error:
+        log.error("failed", f"{said} {error}", command=arguments.command)
         return 1
+
+
+def _run(node: commands.Node, arguments: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    command = arguments.command
+    if command in ("uninstall", "unload"):
+        _refuse_beside_an_agent(node)
+    if command in ("agent", "gc"):
+        from install.agent import command as of_agent  # noqa: PLC0415 - brings a web server
+
+        run = of_agent.agent if command == "agent" else of_agent.gc
+        return run(node, places_of(arguments), arguments)
+    if command == "status":
+        commands.status(node, as_json=arguments.json, watch_s=arguments.watch)
+    elif command == "selftest":
+        commands.selftest(node, as_json=arguments.json)
+    elif command == "install":
+        options = arguments.conf_json and installer.parse_options(arguments.conf_json)
+        commands.install(node, places_of(arguments), options)
+    elif command == "uninstall":
+        commands.uninstall(node, places_of(arguments), purge=arguments.purge)
+    elif command in ("pause", "resume"):
+        (commands.pause if command == "pause" else commands.resume)(node, arguments.pod)
+    else:
+        getattr(commands, command)(node)
     return 0
+
+
+def _refuse_beside_an_agent(node: commands.Node) -> None:
+    """It would put everything back at once. Raises NodeError."""
+    if not node.state_dir.exists():
+        return
+    lock = FolderLock(node.state_dir)
+    try:
+        if not lock.take():
+            raise commands.NodeError(
+                "an agent runs on this node, and would put everything back; "
+                "to switch off: pause; to remove: delete the agent's DaemonSet"
+            )
+    finally:
+        lock.release()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ was re-created) only the kernel knows whose it is now.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from bpf import abi
 from cni_plugin import attachment, cgroup
 from cni_plugin.attachment import Attached
+from install import log
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,4 @@ def attached_cgroups(program_ids: set[int]) -> Iterator[AttachedCgroup]:
                         yield AttachedCgroup(Path(name), fd, inode, ours)
         except OSError as error:
             if not isinstance(error, FileNotFoundError):  # a pod that has just gone
-                print(f"warning: {name}: {error}", file=sys.stderr)
+                log.warning("cgroup_skipped", f"{name}: {error}", cgroup=name)

@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyroute2 import IPRoute
-
 CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 IPPROTO_MPTCP = 262
@@ -205,6 +203,8 @@ def mptcp() -> Found:
 
 def enter(cgroup: Path | None) -> None:
     """Joins the cgroup and a new network namespace whose loopback is up; ends with its parent."""
+    from pyroute2 import IPRoute  # noqa: PLC0415 - 18 MB, and the node program lists the probes
+
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if libc.unshare(CLONE_NEWNET):

@@ -58,6 +58,11 @@ class Verdict:
     reasons: list[str]
     checks: list[Check]
 
+    @property
+    def is_final(self) -> bool:
+        """False when the self-test could not be carried through; another time it may be."""
+        return all(check.name != "load" for check in self.checks)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "mode": self.mode,

@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 packages="
 	python3-venv python3-bpfcc libbpf1 linux-libc-dev
 	binutils gcc libc6-dev clang-format
-	iproute2 iptables conntrack openssl strace
-	containernetworking-plugins nginx-light wrk
+	iproute2 iptables conntrack openssl strace tcpdump
+	containernetworking-plugins nginx-light wrk nghttp2-client
 	containerd runc busybox-static
 	debootstrap debian-archive-keyring
 "

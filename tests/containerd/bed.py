@@ -67,6 +67,10 @@ class Pod:
         self._cri.stop_sandbox(sandbox_id)
         self._cri.remove_sandbox(sandbox_id)
 
+    def address(self, sandbox_id: str) -> str:
+        """The sandbox' IP."""
+        return self._cri.sandbox_status(sandbox_id).ip
+
     def entering(self, sandbox_id: str, argv: Sequence[str | Path]) -> list[str | Path]:
         """The command line that runs argv as a container of this pod would run it."""
         cgroup = self.cgroup / "app"
@@ -145,11 +149,11 @@ class RuntimeBed:
             self.cri.remove_sandbox(sandbox)
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(end, self.cri.sandboxes()))
+            list(pool.map(end, self.cri.sandbox_ids()))
 
     def collect_garbage(self) -> None:
         """Have our plugin remove what belongs to sandboxes that are no more: CNI 1.1's GC."""
-        valid = [{"containerID": each, "ifname": "eth0"} for each in self.cri.sandboxes()]
+        valid = [{"containerID": each, "ifname": "eth0"} for each in self.cri.sandbox_ids()]
         entry = cni.tcpip_bypass(Path(names.BPFFS), Path(names.STATE_DIR))
         conf = {**entry, "cniVersion": "1.1.0", "name": NETWORK, names.VALID_ATTACHMENTS: valid}
         bin_dir = self.containerd.bin_dir
@@ -183,9 +187,19 @@ def open_bed() -> Iterator[RuntimeBed]:
     """A node with our programs loaded and containerd running; all gone on leaving."""
     with node.made() as made:
         _fill_bin_dir(made.folder / "bin")
+        _install_ours(made.folder / "bin")
         (made.folder / "calls").mkdir()
         made.run([PROGRAM, "load"])
         with containerd.running(made, _chains(made.folder / "ipam")) as runtime:
+            yield RuntimeBed(made, runtime, inventory.of(made, runtime.cri))
+
+
+@contextmanager
+def open_bare_bed() -> Iterator[RuntimeBed]:
+    """A node that has never heard of us: one chain, PLAIN, and containerd running."""
+    with node.made() as made:
+        _fill_bin_dir(made.folder / "bin")
+        with containerd.running(made, {PLAIN: [cni.bridge(made.folder / "ipam")]}) as runtime:
             yield RuntimeBed(made, runtime, inventory.of(made, runtime.cri))
 
 
@@ -206,10 +220,14 @@ def _recorded(plugin: Json) -> Json:
 
 
 def _fill_bin_dir(folder: Path) -> None:
-    """The reference plugins, ours, the failing one, and recorders for those to be recorded."""
+    """The reference plugins."""
     folder.mkdir()
     for program in REFERENCE_PLUGINS.iterdir():
         (folder / program.name).symlink_to(program)
+
+
+def _install_ours(folder: Path) -> None:
+    """Our plugin, the failing one, and recorders for those to be recorded."""
     installed = shutil.copytree(FROZEN_PLUGIN, folder.with_name("tcpip-bypass"))
     (folder / "tcpip-bypass").symlink_to(installed / "tcpip-bypass")
     (folder / "failing").symlink_to(OWN_PLUGINS / "failing")

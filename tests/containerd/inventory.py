@@ -22,9 +22,10 @@ def of(node: Node, cri: Cri) -> Inventory:
     """Everything that is on a node now."""
     state_dir = node.outside(Path(names.STATE_DIR))
     return {
-        "sandboxes": cri.sandboxes(),
+        "sandboxes": cri.sandbox_ids(),
         "attached programs": _attached_below(node.cgroup),
         "attachment records": _names(state_dir.glob(f"{names.ATTACHMENTS}/*")),
+        "failure notes": _names(state_dir.glob(f"{names.FAILURES}/*")),
         "pod counters": _counters(node),
         "veth interfaces": _veths(node),
         "network namespaces": _names(node.outside(NAMESPACES).glob("*")),

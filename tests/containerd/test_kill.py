@@ -126,5 +126,5 @@ def forgotten_sandboxes(bed: RuntimeBed) -> set[str]:
     containerd 1.6 has none. Later ones have those whose making a kill broke off; CNI's cache
     then holds at least the result for the loopback interface.
     """
-    known = set(bed.cri.sandboxes())
+    known = set(bed.cri.sandbox_ids())
     return {name.split("-")[-2] for name in bed.added()["CNI results"]} - known

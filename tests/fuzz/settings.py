@@ -5,23 +5,62 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from bpf.loader import Programs
 from bpf.stats import HopCounters
-from install import commands
+from cni_plugin import names
+from install import commands, report
 from install.commands import Node
-from tests.bed import Bed, open_bed
-from tests.bed.pingpong import Hop, HopName, hop
+from tests.bed import Bed, Pod, kubeproxy, open_bed, pingpong
+from tests.bed.addresses import Family
+from tests.bed.cni import DUAL_STACK
+from tests.bed.istio import Interception
+from tests.bed.pingpong import Hop, HopName
 from tests.light import CLIENT_IP, LIMITS, SERVER_IP, LightPod, accelerated
 
 SOURCE = Path(__file__).with_name("stream.c")
-HOPS: tuple[HopName, ...] = ("inbound", "outbound", "sidecars")
 LOOPBACK = "loopback"
+HOPS = pingpong.HOPS
+ACCELERATED = {names.ENABLED: "true"}
+# Pods by kind: how their TCP is intercepted, and the annotations of the client's and the server's.
+KINDS: dict[str, tuple[Interception | None, dict[str, str], dict[str, str]]] = {
+    "mesh": (Interception(), {}, {}),
+    "tproxy": (Interception("TPROXY"), {}, {}),
+    "proxy-only": (Interception(), {}, {names.PROXY_ONLY: "true"}),
+    "plain": (None, ACCELERATED, ACCELERATED),
+    "excluded": (None, ACCELERATED, {**ACCELERATED, names.EXCLUDE_PORTS: "9000,8081-8082"}),
+    "opted-out": (None, ACCELERATED, {}),
+}
+SUFFIXES: dict[Family, str] = {"v4": "", "v6": "6", "mapped": "-mapped"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """Between which pods a route leads, over which hop, in which family."""
+
+    kind: str
+    hop: HopName
+    family: Family
+
+
+def _ways() -> Iterator[tuple[str, Way]]:
+    for family, suffix in SUFFIXES.items():
+        for hop_name in (*HOPS, *pingpong.PLAIN_HOPS):
+            kind = "mesh" if hop_name in HOPS else "plain"
+            yield f"{hop_name}{suffix}", Way(kind, hop_name, family)
+        yield f"tproxy{suffix}", Way("tproxy", "sidecars", family)
+        for kind in ("excluded", "opted-out"):
+            yield f"{kind}{suffix}", Way(kind, "direct", family)
+        yield f"proxy-only{suffix}", Way("proxy-only", "inbound", family)
+
+
+WAYS = {name: way for name, way in _ways() if name != "service-mapped"}  # has the IP of service
 
 
 @dataclass(frozen=True)
@@ -46,8 +85,12 @@ class Setting(Protocol):
     def spawn(self, name: str, argv: list[str], *, serves: bool) -> subprocess.Popen[str]:
         """Starts one end of the traffic on a route, its standard output a pipe."""
 
-    def pause(self, paused: bool) -> None:
-        """Switches the whole bypass off or on again."""
+    @property
+    def pods(self) -> Sequence[str]:
+        """Those that can be paused by themselves, as NAMESPACE/NAME."""
+
+    def pause(self, paused: bool, pod: str | None = None) -> None:
+        """Switches the whole bypass, or one pod's, off or on again."""
 
     def reload(self) -> None:
         """Loads the programs anew over the running ones."""
@@ -90,6 +133,8 @@ def socket_states(port: int) -> str:
 class Loopback:
     """One cgroup, client and server on loopback: needs neither pods nor the plugin."""
 
+    pods: Sequence[str] = ()
+
     def __init__(self, pod: LightPod) -> None:
         self._pod = pod
         self._paused = False
@@ -106,7 +151,7 @@ class Loopback:
             preexec_fn=self._pod.enter,  # noqa: PLW1509 - writes one file, takes no lock
         )
 
-    def pause(self, paused: bool) -> None:
+    def pause(self, paused: bool, pod: str | None = None) -> None:  # noqa: ARG002
         self._paused = paused
         self._pod.pause(paused)
 
@@ -132,7 +177,7 @@ def loopback(programs: Programs | None = None) -> Iterator[Loopback]:
 
 @dataclass
 class Pods:
-    """Two pods on a node of their own; the routes are the hops of a request between them."""
+    """Pods on a node of their own; the routes are hops between them."""
 
     bed: Bed
     hops: Mapping[str, Hop]
@@ -140,18 +185,19 @@ class Pods:
     _before: HopCounters = field(default_factory=HopCounters)
 
     def __post_init__(self) -> None:
-        self.routes = {name: self._route(name, hop) for name, hop in self.hops.items()}
+        self.routes = {name: self._route(hop) for name, hop in self.hops.items()}
 
     @property
     def _node(self) -> Node:
         return Node(self.bed.node.bpffs, self.bed.node.state_dir)
 
-    def _route(self, name: str, hop: Hop) -> Route:
-        # iptables lead every port of the other two to one listener.
-        deferred = hop.port + 1 if name == "inbound" else 0
+    @staticmethod
+    def _route(hop: Hop) -> Route:
+        # Where the ports differ, iptables lead every port to the one listener.
+        deferred = hop.port + 1 if hop.port == hop.listen_port else 0
         return Route(
             *(hop.source, hop.destination, (hop.port, deferred)),
-            *("0.0.0.0", (hop.listen_port, deferred)),
+            *(hop.listen, (hop.listen_port, deferred)),
         )
 
     def spawn(self, name: str, argv: list[str], *, serves: bool) -> subprocess.Popen[str]:
@@ -161,22 +207,37 @@ class Pods:
             pod, container = hop.server, hop.server_container
         return pod.spawn(argv, container=container, stdout=subprocess.PIPE)
 
-    def pause(self, paused: bool) -> None:
+    @cached_property
+    def pods(self) -> Sequence[str]:
+        accelerated = report.report(self._node)["pods"]
+        return [f"{pod['namespace']}/{pod['name']}" for pod in accelerated]
+
+    def pause(self, paused: bool, pod: str | None = None) -> None:
         # In this process: the node program takes a second to start, and this is done all the time.
-        (commands.pause if paused else commands.resume)(self._node)
+        (commands.pause if paused else commands.resume)(self._node, pod)
 
     def reload(self) -> None:
         counted = self.counters()
         self.bed.node.call("load")
-        if not commands.status_report(self._node)["older_generations"]:
+        if not report.report(self._node)["older_generations"]:
             self._before = counted  # had no connection left: gone, and its counters with it
 
     def counters(self) -> HopCounters:
         total = self._before
-        for pod in commands.status_report(self._node)["pods"]:
+        for pod in report.report(self._node)["pods"]:
             for counted in pod["hops"].values():
                 total += HopCounters(**counted)
         return total
+
+    def bypassed(self, name: str) -> int:
+        """Bytes that the pods at a route's ends have sent by bypass, on any hop."""
+        ends = {self.hops[name].asker.name, self.hops[name].server.name}
+        return sum(
+            counted["bypassed_bytes"]
+            for pod in report.report(self._node)["pods"]
+            if pod["name"] in ends
+            for counted in pod["hops"].values()
+        )
 
     def sockets(self, name: str, port: int) -> str:
         ends = {self.hops[name].asker.name: self.hops[name].asker}
@@ -189,7 +250,29 @@ class Pods:
 
 
 @contextmanager
-def pods(names: Iterable[HopName]) -> Iterator[Pods]:
-    """Two pods as the runtime and the plugin make them, and the hops between them by name."""
-    with open_bed(bypass=True) as bed, bed.pod("client") as client, bed.pod("server") as server:
-        yield Pods(bed, {name: hop(name, client, server) for name in names})
+def pods(wanted: Iterable[str]) -> Iterator[Pods]:
+    """Pods as the runtime and the plugin make them, and ways between them by name, see WAYS."""
+    with open_bed(subnets=DUAL_STACK) as bed, ExitStack() as stack:
+        pairs: dict[str, tuple[Pod, Pod]] = {}
+        hops = {}
+        for name in wanted:
+            way = WAYS[name]
+            # Listeners of one pod must not want the same port.
+            owner = f"{way.kind}{SUFFIXES[way.family]}" if way.hop in HOPS else name
+            if owner not in pairs:
+                pairs[owner] = _pair(bed, stack, owner, way)
+            hops[name] = pingpong.hop(way.hop, *pairs[owner], way.family)
+        yield Pods(bed, hops)
+
+
+def _pair(bed: Bed, stack: ExitStack, name: str, way: Way) -> tuple[Pod, Pod]:
+    interception, *annotations = KINDS[way.kind]
+    client, server = (
+        stack.enter_context(
+            bed.pod(f"{name}-{role}", interception=interception, annotations=wanted)
+        )
+        for role, wanted in zip(("client", "server"), annotations)
+    )
+    if way.hop == "service":
+        stack.enter_context(kubeproxy.service(bed.host, server, way.family))
+    return client, server

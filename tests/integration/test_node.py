@@ -119,6 +119,22 @@ def test_a_load_that_fails_leaves_no_generation(bed: Bed) -> None:
     assert [path.name for path in bed.node.bpffs.glob("gen-*")] == [f"gen-{before}"]
 
 
+@pytest.mark.parametrize("lost", ["control", "sock_ops", "."])
+def test_load_when_the_current_generation_is_damaged(bed: Bed, lost: str) -> None:
+    damaged = bed.node.bpffs / (bed.node.bpffs / "current").readlink()
+    for pin in sorted(damaged.iterdir()):
+        if lost in (pin.name, "."):
+            pin.unlink()
+    if lost == ".":
+        damaged.rmdir()
+    bed.node.call("load")
+    status = bed.node.status()
+    assert (status["loaded"], status["older_generations"]) == (True, [])
+    assert sorted(path.name for path in bed.node.bpffs.glob("gen-*")) == [
+        f"gen-{status['generation']}"
+    ]
+
+
 def test_a_killed_self_test_is_swept_up() -> None:
     mount = cgroups.mount_point()
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Behind a Service's address the client cannot know its server: that server's pod vouches for itself."""
+"""Behind a Service's address the client cannot know its server: its pod vouches for itself."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ A socket belongs for life to the network namespace, cgroup and user it was made 
 connections accepted on it, whoever holds the file descriptor. So one process that makes sockets
 in any pod and passes them on lets a test be written as straight lines, in one process.
 
-Asked with JSON {move, netns, cgroup, uid, family, type, protocol}; answers {errno} and the socket.
+Asked with JSON {move, netns, cgroup, uid, gid, family, type, protocol}; answers {errno} and the
+socket.
 `move` is false where it is in that pod already: a change of cgroup costs milliseconds.
 """
 
@@ -31,6 +32,11 @@ def move_to(netns: str, cgroup: str) -> None:
     os.close(fd)
 
 
+def become_root() -> None:
+    os.seteuid(0)
+    os.setegid(0)
+
+
 def main() -> None:
     """Serve requests until the other end is closed."""
     channel = socket.socket(fileno=0)
@@ -39,12 +45,13 @@ def main() -> None:
         try:
             if wanted["move"]:
                 move_to(wanted["netns"], wanted["cgroup"])
+            os.setegid(wanted["gid"])
             os.seteuid(wanted["uid"])
             with socket.socket(wanted["family"], wanted["type"], wanted["protocol"]) as made:
-                os.seteuid(0)
+                become_root()
                 socket.send_fds(channel, [json.dumps({"errno": 0}).encode()], [made.fileno()])
         except OSError as error:
-            os.seteuid(0)
+            become_root()
             channel.send(json.dumps({"errno": error.errno}).encode())
 
 

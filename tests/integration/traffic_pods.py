@@ -66,7 +66,14 @@ class Maker:
         self.place = None
 
     def make(
-        self, place: Place, uid: int, family: int, kind: int = socket.SOCK_STREAM, proto: int = 0
+        self,
+        place: Place,
+        uid: int,
+        family: int,
+        kind: int = socket.SOCK_STREAM,
+        proto: int = 0,
+        *,
+        gid: int = 0,
     ) -> socket.socket:
         """A new socket of that pod; raises what socket(2) there did."""
         wanted = {
@@ -74,6 +81,7 @@ class Maker:
             "netns": str(place.netns.path),
             "cgroup": str(place.cgroup),
             "uid": uid,
+            "gid": gid,
             "family": family,
             "type": kind,
             "protocol": proto,

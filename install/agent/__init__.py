@@ -1,0 +1,1 @@
+"""The agent: keeps one node as `install` and `load` have made it."""

@@ -1,0 +1,95 @@
+"""The node program's commands `agent` and `gc`, from their options."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from install import installer, log
+from install.commands import Node, NodeError
+from install.installer import Places
+
+# containerd, CRI-O, k3s, k0s, MicroK8s.
+CRI_SOCKETS = (
+    Path("/run/containerd/containerd.sock"),
+    Path("/run/crio/crio.sock"),
+    Path("/run/k3s/containerd/containerd.sock"),
+    Path("/run/k0s/containerd.sock"),
+    Path("/var/snap/microk8s/common/run/containerd.sock"),
+)
+
+
+def gc(node: Node, places: Places, arguments: argparse.Namespace) -> int:
+    """Returns the exit status."""
+    from install.agent import cri, repair  # noqa: PLC0415 - 30 MB, see cri.py
+
+    sockets = _sockets(arguments)
+    socket = next((each for each in sockets if each.is_socket()), None)
+    if socket is None:
+        raise NodeError(f"no container runtime: none of {_listed(sockets)} is there")
+    try:
+        done = repair.run(node, places, socket, attach=arguments.adopt)
+    except cri.CriError as error:
+        raise NodeError(f"nothing was changed: {error}") from error
+    if arguments.json:
+        print(json.dumps(asdict(done)))
+        return 0
+    print(f"attachments: {done.removed} removed, {done.attached} made, {done.failed} failed")
+    return int(done.failed > 0)
+
+
+def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
+    """Returns the exit status, when the agent has been told to end."""
+    from install.agent import http, kubernetes  # noqa: PLC0415 - for this command alone
+    from install.agent.agent import Agent, Settings  # noqa: PLC0415
+    from install.agent.metrics import Metrics  # noqa: PLC0415
+
+    options = arguments.conf_json and installer.parse_options(arguments.conf_json)
+    try:
+        daemonset = arguments.daemonset and kubernetes.DaemonSet.parse(arguments.daemonset)
+        settings = Settings(
+            places=places,
+            entry=installer.entry(node.bpffs, node.state_dir, options),
+            load_options=_common(arguments),
+            gc_options=[*_common(arguments), *_places_options(arguments)],
+            cri_sockets=_sockets(arguments),
+            question=kubernetes.Question(daemonset) if daemonset else None,
+            once=arguments.once,
+        )
+        metrics, health = Metrics(node, per_pod=arguments.per_pod_metrics), http.Health()
+        with contextlib.ExitStack() as stack:
+            if arguments.listen:
+                server = stack.enter_context(http.serve(arguments.listen, metrics, health))
+                log.info("serving", "/healthz, /readyz and /metrics are served", at=server.address)
+            return Agent(node, settings, metrics, health).run()
+    except ValueError as error:
+        raise NodeError(str(error)) from error
+
+
+def _sockets(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    given = arguments.cri_socket
+    return (Path(given.removeprefix("unix://")),) if given else CRI_SOCKETS
+
+
+def _listed(sockets: tuple[Path, ...]) -> str:
+    return ", ".join(map(str, sockets))
+
+
+def _common(arguments: argparse.Namespace) -> list[str]:
+    """What every child of the agent is told as well."""
+    return [
+        *("--bpffs", str(arguments.bpffs)),
+        *("--state-dir", str(arguments.state_dir)),
+    ]
+
+
+def _places_options(arguments: argparse.Namespace) -> list[str]:
+    """And those that have to do with pods."""
+    return [
+        *("--cni-conf-dir", str(arguments.cni_conf_dir)),
+        *("--cni-bin-dir", str(arguments.cni_bin_dir)),
+        *("--plugin-dir", str(arguments.plugin_dir)),
+    ]

@@ -1,0 +1,69 @@
+"""When what is due: at once when something happens, later and later while it keeps going wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class Waiting(Exception):
+    """The work cannot be done yet and nothing is wrong with that; the message says for what."""
+
+
+class NotDone(Exception):
+    """The work did not succeed; the message says what to do."""
+
+
+@dataclass
+class Task:
+    """One thing that is to be right on a node, looked at again and again.
+
+    ``work`` returns whether it was right already, or raises. If it was not, the next look comes
+    after a pause and not before. The pause doubles each time, and starts anew when all was quiet
+    for as long as the longest pause: whoever keeps undoing our work is never fought, and gets us
+    again when it stops. Times are seconds of time.monotonic(), which nobody sets.
+    """
+
+    name: str
+    work: Callable[[], bool]
+    every_s: float
+    first_pause_s: float
+    longest_pause_s: float
+    due: float = 0.0
+    problem: str = ""  # why it is not right; empty when it is
+    _not_before: float = 0.0
+    _pause_s: float = 0.0
+
+    def wake(self, now: float, delay_s: float = 0.0) -> None:
+        """Look soon, because something has happened."""
+        self.due = min(self.due, max(now + delay_s, self._not_before))
+
+    def start_over(self, now: float, delay_s: float = 0.0) -> None:
+        """Look soon, whatever went wrong until now: what it was about is no more."""
+        self._not_before = self._pause_s = 0.0
+        self.wake(now, delay_s)
+
+    def run(self, now: Callable[[], float]) -> Exception | None:
+        """Does the work; returns what went wrong, if that is another problem than last time."""
+        before, self.problem = self.problem, ""
+        calm = True
+        failure: Exception | None = None
+        try:
+            calm = self.work()
+        except Waiting as waiting:
+            self.problem, failure = str(waiting), waiting
+        except Exception as error:  # whatever it is: the agent goes on, and tries again
+            self.problem, failure = f"{type(error).__name__}: {error}", error
+            if isinstance(error, NotDone):
+                self.problem = str(error)
+            calm = False
+        self._plan(now(), calm=calm)
+        return failure if self.problem != before else None
+
+    def _plan(self, now: float, *, calm: bool) -> None:
+        if not calm:
+            self._pause_s = min(max(2 * self._pause_s, self.first_pause_s), self.longest_pause_s)
+            self._not_before = now + self._pause_s
+        elif now > self._not_before + self.longest_pause_s:
+            self._pause_s = 0.0
+        self.due = now + self.every_s if calm else self._not_before

@@ -1,0 +1,370 @@
+"""The text of a network configuration: is it valid to a runtime, and how our entry goes in and out.
+
+Entries are cut out of and put into the *text*: whatever else is in the file (key order, numbers
+such as 1e3, escapes, duplicate keys, indentation, line ends) stays byte for byte as its owner wrote
+it, and taking our entry out again gives the very file from before.
+
+What is valid is what libcni takes: NetworkConfFromBytes and NetworkPluginConfFromBytes in
+containernetworking/cni, libcni/conf.go (3f51e88). Texts are UTF-8 decoded with ``surrogateescape``,
+because Go's decoder lets bytes that are no UTF-8 pass inside strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cni_plugin import names
+
+Json = dict[str, Any]
+
+CAPABILITIES = {names.CGROUP_PATH: True, names.POD_ANNOTATIONS: True}
+_ISTIO_CNI = "istio-cni"
+_MULTUS = ("multus", "multus-shim")
+_NO_VERSION = "0.1.0"  # what libcni takes a configuration without cniVersion for
+_FLAGS = ("disableCheck", "disableGC", "loadOnlyInlinedPlugins")
+_PLUGIN_KEYS = {"name": str, "cniVersion": str, "capabilities": dict, "ipam": dict, "dns": dict}
+
+
+class ConfError(Exception):
+    """Why a configuration is left alone."""
+
+
+class NotValid(ConfError):
+    """A runtime would not take it either."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What our entry shall hold.
+
+    ``options`` are the operator's; None means that those of an entry that is there stay.
+    ``folders`` are bpffs and stateDir, as far as they are not the defaults.
+    """
+
+    options: Json | None
+    folders: Json
+
+    def over(self, existing: Json) -> Json:
+        """The entry, in place of an existing one."""
+        ours = ("type", "capabilities", "bpffs", "stateDir")
+        options = self.options
+        if options is None:
+            options = {key: value for key, value in existing.items() if key not in ours}
+        return {"type": names.PLUGIN, "capabilities": CAPABILITIES, **options, **self.folders}
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A JSON value, and where it stands in the text."""
+
+    value: Any
+    start: int
+    end: int
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # which Go refuses
+        raise ValueError(f"number {text:.40} is out of range")
+    return value
+
+
+def _integer(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_int=_integer, parse_constant=_no_constant)
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found
+    return found.end()
+
+
+def _parts(text: str, opening: int) -> Iterator[_Value]:
+    """What is in the object or array that opens there: elements, or keys and values in turn."""
+    at = _after_space(text, opening + 1)
+    while text[at] not in "]}":
+        value, end = _DECODER.raw_decode(text, at)
+        yield _Value(value, at, end)
+        at = _after_space(text, end)
+        if text[at] in ",:":
+            at = _after_space(text, at + 1)
+
+
+def _members(text: str) -> dict[str, _Value]:
+    """The whole text's members; of equal keys the last, as Go has it.
+
+    Raises:
+        NotValid: the text is not one JSON object.
+    """
+    opening = _after_space(text, 0)
+    try:
+        whole, end = _DECODER.raw_decode(text, opening)
+    except (ValueError, RecursionError) as error:
+        raise NotValid(f"it is not JSON: {error}") from error
+    if text[_after_space(text, end) :]:
+        raise NotValid("it is not JSON: something follows the object")
+    if not isinstance(whole, dict):
+        raise NotValid("it is not a JSON object")
+    parts = list(_parts(text, opening))
+    return {key.value: value for key, value in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _check_plugin(plugin: object) -> None:
+    if not isinstance(plugin, dict):
+        raise NotValid("a plugin in it is not an object")
+    if not isinstance(plugin.get("type"), str) or not plugin["type"]:
+        raise NotValid("a plugin in it has no type")
+    for key, kind in _PLUGIN_KEYS.items():
+        value = plugin.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise NotValid(f"key {key} of plugin {plugin['type']} is no {kind.__name__}")
+    if not all(isinstance(each, bool) for each in (plugin.get("capabilities") or {}).values()):
+        raise NotValid(f"a capability of plugin {plugin['type']} is neither true nor false")
+
+
+@dataclass(frozen=True)
+class Conflist:
+    """A list of plugins."""
+
+    text: str
+    members: dict[str, _Value]
+    plugins: tuple[_Value, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Conflist:
+        """Any list, even if no runtime would take it.
+
+        Raises:
+            NotValid: it is not JSON, or no list of plugins.
+        """
+        members = _members(text)
+        if "plugins" not in members:
+            raise NotValid("it has no plugins")
+        plugins = members["plugins"]
+        if not isinstance(plugins.value, list) or not plugins.value:
+            raise NotValid("its list of plugins is empty")
+        return cls(text, members, tuple(_parts(text, plugins.start)))
+
+    def check_valid(self) -> None:
+        """Raises NotValid, with the reason that a runtime would have."""
+        name = self.members.get("name")
+        if name is None or not isinstance(name.value, str):
+            raise NotValid("it has no name")
+        for flag in _FLAGS:
+            value = self.members[flag].value if flag in self.members else False
+            if str(value).lower() not in ("true", "false"):
+                raise NotValid(f"its key {flag} is neither true nor false")
+        for plugin in self.plugins:
+            _check_plugin(plugin.value)
+        _versions(self.members)
+
+    @property
+    def name(self) -> str:
+        """Of a valid list."""
+        return str(self.members["name"].value)
+
+    @property
+    def version(self) -> str | None:
+        """The newest that a runtime may speak to us in a valid list."""
+        spoken = _versions(self.members)
+        return max((v for v in names.CNI_VERSIONS if v in spoken), default=None)
+
+    def types(self) -> list[str]:
+        """The plugins' types; empty for what is no plugin."""
+        values = [each.value for each in self.plugins]
+        return [str(v.get("type", "")) if isinstance(v, dict) else "" for v in values]
+
+    def ours(self) -> list[int]:
+        """The positions of our entry."""
+        return [i for i, each in enumerate(self.types()) if each == names.PLUGIN]
+
+    def check_may_be_changed(self) -> None:
+        """Raises ConfError when the plugin cannot work in this list, or somebody else makes it."""
+        for version in _versions(self.members):
+            if version not in names.CNI_VERSIONS:
+                raise ConfError(
+                    f"its cniVersion is {version}; {names.PLUGIN} can run in a chain of "
+                    f"{', '.join(names.CNI_VERSIONS)}"
+                )
+        for multus in set(_MULTUS) & set(self.types()):
+            # Multus writes this file anew at each start, and hands its delegates only the
+            # runtimeConfig that it knows: neither the pod's cgroup nor its annotations
+            # (RuntimeConfig in pkg/types/types.go of k8snetworkplumbingwg/multus-cni, 95a0932).
+            raise ConfError(
+                f"{multus} delegates to other configurations and writes this file itself; "
+                f"write a list of {multus} and {names.PLUGIN} whose name sorts before it"
+            )
+        if len(self.ours()) == len(self.plugins):
+            raise ConfError(f"{names.PLUGIN} is the only plugin in it, and makes no interface")
+
+
+def _versions(members: dict[str, _Value]) -> tuple[str, ...]:
+    """The versions that a runtime may choose: newer libcni goes by cniVersions, older does not."""
+    single = members["cniVersion"].value if "cniVersion" in members else None
+    if "cniVersion" in members and not isinstance(single, str):
+        raise NotValid("its cniVersion is not a string")
+    several = members["cniVersions"].value if "cniVersions" in members else []
+    if not isinstance(several, list) or not all(isinstance(each, str) for each in several):
+        raise NotValid("its cniVersions is not a list of strings")
+    try:
+        newest = max(several, key=_numbers, default=None)
+    except ValueError as error:
+        raise NotValid(f"its cniVersions cannot be read: {error}") from error
+    found = tuple(each for each in (single, newest) if each)
+    return found or (_NO_VERSION,)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def list_of_single(text: str, file_name: str) -> str:
+    """A configuration of one plugin, as the list that a runtime makes of it.
+
+    After ConfListFromConf in libcni: the plugin stays whole, name and version stand above it. A
+    network without a name gets its file's, as CRI-O has it (loadNetworks in cri-o/ocicni 18fd1eb).
+
+    Raises:
+        NotValid: the text is not one plugin's configuration.
+    """
+    members = _members(text)
+    start = _after_space(text, 0)
+    body = text[start:].rstrip(" \t\r\n")
+    _check_plugin(_DECODER.decode(body))
+    name = members.get("name")
+    named = text[name.start : name.end] if name and name.value else json.dumps(file_name)
+    heads = [f'"name": {named}']
+    if version := members.get("cniVersion"):
+        heads.append('"cniVersion": ' + text[version.start : version.end])
+    tail = text[start + len(body) :]
+    if "\n" not in body:
+        return f'{{{", ".join(heads)}, "plugins": [{body}]}}{tail}'
+    style = _Style.of(text, body)
+    indented = re.sub(r"\n(?=[^\r\n])", "\n" + 2 * style.unit, body)
+    lines = [
+        "{",
+        *(f"{style.unit}{head}," for head in heads),
+        f'{style.unit}"plugins": [',
+        f"{2 * style.unit}{indented}",
+        f"{style.unit}]",
+        "}",
+    ]
+    return style.newline.join(lines) + tail
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How the owner of a text lays out a plugin that goes over several lines."""
+
+    newline: str
+    base: str  # before its closing brace
+    unit: str  # one step of indentation
+
+    @classmethod
+    def of(cls, text: str, body: str) -> _Style:
+        margins = [_margin(line) for line in body.split("\n")[1:] if line.strip()]
+        base, inner = margins[-1], margins[0]
+        unit = inner.removeprefix(base) if inner.startswith(base) else ""
+        return cls("\r\n" if "\r\n" in text else "\n", base, unit or "  ")
+
+
+def _margin(line: str) -> str:
+    return line[: len(line) - len(line.lstrip(" \t"))]
+
+
+def _rendered(entry: Json, text: str, beside: _Value) -> str:
+    """Our entry, in the form of the plugin that it stands beside."""
+    body = text[beside.start : beside.end]
+    if "\n" not in body:
+        loose = re.search(r'":\s', body) or re.search(r'",\s', body)
+        return json.dumps(entry, separators=(", ", ": ") if loose else (",", ":"))
+    style = _Style.of(text, body)
+    return json.dumps(entry, indent=style.unit).replace("\n", style.newline + style.base)
+
+
+def _inserted(chain: Conflist, entry: Json) -> str:
+    """After istio-cni when that is there, else last."""
+    istio = [i for i, each in enumerate(chain.types()) if each.endswith(_ISTIO_CNI)]
+    beside = chain.plugins[istio[-1] if istio else -1]
+    before = chain.text[: beside.start]
+    gap = before[len(before.rstrip(" \t\r\n")) :]
+    if not gap and "\n" in chain.text[beside.start : beside.end]:
+        gap = " "
+    new = "," + gap + _rendered(entry, chain.text, beside)
+    return chain.text[: beside.end] + new + chain.text[beside.end :]
+
+
+def _cut(chain: Conflist, position: int) -> str:
+    """Without that plugin and the comma it needed."""
+    this = chain.plugins[position]
+    if position:
+        return chain.text[: chain.plugins[position - 1].end] + chain.text[this.end :]
+    return chain.text[: this.start] + chain.text[chain.plugins[1].start :]
+
+
+def with_entry(text: str, entry: Entry) -> str:
+    """Our entry once, with these options, somewhere behind the plugin that makes the interface.
+
+    An entry that is there keeps its place, before or after istio-cni, and its text when it says
+    the same.
+
+    Raises:
+        NotValid: a runtime would not take the list.
+        ConfError: the plugin cannot work in this list.
+    """
+    chain = Conflist.parse(text)
+    chain.check_valid()
+    chain.check_may_be_changed()
+    ours = chain.ours()
+    existing = chain.plugins[ours[0]].value if ours else {}
+    while len(ours) > 1 or ours == [0]:
+        chain = Conflist.parse(_cut(chain, ours[-1]))
+        ours = chain.ours()
+    wanted = entry.over(existing)
+    if not ours:
+        return _inserted(chain, wanted)
+    this = chain.plugins[ours[0]]
+    if this.value == wanted:
+        return chain.text
+    rendered = _rendered(wanted, chain.text, this)
+    return chain.text[: this.start] + rendered + chain.text[this.end :]
+
+
+def has_entry(text: str) -> bool:
+    """Raises NotValid when it is no list of plugins."""
+    return bool(Conflist.parse(text).ours())
+
+
+def without_entry(text: str) -> str:
+    """The list without us; it may be one that no runtime takes.
+
+    Raises:
+        NotValid: it is no list of plugins.
+        ConfError: nothing would be left of it.
+    """
+    chain = Conflist.parse(text)
+    while ours := chain.ours():
+        if len(ours) == len(chain.plugins):
+            raise ConfError(f"{names.PLUGIN} is the only plugin in it; delete it by hand")
+        chain = Conflist.parse(_cut(chain, ours[-1]))
+    return chain.text
+
+
+def is_same(text: str, other: str) -> bool:
+    """Whether two texts are the same JSON value."""
+    same: bool = _DECODER.decode(text.strip()) == _DECODER.decode(other.strip())
+    return same

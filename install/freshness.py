@@ -1,0 +1,51 @@
+"""Whether this node has the programs of this version: a restart of the agent loads nothing anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cni_plugin import names
+
+if TYPE_CHECKING:
+    from install.commands import Node
+    from install.generations import Generation
+
+_ROOT = Path(__file__).parents[1]
+# What decides about the programs and about the mode. The kernel does too, but what it has loaded
+# does not outlive it.
+_SOURCES = ("bpf/**/*.c", "bpf/**/*.h", "bpf/*.py", "install/selftest.py", "install/probes.py")
+
+
+def version() -> str:
+    """A digest of the sources as they are now, which a `load` that starts now would compile."""
+    total = hashlib.sha256()
+    for path in sorted(path for pattern in _SOURCES for path in _ROOT.glob(pattern)):
+        total.update(f"{path.relative_to(_ROOT)}\0{path.stat().st_size}\0".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def mark(generation: Generation) -> dict[str, Any]:
+    """What a load that went well leaves in node.json."""
+    return {"programs": version(), "generation": generation.folder.name}
+
+
+def reason_to_load(node: Node) -> str | None:
+    """None when the current generation is whole and of this version."""
+    generations = node.generations
+    current = generations.current()
+    if current is None:
+        return "nothing is loaded"
+    if current not in generations.complete():
+        return f"some of the pins in {current.folder} are gone"
+    path = node.state_dir / names.NODE_JSON
+    try:
+        found = json.loads(path.read_bytes())
+        if mark(current).items() <= found.items():
+            return None
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{path} cannot be read: {error}"
+    return f"{current.folder.name} is of another version, or its load was broken off"

@@ -1,0 +1,83 @@
+"""What the node program and the agent say on stderr: one line per event, never more.
+
+A person at a terminal gets the sentence ("plain"). Whoever collects logs gets every field, as
+logfmt or as JSON:
+
+    ts=2026-01-31T08:15:00.123Z level=warning event=pod_not_moved msg="..." pod=shop/cart-7d9
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cni_plugin.state import Attachment
+
+FORMATS = ("plain", "logfmt", "json")
+
+_BARE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, quote, equals sign, backslash
+_format = "plain"
+
+
+def setup(style: str) -> None:
+    """From now on lines are written in one of FORMATS."""
+    global _format
+    _format = style
+
+
+def info(event: str, message: str, **fields: object) -> None:
+    """Say that something happened. `event` names its kind; fields that are None are left out."""
+    _say("info", event, message, fields)
+
+
+def warning(event: str, message: str, **fields: object) -> None:
+    """Say that something is wrong which we can go on with; `message` tells what to do."""
+    _say("warning", event, message, fields)
+
+
+def error(event: str, message: str, **fields: object) -> None:
+    """Say that something was not done; `message` tells what to do."""
+    _say("error", event, message, fields)
+
+
+def again(line: dict[str, Any]) -> str:
+    """Say what a child has said in JSON, as if it was ours, with its time; returns the message.
+
+    Raises KeyError when it is no line of this module's.
+    """
+    fields = {key: line[key] for key in line.keys() - {"level", "event", "msg"}}
+    _say(line["level"], line["event"], line["msg"], fields)
+    return str(line["msg"])
+
+
+def of(attachment: Attachment | None) -> dict[str, str]:
+    """The fields that say which pod an event is about."""
+    if attachment is None:
+        return {}
+    pod = f"{attachment.pod_namespace}/{attachment.pod_name}"
+    return {"pod": pod, "container": attachment.container_id}
+
+
+def _say(level: str, event: str, message: str, fields: dict[str, object]) -> None:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    line = {"ts": now, "level": level, "event": event, "msg": message, **fields}
+    line = {name: value for name, value in line.items() if value is not None}
+    if _format == "json":
+        text = json.dumps(line, default=str)
+    elif _format == "logfmt":
+        text = " ".join(f"{name}={_quoted(value)}" for name, value in line.items())
+    else:
+        text = f"{level}: {message}".removeprefix("info: ").replace("\n", " ")
+    with contextlib.suppress(OSError):  # a closed or full stderr is no reason to stop
+        os.write(2, text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _quoted(value: object) -> str:
+    """A value that ends where it ends and stays on its line, whatever is in it."""
+    text = json.dumps(value) if isinstance(value, bool) else str(value)
+    return text if _BARE.fullmatch(text) else json.dumps(text)

@@ -1,0 +1,194 @@
+"""What there is on this node: read from the kernel and the state folder, told to nobody yet."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from bpf import abi, stats
+from bpf.stats import HopCounters
+from cni_plugin import attachment, bpfsys, names
+from cni_plugin.state import Attachment
+from install.generations import Generation, opened
+
+if TYPE_CHECKING:
+    from install.commands import Node
+
+Hops = dict[str, HopCounters]
+Reading = dict[tuple[int, int], Hops]  # by (ID of the map, pod ID)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A pod that ADD, or the agent, wanted to accelerate and could not."""
+
+    container_id: str
+    ifname: str
+    namespace: str
+    name: str
+    reason: str
+    time: int  # seconds since the epoch
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The node's state but for its counters."""
+
+    current: Generation | None
+    generations: list[Generation]  # the current one and older ones whose connections live on
+    paused: bool
+    paused_pods: frozenset[int]  # IDs of single pods
+    mode: str
+    reason: str
+    attachments: list[Attachment]
+    attached: frozenset[int]  # IDs of the pods whose programs are where they should be
+    failures: list[Failure]
+
+
+def facts(node: Node) -> Facts:
+    """Raises OSError when the kernel or a folder cannot be read."""
+    complete = node.generations.complete()
+    mode, reason = node.state.node_mode()
+    attachments = node.attachments()
+    return Facts(
+        current=node.generations.current(),
+        generations=complete,
+        paused=_paused(complete),
+        paused_pods=_paused_pods(complete),
+        mode=mode,
+        reason=reason,
+        attachments=attachments,
+        attached=frozenset(record.pod_id for record in attachments if _is_attached(record)),
+        failures=_failures(node),
+    )
+
+
+def _paused(generations: list[Generation]) -> bool:
+    """Whether there are any, and all of them are."""
+    flags = []
+    for generation in generations:
+        with contextlib.suppress(FileNotFoundError):  # removed by a load since it was listed
+            flags.append(generation.flags() & abi.CONTROL_PAUSED)
+    return bool(flags) and all(flags)
+
+
+def _paused_pods(generations: list[Generation]) -> frozenset[int]:
+    paused: set[int] = set()
+    for generation in generations:
+        with contextlib.suppress(FileNotFoundError):  # as above
+            paused |= generation.paused_pods()
+    return frozenset(paused)
+
+
+def _is_attached(record: Attachment) -> bool:
+    """Whether a program of ours is on the pod's cgroup and the kernel's record is this pod's."""
+    with attachment.open_cgroup(record.cgroup, record.inode) as fd:
+        if fd is None:
+            return False
+        with attachment.attached(fd, record.inode) as found:
+            return any(each.record.id == record.pod_id for each in found)
+
+
+def _failures(node: Node) -> list[Failure]:
+    """Oldest first; a note that is torn or has just gone is none."""
+    found = []
+    for path in (node.state_dir / names.FAILURES).glob("*.json"):
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            noted, time = json.loads(path.read_bytes()), int(path.stat().st_mtime)
+            found.append(Failure(**noted, time=time))
+    return sorted(found, key=lambda failure: failure.time)
+
+
+def counters(generations: Iterable[Generation], pod_ids: Iterable[int]) -> Reading:
+    """What each pod has counted under each generation; those without counters are left out."""
+    ids, reading = list(pod_ids), {}
+    for generation in generations:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            opened(generation.folder / names.COUNTERS) as fd,
+        ):
+            map_id = bpfsys.map_info(fd).id
+            lookup = functools.partial(bpfsys.map_lookup, fd)
+            for pod_id in ids:
+                if hops := stats.pod_counters(pod_id, lookup):
+                    reading[map_id, pod_id] = hops
+    return reading
+
+
+def by_pod(reading: Reading) -> dict[int, Hops]:
+    """All generations together."""
+    pods: dict[int, Hops] = {}
+    for (_, pod_id), hops in reading.items():
+        add(pods.setdefault(pod_id, {}), hops)
+    return pods
+
+
+def add(total: Hops, hops: Hops) -> None:
+    """Adds `hops` to `total`, hop by hop."""
+    for hop, counted in hops.items():
+        total[hop] = total.get(hop, HopCounters()) + counted
+
+
+class Growth:
+    """What counters grow by from one reading to the next, whatever comes and goes meanwhile.
+
+    A map, and a pod in it, counts from zero; both vanish with all they have counted. So what is
+    new counts in full, what is gone has been counted, and nothing ever shrinks. What a pod
+    counts between the last reading and its DEL is not seen.
+    """
+
+    def __init__(self, first: Reading) -> None:
+        self._last = first
+
+    def pod_ids(self) -> set[int]:
+        """Pods of the last reading: to be read again, so that only the kernel says who is gone."""
+        return {pod_id for _, pod_id in self._last}
+
+    def to(self, reading: Reading) -> dict[int, Hops]:
+        """The growth from the last reading to this one, by pod ID."""
+        grown = {
+            key: {
+                hop: now.since(self._last.get(key, {}).get(hop, HopCounters()))
+                for hop, now in hops.items()
+            }
+            for key, hops in reading.items()
+        }
+        self._last = reading
+        return by_pod(grown)
+
+
+def report(node: Node) -> dict[str, Any]:
+    """What `status --json` prints."""
+    found = facts(node)
+    pods = by_pod(counters(found.generations, [record.pod_id for record in found.attachments]))
+    return {
+        "loaded": found.current is not None,
+        "generation": found.current.number if found.current else None,
+        "older_generations": [g.number for g in found.generations if g != found.current],
+        "paused": found.paused,
+        "mode": found.mode,
+        "reason": found.reason,
+        "pods": [_pod(record, found, pods.get(record.pod_id, {})) for record in found.attachments],
+        "failures": [asdict(failure) for failure in found.failures],
+    }
+
+
+def _pod(record: Attachment, found: Facts, hops: Hops) -> dict[str, Any]:
+    return {
+        "pod_id": record.pod_id,
+        "namespace": record.pod_namespace,
+        "name": record.pod_name,
+        "container_id": record.container_id,
+        "ifname": record.ifname,
+        "ips": sorted({address for address, _ in record.ips}),
+        "generation": record.generation,
+        "attached": record.pod_id in found.attached,
+        "paused": record.pod_id in found.paused_pods,
+        "proxy_only": bool(record.flags & abi.POD_PROXY_ONLY),
+        "excluded_ports": record.excluded_ports,
+        "hops": {hop: asdict(counted) for hop, counted in hops.items()},
+    }

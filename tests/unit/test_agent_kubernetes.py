@@ -1,0 +1,111 @@
+"""When the agent takes its SIGTERM for the end of the DaemonSet, and when not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from install.agent import kubernetes
+from install.agent.kubernetes import DaemonSet, Question
+from tests.bed import apiserver
+from tests.bed.apiserver import BEING_DELETED, FORBIDDEN, GONE, WANTED, Answer, ApiServer
+
+OURS = DaemonSet(apiserver.NAMESPACE, apiserver.NAME)
+UNAUTHORIZED: Answer = (401, {"kind": "Status", "message": "Unauthorized"})
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    monkeypatch.setattr(kubernetes, "SERVICE_ACCOUNT", tmp_path / "account")
+    monkeypatch.setattr(kubernetes, "REFUSED_S", 0.5)
+    monkeypatch.setattr(kubernetes, "TIMEOUT_S", 2)
+    with apiserver.running(tmp_path) as running:
+        running.write_service_account(tmp_path / "account")
+        for name, value in running.environment.items():
+            monkeypatch.setenv(name, value)
+        yield running
+
+
+@pytest.mark.parametrize("answer", [GONE, BEING_DELETED])
+def test_it_is_deleted(server: ApiServer, answer: Answer) -> None:
+    server.answer = answer
+    assert Question(OURS).ask().deleted
+    assert server.asked == [(apiserver.PATH, f"Bearer {apiserver.TOKEN}")]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        WANTED,
+        FORBIDDEN,
+        UNAUTHORIZED,
+        (404, {"kind": "Status", "details": {}, "message": "no such resource"}),
+        (404, {"details": {"kind": "namespaces", "name": apiserver.NAMESPACE}}),
+        (404, "a proxy's page"),
+        (200, {"kind": "Table"}),
+        (200, []),
+        (500, {"kind": "Status", "message": "etcd is not there"}),
+        (503, {}),
+    ],
+)
+def test_it_is_not_known_to_be_deleted(server: ApiServer, answer: Answer) -> None:
+    server.answer = answer
+    found = Question(OURS).ask()
+    assert not found.deleted
+    assert found.why
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("refusal", [FORBIDDEN, UNAUTHORIZED])
+def test_it_is_deleted_when_the_right_to_ask_was_taken_away(
+    server: ApiServer, refusal: Answer
+) -> None:
+    question = Question(OURS)
+    assert question.may_be_asked().status == 200
+    server.answer = refusal
+    assert question.ask().deleted
+    assert len(server.asked) > 2  # it was no passing mood
+
+
+def test_a_refusal_that_passes_is_none(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = Question(OURS)
+    assert question.may_be_asked().status == 200
+    server.answer = FORBIDDEN
+
+    def recover(_seconds: float) -> None:
+        server.answer = WANTED
+
+    monkeypatch.setattr("install.agent.kubernetes.time.sleep", recover)
+    assert not question.ask().deleted
+
+
+def test_nobody_answers(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    assert "refused" in Question(OURS).ask().why
+    assert server.asked == []
+
+
+def test_a_stranger_answers(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with apiserver.running(tmp_path / "other") as other:
+        other.write_service_account(tmp_path / "account")  # its certificate, not the server's
+    server.answer = GONE
+    found = Question(OURS).ask()
+    assert not found.deleted
+    assert "CERTIFICATE_VERIFY_FAILED" in found.why
+
+
+def test_outside_a_pod(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(kubernetes, "SERVICE_ACCOUNT", tmp_path)
+    assert not Question(OURS).ask().deleted
+    (tmp_path / "token").write_text("t")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert not Question(OURS).ask().deleted
+
+
+@pytest.mark.parametrize("text", ["", "name", "/name", "namespace/", "a/b\n"])
+def test_a_daemonset_is_named_in_full(text: str) -> None:
+    with pytest.raises(ValueError, match="NAMESPACE/NAME"):
+        DaemonSet.parse(text)

@@ -1,0 +1,372 @@
+"""Install and uninstall as a whole: the order of things, and every place where they can be killed.
+
+The kernel's side is left out: what uninstall switches off is a list here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from cni_plugin import names
+from install import installer
+from install.conf_dir import Outcome
+from install.conflist import Entry
+from install.installer import Places, Uninstalled
+from install.plugin_files import InstallError
+from tests.bed.node import PROGRAM
+from tests.unit import frozen, runtimes
+from tests.unit.cases import FOLDER
+
+PLAIN = Entry(None, {})
+CONFLISTS = FOLDER / "conflists"
+FLANNEL = (CONFLISTS / "flannel" / "before" / "10-flannel.conflist").read_bytes()
+SINGLE = (CONFLISTS / "single-conf" / "before" / "10-bridge.conf").read_bytes()
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's folders, and a file that stands for what is in the kernel."""
+
+    folder: Path
+
+    @property
+    def places(self) -> Places:
+        return Places(
+            self.folder / "net.d", self.folder / "bin", self.folder / "source", Path("/proc")
+        )
+
+    @property
+    def kernel(self) -> Path:
+        return self.folder / "kernel"
+
+    def files(self) -> dict[str, bytes]:
+        """The network configurations."""
+        return {path.name: path.read_bytes() for path in self.places.conf_dir.iterdir()}
+
+    def uninstall(self, *, purge: bool = False) -> Uninstalled:
+        return installer.uninstall(
+            self.places, lambda: self.kernel.unlink(missing_ok=True), purge=purge
+        )
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no runtime that could still call the plugin."""
+    monkeypatch.setattr(installer, "_QUIET_S", 0)
+
+
+@pytest.fixture(params=["10-flannel.conflist", "10-bridge.conf"])
+def node(tmp_path: Path, request: pytest.FixtureRequest) -> Node:
+    node = Node(tmp_path)
+    frozen.made(node.places.plugin_dir)
+    node.places.conf_dir.mkdir()
+    content = FLANNEL if request.param.endswith("list") else SINGLE
+    (node.places.conf_dir / request.param).write_bytes(content)
+    return node
+
+
+def test_there_and_back(node: Node) -> None:
+    before = node.files()
+    done = installer.install(node.places, PLAIN)
+    assert done.program_changed
+    assert done.conf.changed
+    network = runtimes.crio(node.places.conf_dir, node.places.bin_dir)
+    assert network is not None
+    assert network != network.without_us()
+
+    inodes = {path: path.lstat().st_ino for path in node.folder.rglob("*")}
+    again = installer.install(node.places, PLAIN)
+    assert not again.program_changed
+    assert not again.conf.changed
+    assert {path: path.lstat().st_ino for path in node.folder.rglob("*")} == inodes
+
+    node.kernel.touch()
+    left = node.uninstall()
+    assert left.conf.changed
+    assert left.left_stub
+    assert not node.kernel.exists()
+    assert node.files() == before
+    assert [path.name for path in node.places.bin_dir.iterdir()] == [names.PLUGIN]
+    assert node.uninstall() == Uninstalled(Outcome(None, False, ()), False, True, [])
+    assert node.uninstall(purge=True).left_stub is False
+    assert list(node.places.bin_dir.iterdir()) == []
+
+
+def test_purge_at_once(node: Node) -> None:
+    before = node.files()
+    installer.install(node.places, PLAIN)
+    assert not node.uninstall(purge=True).left_stub
+    assert list(node.places.bin_dir.iterdir()) == []
+    assert node.files() == before
+
+
+def test_uninstall_where_nothing_is(node: Node) -> None:
+    before = sorted(node.folder.rglob("*"))
+    done = node.uninstall()
+    assert not done.conf.changed
+    assert not done.program_removed
+    assert not done.left_stub
+    assert sorted(node.folder.rglob("*")) == before
+    shutil.rmtree(node.places.conf_dir)
+    assert not node.uninstall().conf.changed
+
+
+def test_folders_that_are_not_there_yet(node: Node) -> None:
+    shutil.rmtree(node.places.conf_dir)
+    done = installer.install(node.places, PLAIN)
+    assert done.program_changed
+    assert done.conf.conflist is None
+    assert "no network configuration" in done.conf.problems[0]
+    assert not node.places.conf_dir.exists()
+    assert node.places.files.link.exists()
+
+
+def test_without_a_plugin_nothing_is_named(node: Node) -> None:
+    """A configuration that names a missing program stops every pod."""
+    shutil.rmtree(node.places.plugin_dir)
+    before = node.files()
+    with pytest.raises(InstallError):
+        installer.install(node.places, PLAIN)
+    assert node.files() == before
+
+
+def test_program_stays_as_long_as_it_is_named(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    installer.install(node.places, PLAIN)
+    node.kernel.touch()
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", refuse)
+        with pytest.raises(OSError, match="Read-only"):
+            node.uninstall()
+    network = runtimes.crio(node.places.conf_dir, node.places.bin_dir)
+    assert network is not None
+    assert network != network.without_us()
+    assert node.kernel.exists()
+
+
+def test_uninstall_waits_for_executions(node: Node) -> None:
+    installer.install(node.places, PLAIN)
+    program = node.places.files.link.resolve()
+    program.unlink()
+    shutil.copy("/bin/busybox", program)  # whose /proc/PID/exe is itself, not a shell
+    sleeper = subprocess.Popen(["sleep", "1.5"], executable=program)
+    reaper = threading.Thread(target=sleeper.wait)
+    reaper.start()
+    try:
+        began = time.monotonic()
+        assert node.uninstall().still_running == []
+        assert time.monotonic() - began > 1
+        assert sleeper.poll() == 0
+    finally:
+        sleeper.kill()
+        reaper.join()
+
+
+def dying_at(step: int, act: Callable[[], object]) -> bool:
+    """Run it in a child that is killed before its n-th change of the disk; whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = [step]
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **options: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return real(*arguments, **options)
+
+            return run
+
+        for name in STEPS:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            act()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9), "the child failed"
+    return status == 9
+
+
+STEPS = (
+    "chmod", "fchmod", "fsync", "link", "mkdir", "open", "rename", "rmdir", "symlink", "unlink",
+    "utime",
+)  # fmt: skip
+
+
+def check_has_network(node: Node, expected: runtimes.Network) -> None:
+    """Both runtimes have the network from before, and can run us if it names us."""
+    for runtime in (runtimes.containerd, runtimes.crio):
+        network = runtime(node.places.conf_dir)
+        assert network is not None
+        assert network.without_us() == expected
+        if network != expected:
+            assert network.version in runtimes.spoken(node.places.files.link)
+            assert not node.places.files.has_stub
+
+
+@pytest.mark.usefixtures("hasty")
+def test_killed_anywhere_while_installing(node: Node) -> None:
+    expected = runtimes.crio(node.places.conf_dir)
+    assert expected is not None
+    before = node.files()
+    installer.install(node.places, PLAIN)
+    installed = node.files()
+    node.uninstall(purge=True)
+    steps = 0
+    while dying_at(steps, lambda: installer.install(node.places, PLAIN)):
+        check_has_network(node, expected)
+        assert installer.install(node.places, PLAIN).conf.conflist is not None
+        assert node.files() == installed
+        assert [path.name for path in node.places.files.store.iterdir()] == [
+            node.places.files.wanted
+        ]
+        node.uninstall(purge=True)
+        assert node.files() == before
+        assert list(node.places.bin_dir.iterdir()) == []
+        steps += 1
+    assert steps > 20
+
+
+@pytest.mark.usefixtures("hasty")
+def test_killed_anywhere_while_uninstalling(node: Node) -> None:
+    expected = runtimes.crio(node.places.conf_dir)
+    assert expected is not None
+    before, steps = node.files(), 0
+    while True:
+        installer.install(node.places, PLAIN)
+        node.kernel.touch()
+        if not dying_at(steps, node.uninstall):
+            break
+        check_has_network(node, expected)
+        assert node.uninstall().left_stub
+        assert node.files() == before
+        assert [path.name for path in node.places.bin_dir.iterdir()] == [names.PLUGIN]
+        steps += 1
+    assert steps > 8
+
+
+def test_two_installs_at_once(node: Node) -> None:
+    """The second one finds nothing left to do."""
+    done = []
+    both = [
+        threading.Thread(target=lambda: done.append(installer.install(node.places, PLAIN)))
+        for _ in range(2)
+    ]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    assert sorted(each.program_changed for each in done) == [False, True]
+    assert sorted(each.conf.changed for each in done) == [False, True]
+    network = runtimes.crio(node.places.conf_dir, node.places.bin_dir)
+    assert network is not None
+    assert network != network.without_us()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"scope": "everything"}, "scope: 'everything' is not one of"),
+        ({"excludePorts": ["9-"]}, "excludePorts.0"),
+        ({"excludePorts": ["900-100"]}, "excludePorts"),
+        ({"skope": "all"}, "skope: not an option"),
+        ({"type": "bridge"}, "type: not an option"),
+        ({"bpffs": "/x"}, "bpffs: not an option"),
+        ({"ipMasq": True}, "unsupported field ipMasq"),
+        ({"scope": 1, "mode": 2}, "scope: 1 is not one of.*; mode: 2 is not one of"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(InstallError, match=why):
+        installer.entry(Path(names.BPFFS), Path(names.STATE_DIR), options)
+
+
+def test_options_as_text_or_file(tmp_path: Path) -> None:
+    file = tmp_path / "options.json"
+    file.write_text('{"scope": "all"}')
+    assert installer.parse_options(str(file)) == {"scope": "all"}
+    assert installer.parse_options(' {"scope": "all"}') == {"scope": "all"}
+    for wrong in ("{", "{} {}", '{"a": NaN}'):
+        with pytest.raises(InstallError, match="not a JSON object"):
+            installer.parse_options(wrong)
+    with pytest.raises(FileNotFoundError):
+        installer.parse_options(str(tmp_path / "absent"))
+
+
+def on_a_disk(node: Node, mount: str, command: str, *options: str) -> tuple[int, str]:
+    """The node program, with the folder's own file system mounted over one of its folders."""
+    script = f"""
+        set -e
+        mkdir -p {node.places.bin_dir}
+        {mount}
+        exec {PROGRAM} {command} --cni-conf-dir {node.places.conf_dir} \
+            --cni-bin-dir {node.places.bin_dir} --plugin-dir {node.places.plugin_dir} \
+            --bpffs {node.folder}/bpffs --state-dir {node.folder}/state "$@"
+    """
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def read_only(folder: Path) -> str:
+    return f"mount --bind {folder} {folder}; mount -o remount,bind,ro {folder}"
+
+
+@pytest.mark.parametrize("node", ["10-flannel.conflist"], indirect=True)
+def test_disks_that_refuse(node: Node) -> None:
+    """As an operator sees it: what is wrong, where, and that nothing was changed."""
+    before = node.files()
+    options = json.dumps({"scope": "all"})
+    for folder in (node.places.conf_dir, node.places.bin_dir):
+        folder.mkdir(exist_ok=True)
+        code, said = on_a_disk(node, read_only(folder), "install", "--conf-json", options)
+        assert code == 1
+        assert f"cannot be written; nothing was changed: '{folder}'" in said
+        assert node.files() == before
+        assert list(node.places.bin_dir.iterdir()) == []
+
+    full = f"mount -t tmpfs -o size=4k none {node.places.bin_dir}"
+    code, said = on_a_disk(node, full, "install")
+    assert code == 1
+    assert "No space left on device" in said
+    assert node.files() == before
+
+    code, said = on_a_disk(node, ":", "install", "--conf-json", options)
+    assert code == 0, said
+    assert "10-flannel.conflist: our entry is in" in said
+    assert '"scope": "all"' in node.files()["10-flannel.conflist"].decode()
+
+    code, said = on_a_disk(node, read_only(node.places.conf_dir), "uninstall")
+    assert code == 1
+    assert "Read-only file system" in said
+    assert runtimes.crio(node.places.conf_dir, node.places.bin_dir) is not None
+    assert not node.places.files.has_stub
+
+    code, said = on_a_disk(node, ":", "uninstall")
+    assert code == 0, said
+    assert "our entry is out" in said
+    assert "a stub" in said
+    assert node.files() == before
+    code, said = on_a_disk(node, ":", "uninstall", "--purge")
+    assert code == 0, said
+    assert list(node.places.bin_dir.iterdir()) == []

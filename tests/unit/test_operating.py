@@ -1,0 +1,78 @@
+"""docs/operating.md names every metric, reason, outcome and event that there is, and no other."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from bpf import abi
+from install.agent.metrics import REPAIRS, Metrics
+from install.commands import Node
+from tests.unit.cases import ROOT
+
+TEXT = (ROOT / "docs" / "operating.md").read_text()
+LOG_CALLS = {"info", "warning", "error"}
+
+
+def section(heading: str) -> str:
+    """A section's text, up to the next one."""
+    return TEXT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def named_in(table: str) -> set[str]:
+    """What stands in backquotes in the first column."""
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+
+
+def test_metrics_reasons_and_outcomes() -> None:
+    rendered = Metrics(Node(Path("/no/bpffs"), Path("/no/state"))).render().decode()
+    exported = set(re.findall(r"^(tcpip_bypass_\w+)", rendered, re.MULTILINE))
+    exported.add("tcpip_bypass_sockets_limit")  # where something is loaded
+    assert named_in(section("Metrics")) == exported | set(abi.REASONS) | set(abi.OUTCOMES)
+    for name in (*REPAIRS, *abi.HOPS):
+        assert f"`{name}`" in TEXT
+
+
+def test_alerts_use_metrics_that_exist() -> None:
+    known = named_in(section("Metrics"))
+    used = set(re.findall(r"tcpip_bypass_\w+", section("Alerts")))
+    assert used
+    assert used <= known
+
+
+def events() -> Iterator[str]:
+    """The first argument of each call of log, as a pattern; each {...} in it may be anything."""
+    for path in sorted((ROOT / "install").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and is_log(node.func):
+                yield pattern(node.args[0])
+
+
+def is_log(function: ast.expr) -> bool:
+    return (
+        isinstance(function, ast.Attribute)
+        and function.attr in LOG_CALLS
+        and isinstance(function.value, ast.Name)
+        and function.value.id == "log"
+    )
+
+
+def pattern(event: ast.expr) -> str:
+    if isinstance(event, ast.JoinedStr):
+        return "".join(map(pattern, event.values))
+    if isinstance(event, ast.FormattedValue):
+        return ".+"
+    assert isinstance(event, ast.Constant), ast.dump(event)
+    return re.escape(str(event.value))
+
+
+def test_events() -> None:
+    said, named = set(events()), named_in(section("Log"))
+    assert len(said) > 20
+    unnamed = {each for each in said if not any(re.fullmatch(each, name) for name in named)}
+    assert unnamed == set()
+    gone = {name for name in named if not any(re.fullmatch(each, name) for each in said)}
+    assert gone == set()
