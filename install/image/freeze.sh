@@ -23,7 +23,7 @@ pip=${FREEZE_PIP:-$repository/.venv/bin/pip}
 requirements="
 	altgraph==0.17.5
 	attrs==26.1.0
-	importlib-metadata==9.0.1
+	importlib-metadata==8.7.1
 	jsonschema==4.25.1
 	jsonschema-specifications==2025.9.1
 	packaging==26.3
@@ -34,7 +34,7 @@ requirements="
 	rpds-py==0.27.1
 	setuptools==82.0.1
 	typing-extensions==4.16.0
-	zipp==4.1.0
+	zipp==3.23.1
 "
 
 die() {

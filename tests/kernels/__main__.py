@@ -11,7 +11,7 @@ import time
 from tests.fuzz import settings
 from tests.kernels import images, initramfs, machine, report
 from tests.kernels.apt import AptError
-from tests.kernels.suites import FUZZ_PROGRAM, PROJECT, SUITES, Outcome, Suite
+from tests.kernels.suites import FUZZ_PROGRAM, PROJECT, SUITES, USUAL, Outcome, Suite
 
 FOLDER = PROJECT / "build/kernels"
 INITRAMFS = FOLDER / "initramfs.cpio"
@@ -23,7 +23,10 @@ def build_parser() -> argparse.ArgumentParser:
         "series", nargs="*", default=images.SERIES, help=f"default: {' '.join(images.SERIES)}"
     )
     parser.add_argument(
-        "--suite", action="append", choices=SUITES, help="only this one; may be given again"
+        "--suite",
+        action="append",
+        choices=SUITES,
+        help="only this one; may be given again; default: all but memlock",
     )
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="kernels at a time; default: %(default)s"
@@ -72,7 +75,7 @@ def prepare_and_run(arguments: argparse.Namespace) -> int:
         return 1
     settings.compiled(FUZZ_PROGRAM.parent)
     initramfs.write(INITRAMFS, kernels)
-    suites = [SUITES[name] for name in arguments.suite or SUITES]
+    suites = [SUITES[name] for name in arguments.suite or USUAL]
     start = time.monotonic()
     try:
         runs = asyncio.run(run_all(qemu, kernels, suites, arguments.jobs))

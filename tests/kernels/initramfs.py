@@ -25,10 +25,13 @@ from tests.kernels.suites import FUZZ_PROGRAM, PROJECT
 _LIBRARIES = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH"))
 _USR_LINKS = ("bin", "lib", "lib64", "sbin")
 _CONFIGURATION = ("group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "protocols")
-_TOOLS = ("cat", "conntrack", "ip", "iptables", "ldconfig", "mount", "sh", "sleep", "ss", "umount")
+_TOOLS = (
+    *("cat", "conntrack", "ip", "iptables", "ldconfig", "mount", "prlimit", "setpriv", "sh"),
+    *("sleep", "ss", "umount"),
+)
 _MOUNT_POINTS = ("dev", "proc", "run", "sys", "tmp")
 # Of the venv, these and what they require.
-_DISTRIBUTIONS = ("hypothesis", "pyroute2", "pytest-timeout", "rich", "tcpip-bypass")
+_DISTRIBUTIONS = ("hypothesis", "pyroute2", "pytest-timeout", "pyyaml", "rich", "tcpip-bypass")
 _UNUSED_STANDARD_LIBRARY = frozenset(
     {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter"}
 )

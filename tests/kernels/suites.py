@@ -111,9 +111,16 @@ def _fuzz(printed: dict[str, Any]) -> Finding:
     return Finding(summary, frozenset({OFF} if wrong else names.MODES), wrong)
 
 
+def _memlock(printed: dict[str, Any]) -> Finding:
+    problems = () if printed["with"] else ("load fails with the agent's capabilities",)
+    needed = "needed" if not printed["without"] else "not needed"
+    return Finding(f"CAP_SYS_RESOURCE {needed}", frozenset(names.MODES), problems)
+
+
 _ALL = (
     Suite("selftest", (f"{_BIN}/tcpip-bypass-node", "selftest", "--json"), _selftest, 300),
     Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 120),
+    Suite("memlock", (f"{_BIN}/python", "-m", "tests.kernels.memlock"), _memlock, 300),
     Suite(
         "semantics",
         (f"{_BIN}/python", "-m", "tests.semantics", "--json", "--jobs", "12"),
@@ -132,3 +139,5 @@ _ALL = (
     ),
 )
 SUITES = {suite.name: suite for suite in _ALL}
+# What a run without --suite does; memlock takes a minute and says nothing of sockets.
+USUAL = [name for name in SUITES if name != "memlock"]

@@ -1,0 +1,1 @@
+"""The DaemonSet's image, built and tried without a container engine."""

@@ -1,0 +1,96 @@
+"""`make image-test`: builds the image and lets the DaemonSet's container do its work."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from tests import manifests
+from tests.bed.bed import REPOSITORY
+from tests.image.container import Answer, ScratchNode, scratch_node
+from tests.image.dockerfile import Builder
+
+DOCKERFILE = REPOSITORY / "install" / "Dockerfile"
+STORE = REPOSITORY / "build" / "image"
+CONFLIST = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}]}
+LARGEST = 12
+
+
+def main() -> None:
+    """Stops with a traceback at the first thing that is not as it should be."""
+    began = time.monotonic()
+    image = Builder(REPOSITORY, STORE).build(DOCKERFILE)
+    print(f"built in {time.monotonic() - began:.0f} s, {len(image.layers)} layers")
+    with scratch_node(image) as node:
+        print_size(node.disk / "root")
+        check(node)
+    print("the image works")
+
+
+def print_size(root: Path) -> None:
+    """Of everything in the image, and what takes most of it."""
+    du = ["du", "--apparent-size", "--block-size=1M", "--all", str(root)]
+    listing = subprocess.run(du, capture_output=True, text=True, check=True).stdout
+    sizes = {path: int(size) for size, path in (line.split("\t") for line in listing.splitlines())}
+    print(f"{sizes.pop(str(root))} MiB, of which")
+    files = [path for path in sizes if Path(path).is_file() and not Path(path).is_symlink()]
+    libraries = root / "usr/local/lib/python3.11/dist-packages"
+    folders = [f"{root}/usr/include", f"{root}/usr/lib/tcpip-bypass"]
+    folders += [str(path) for path in libraries.iterdir() if path.is_dir()]
+    for path in sorted([*files, *folders], key=sizes.__getitem__, reverse=True)[:LARGEST]:
+        print(f"  {sizes[path]:4} {Path(path).relative_to(root)}")
+
+
+def check(node: ScratchNode) -> None:
+    """The container installs and loads on a node, is found there, and leaves it as it was."""
+    before = content(node)
+    (node.volume("cni-conf") / "10-pods.conflist").write_text(json.dumps(CONFLIST))
+    verdict = json.loads(good(node.run("selftest", "--json")).printed)
+    print(f"self-test: {verdict['mode']} {verdict['reasons']}")
+    assert verdict["mode"] != "off", verdict
+    arguments = manifests.arguments(manifests.documents(manifests.DAEMONSET))
+    print(good(node.run(*arguments, "--once")).said)
+    status = json.loads(good(node.run("status", "--json")).printed)
+    assert status["loaded"], status
+    print(good(node.run("status")).printed)
+
+    with socket.socket(socket.AF_UNIX) as nobody_listens:
+        nobody_listens.bind(str(node.volume("cri") / "containerd.sock"))
+    answer = node.run("gc", "--adopt", "--cri-socket=/run/cri/containerd.sock")
+    assert "UNAVAILABLE" in answer.said, answer  # grpc's own word: its libraries are there
+
+    plugins = json.loads((node.volume("cni-conf") / "10-pods.conflist").read_text())["plugins"]
+    assert [each["type"] for each in plugins] == ["bridge", "tcpip-bypass"], plugins
+    version = subprocess.run(
+        [node.volume("cni-bin") / "tcpip-bypass"],
+        env={"CNI_COMMAND": "VERSION"},
+        input='{"cniVersion": "1.0.0"}',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    print(f"the plugin, run by the node: {version.stdout.strip()}")
+
+    good(node.run("uninstall", "--purge", "--host-proc=/host/proc"))
+    assert json.loads((node.volume("cni-conf") / "10-pods.conflist").read_text()) == CONFLIST
+    (node.volume("cni-conf") / "10-pods.conflist").unlink()
+    assert content(node) == before
+
+
+def content(node: ScratchNode) -> set[Path]:
+    """What is in the folders that the node shares with the container."""
+    shared = ("bpffs", "cni-bin", "cni-conf", "state")
+    return {path for volume in shared for path in node.volume(volume).rglob("*")}
+
+
+def good(answer: Answer) -> Answer:
+    """The answer, if the container ended well."""
+    assert answer.status == 0, answer
+    return answer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Builds what a Dockerfile says, with debootstrap, overlayfs and chroot instead of an engine.
+
+Knows FROM debian:N, RUN, COPY and ENTRYPOINT; anything else is an error. As in an engine, each
+instruction makes a layer, named by everything that went into it, and is not run again as long as
+that stays the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SUITES = {"debian:11-slim": "bullseye", "debian:12-slim": "bookworm"}
+KEYRING = "--keyring=/usr/share/keyrings/debian-archive-keyring.gpg"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LENT = ("PIP_", "http_proxy", "https_proxy", "no_proxy")  # this machine's ways to the network
+_IGNORED = shutil.ignore_patterns("__pycache__")  # as .dockerignore has it
+
+# $1 lower folders, $2 upper, $3 work, $4 where to mount, $5 what to run there; all mounts go with
+# the mount namespace that this is started in.
+_RUN = """
+mount -t overlay -o "lowerdir=$1,upperdir=$2,workdir=$3" image "$4"
+mount -t proc proc "$4/proc"
+mount --rbind /dev "$4/dev"
+for lent in /etc/resolv.conf /etc/ssl/certs; do
+    [ ! -e "$4$lent" ] || mount --bind "$lent" "$4$lent"
+done
+exec chroot "$4" sh -c "$5"
+"""
+
+
+class BuildError(Exception):
+    """An instruction that cannot be understood, or has failed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An image, finished or not: its layers, the newest first, and what it starts."""
+
+    layers: tuple[Path, ...]
+    entrypoint: tuple[str, ...] = ()
+
+    @property
+    def lower(self) -> str:
+        """For overlayfs' lowerdir."""
+        return ":".join(map(str, self.layers))
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Builds from the files below `context`, and keeps the layers in `store`."""
+
+    context: Path
+    store: Path
+
+    def build(self, dockerfile: Path) -> Stage:
+        """The last stage.
+
+        Raises:
+            BuildError: an instruction has failed; the message holds what it printed.
+        """
+        stages: dict[str, Stage] = {}
+        stage, name = Stage(()), ""
+        for instruction in instructions(dockerfile.read_text()):
+            keyword, _, rest = instruction.partition(" ")
+            if keyword == "FROM":
+                image, _, name = rest.partition(" AS ")
+                stage = Stage((self._base(image),))
+            elif keyword == "RUN":
+                stage = self._run(stage, rest)
+            elif keyword == "COPY":
+                stage = self._copy(stage, rest.split(), stages)
+            elif keyword == "ENTRYPOINT":
+                stage = Stage(stage.layers, tuple(json.loads(rest)))
+            else:
+                raise BuildError(f"{dockerfile}: cannot do {instruction!r}")
+            stages[name] = stage
+        self._remove_all_but({layer for each in stages.values() for layer in each.layers})
+        return stage
+
+    def _remove_all_but(self, layers: set[Path]) -> None:
+        """What builds before this one have left, also those that were killed."""
+        for folder in set(self.store.iterdir()) - layers:
+            shutil.rmtree(folder)
+
+    def _base(self, image: str) -> Path:
+        """A Debian as debootstrap makes it; kept, for it takes minutes."""
+        if image not in SUITES:
+            raise BuildError(f"there is no making {image}, only {', '.join(SUITES)}")
+        folder = self.store / SUITES[image]
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            _must(["debootstrap", "--variant=minbase", KEYRING, SUITES[image], part, *_mirror()])
+            part.rename(folder)
+        return folder
+
+    def _run(self, stage: Stage, command: str) -> Stage:
+        layer = self._layer(stage, command)
+        if not layer.exists():
+            part, work, mount = (layer.with_suffix(each) for each in (".part", ".work", ".mount"))
+            for folder in (part, work, mount):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            environment = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8"}
+            environment |= {k: v for k, v in os.environ.items() if k.startswith(LENT)}
+            arguments: list[str | Path] = [stage.lower, part, work, mount, command]
+            unshare = ["unshare", "--mount", "--propagation=private"]
+            _must([*unshare, "sh", "-ec", _RUN, "sh", *arguments], environment)
+            shutil.rmtree(work)
+            mount.rmdir()
+            part.rename(layer)
+        return Stage((layer, *stage.layers), stage.entrypoint)
+
+    def _copy(self, stage: Stage, words: list[str], stages: dict[str, Stage]) -> Stage:
+        """Every source is looked up in the newest layer that has it: a folder made by one RUN."""
+        roots: tuple[Path, ...] = (self.context,)
+        if words[0].startswith("--from="):
+            roots = stages[words.pop(0).removeprefix("--from=")].layers
+        *sources, target = words
+        found = [_first(roots, source.lstrip("/")) for source in sources]
+        layer = self._layer(stage, " ".join(words), *found)
+        if not layer.exists():
+            part = layer.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            for path in found:
+                into = part / target.lstrip("/")
+                if path.is_dir():
+                    shutil.copytree(path, into, symlinks=True, ignore=_IGNORED)
+                else:
+                    into.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, into)
+            part.rename(layer)
+        return Stage((layer, *stage.layers), stage.entrypoint)
+
+    def _layer(self, below: Stage, instruction: str, *contents: Path) -> Path:
+        """The folder of the layer that comes of this instruction on top of those below."""
+        digest = hashlib.sha256(f"{below.lower}\0{instruction}".encode())
+        for content in contents:
+            for path in sorted((content, *content.rglob("*"))):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    digest.update(f"\0{path}\0{path.stat().st_mode}\0".encode())
+                    digest.update(path.read_bytes())
+        return self.store / digest.hexdigest()[:16]
+
+
+def instructions(text: str) -> Iterator[str]:
+    """A Dockerfile's instructions, each on one line."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    for line in "\n".join(lines).replace("\\\n", "").splitlines():
+        yield " ".join(line.split())
+
+
+def _first(roots: tuple[Path, ...], path: str) -> Path:
+    for root in roots:
+        if (root / path).exists():
+            return root / path
+    raise BuildError(f"COPY: there is no {path}")
+
+
+def _mirror() -> list[str]:
+    """This machine's own Debian mirror; nothing on another distribution: debootstrap knows one."""
+    if "\nID=debian\n" not in Path("/etc/os-release").read_text():
+        return []
+    listing = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    found = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
+    return [uri for uri in found if uri.rstrip("/").endswith("/debian")][:1]
+
+
+def _must(argv: Sequence[str | Path], environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(
+        argv,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        command = shlex.join(map(str, argv))
+        raise BuildError(f"{command} ended with {done.returncode}:\n{done.stdout[-4000:]}")

@@ -1,0 +1,149 @@
+"""The capabilities of daemonset.yaml: with them the node program does all its work, and with any
+one less a part of it fails, which part is in NEEDED. docs/deploy.md has the same as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests import capabilities, manifests
+from tests.bed import open_bed
+from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY, Bed
+from tests.bed.node import PROGRAM
+
+GRANTED = manifests.capabilities(manifests.documents(manifests.DAEMONSET))
+Argv = list[str | Path]
+NOBODY = 65534
+MEMLOCK = 65_536  # bytes, as low as container runtimes have it
+CONFLIST = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}]}
+
+
+@dataclass(frozen=True)
+class Done:
+    """Whether the work was done, and what was said if not."""
+
+    done: bool
+    said: str
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A node's places, and a process whose mount namespace stands for the node's."""
+
+    bed: Bed
+    holder: int
+
+    def call(self, names: frozenset[str], *argv: str | Path) -> Done:
+        """Run a program with these capabilities only."""
+        done = subprocess.run(
+            [*capabilities.with_only(names), *argv],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        return Done(done.returncode == 0, done.stdout)
+
+    def program(self, names: frozenset[str], command: str, *options: str | Path) -> Done:
+        """A command of the node program."""
+        node = self.bed.node
+        places: Argv = ["--bpffs", node.bpffs, "--state-dir", node.state_dir]
+        return self.call(names, PROGRAM, command, *options, *places)
+
+
+def load(scratch: Scratch, names: frozenset[str]) -> Done:
+    """The programs compiled, loaded and pinned."""
+    return scratch.program(names, "load")
+
+
+def try_kernel(scratch: Scratch, names: frozenset[str]) -> Done:
+    """A self-test that finds anything but `off`."""
+    answer = scratch.program(names, "selftest", "--json")
+    if not answer.done:
+        return answer
+    verdict = json.loads(answer.said)
+    return Done(verdict["mode"] != "off", str(verdict["reasons"]))
+
+
+def mount_bpffs(scratch: Scratch, names: frozenset[str]) -> Done:
+    """A bpffs in the node's mount namespace, as the agent mounts it."""
+    mount: Argv = [sys.executable, "-m", "install.agent.bpffs", scratch.bed.folder / "bpffs"]
+    return scratch.call(names, *mount, f"/proc/{scratch.holder}/ns/mnt")
+
+
+def install(scratch: Scratch, names: frozenset[str]) -> Done:
+    """Our entry in the conflist of a CNI plugin that is not root's, whose it stays."""
+    conf_dir = scratch.bed.folder / "net.d"
+    conflist = conf_dir / "10-pods.conflist"
+    conf_dir.mkdir(exist_ok=True)
+    conflist.write_text(json.dumps(CONFLIST))
+    conflist.chmod(0o600)
+    for path in (conf_dir, conflist):
+        os.chown(path, NOBODY, NOBODY)
+    places: Argv = ["--cni-conf-dir", conf_dir, "--cni-bin-dir", scratch.bed.folder / "bin"]
+    answer = scratch.program(names, "install", *places, "--plugin-dir", FROZEN_PLUGIN)
+    if answer.done:
+        status = conflist.stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (NOBODY, NOBODY, 0o600)
+    return answer
+
+
+def lock_memory(scratch: Scratch, names: frozenset[str]) -> Done:
+    """A higher RLIMIT_MEMLOCK, under which all maps were counted before Linux 5.11."""
+    code = "import resource as r; r.setrlimit(r.RLIMIT_MEMLOCK, (r.RLIM_INFINITY,) * 2)"
+    prlimit = ["prlimit", f"--memlock={MEMLOCK}:{MEMLOCK}", "--"]
+    return scratch.call(names, *prlimit, sys.executable, "-c", code)
+
+
+Work = Callable[[Scratch, frozenset[str]], Done]
+
+# Each capability: what cannot be done without it, and what is then said.
+NEEDED = {
+    "CHOWN": (install, "Operation not permitted"),
+    "DAC_OVERRIDE": (install, "Permission denied"),
+    "NET_ADMIN": (try_kernel, "Operation not permitted"),
+    "SYS_ADMIN": (load, "Operation not permitted"),
+    "SYS_CHROOT": (mount_bpffs, "Operation not permitted"),
+    "SYS_PTRACE": (mount_bpffs, "Permission denied"),
+    "SYS_RESOURCE": (lock_memory, "not allowed to raise maximum limit"),
+}
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[Scratch]:
+    with open_bed(bypass=False) as bed:
+        (bed.folder / "bpffs").mkdir()
+        unshare = ["unshare", "--mount", "--propagation=private", "sh", "-c", "echo; exec cat"]
+        holder = subprocess.Popen(unshare, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with holder:  # ends with its standard input
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            yield Scratch(bed, holder.pid)
+        bed.node.call("unload")
+
+
+def test_every_capability_is_accounted_for() -> None:
+    assert NEEDED.keys() == GRANTED
+
+
+@pytest.mark.parametrize("work", [load, try_kernel, mount_bpffs, install])
+def test_they_are_enough(scratch: Scratch, work: Work) -> None:
+    answer = work(scratch, GRANTED)
+    assert answer.done, answer.said
+
+
+@pytest.mark.parametrize("name", sorted(NEEDED))
+def test_none_can_be_spared(scratch: Scratch, name: str) -> None:
+    work, complaint = NEEDED[name]
+    answer = work(scratch, GRANTED - {name})
+    assert not answer.done
+    assert complaint in answer.said

@@ -1,0 +1,157 @@
+"""The manifests: what Kubernetes and kustomize would say of them, and what they promise."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import tomllib
+from packaging.requirements import Requirement
+
+from install import node
+from install.agent.kubernetes import DaemonSet
+from tests import manifests
+from tests.bed.bed import REPOSITORY
+
+# The oldest and the newest Kubernetes; the field appArmorProfile came with 1.30.
+SUPPORTED = ("1.30", "1.37")
+OLD = ("1.25", "1.29")
+OLD_OVERLAY = "kubernetes-1.29"
+
+VARIANTS = sorted(path.name for path in manifests.OVERLAYS.iterdir())
+BASE = manifests.documents(manifests.DAEMONSET)
+
+
+def validate(objects: list[manifests.Json], versions: tuple[str, ...]) -> None:
+    for version in versions:
+        for each in objects:
+            kubernetes_validate.validate(each, version, strict=True)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_overlay_is_valid_for_kubernetes(name: str) -> None:
+    objects = manifests.kustomized(manifests.OVERLAYS / name)
+    validate(objects, OLD if name == OLD_OVERLAY else SUPPORTED)
+
+
+def test_the_schema_would_notice() -> None:
+    broken = manifests.merged(manifests.daemonset(BASE), {"spec": {"updateStrategi": {}}})
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate([broken], SUPPORTED)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate(BASE, OLD)  # an unknown field there: what the overlay for them is about
+
+
+def test_the_one_file_is_the_base() -> None:
+    assert manifests.kustomized(manifests.OVERLAYS / "base") == BASE
+
+
+def test_the_patch_that_uninstalls_fits_every_overlay() -> None:
+    (patch,) = manifests.documents(manifests.UNINSTALL)
+    for name in VARIANTS:
+        before = manifests.kustomized(manifests.OVERLAYS / name)
+        after = manifests.merged(manifests.daemonset(before), patch)
+        validate([after], OLD if name == OLD_OVERLAY else SUPPORTED)
+        container = manifests.agent([after])
+        assert container["readinessProbe"].keys() & {"exec", "httpGet"} == {"exec"}
+        for kept in ("image", "volumeMounts", "securityContext"):
+            assert container[kept] == manifests.agent(before)[kept]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_overlays_change_nothing_but_places(name: str) -> None:
+    """What the pod may do and where it finds things is the same on every distribution."""
+    objects = manifests.kustomized(manifests.OVERLAYS / name)
+    base, container = manifests.agent(BASE), dict(manifests.agent(objects))
+    assert container["volumeMounts"] == base["volumeMounts"]
+    assert container["args"] == base["args"]
+    assert manifests.capabilities(objects) == manifests.capabilities(BASE)
+    assert {each["name"] for each in manifests.pod_spec(objects)["volumes"]} == {
+        each["name"] for each in base["volumeMounts"]
+    }
+
+
+def test_least_privilege() -> None:
+    context = manifests.agent(BASE)["securityContext"]
+    assert not context["privileged"]
+    assert context["readOnlyRootFilesystem"]
+    spec = manifests.pod_spec(BASE)
+    assert not {"hostPID", "hostIPC"} & spec.keys()
+    (role,) = [each for each in BASE if each["kind"] == "Role"]
+    (rule,) = role["rules"]
+    assert rule["verbs"] == ["get"]
+    assert rule["resourceNames"] == [manifests.daemonset(BASE)["metadata"]["name"]]
+
+
+def test_mounts_do_not_live_on_in_the_pod() -> None:
+    """A folder below which the node mounts and unmounts comes with propagation."""
+    mounts = {each["name"]: each for each in manifests.agent(BASE)["volumeMounts"]}
+    for name in ("bpffs", "cgroup", "netns", "cri"):
+        assert mounts[name]["mountPropagation"] == "HostToContainer"
+    assert mounts["proc"]["readOnly"]
+
+
+def test_the_arguments_are_the_programs_own() -> None:
+    container, meta = manifests.agent(BASE), manifests.daemonset(BASE)["metadata"]
+    arguments = node.build_parser().parse_args(manifests.arguments(BASE))
+    assert arguments.command == "agent"
+    assert DaemonSet.parse(arguments.daemonset) == DaemonSet(meta["namespace"], meta["name"])
+    (port,) = container["ports"]
+    assert arguments.listen.endswith(f":{port['containerPort']}")
+    annotations = manifests.daemonset(BASE)["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(port["containerPort"])
+
+
+def test_the_uninstalling_command_is_the_programs_own() -> None:
+    (patch,) = manifests.documents(manifests.UNINSTALL)
+    (script,) = manifests.agent([patch])["args"]
+    (command,) = re.findall(r"tcpip-bypass-node ([^;]+);", script)
+    assert node.build_parser().parse_args(command.split()).command == "uninstall"
+
+
+def third_party_imports() -> set[str]:
+    """The distributions that the node program and its libraries of ours import."""
+    found = set()
+    for folder in ("bpf", "cni_plugin", "install"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            for each in ast.walk(ast.parse(path.read_text())):
+                if isinstance(each, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in each.names}
+                elif isinstance(each, ast.ImportFrom) and each.module and not each.level:
+                    found.add(each.module.partition(".")[0])
+    distributions = metadata.packages_distributions()
+    ours = {"bpf", "cni_plugin", "install", "tests"}
+    outside = {name for name in found if name not in sys.stdlib_module_names} - ours
+    return {canonical(each) for name in outside for each in distributions.get(name, [name])}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_image_has_the_libraries_that_are_imported() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = {canonical(each) for each in project["dependencies"]}
+    # bcc is Debian's; grpcio compiles cri.proto with grpcio-tools, if it is there.
+    assert third_party_imports() - {"bcc"} == declared - {"grpcio-tools"}
+
+
+def test_every_library_in_the_image_is_pinned() -> None:
+    """Also those that the declared ones bring: their versions are this venv's."""
+    text = Path(REPOSITORY / "requirements.txt").read_text()
+    pinned = {canonical(name) for name in re.findall(r"^([\w.-]+)==", text, re.MULTILINE)}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    waiting, needed = list(project["dependencies"]), set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonical(requirement.name)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if wanted and name not in needed:
+            needed.add(name)
+            waiting += metadata.requires(name) or ()
+    assert needed - pinned == set()
