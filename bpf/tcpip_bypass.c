@@ -157,7 +157,7 @@ struct tb_conn {
 	__u32 parting;	  /* enum tb_parting */
 	__u64 oldest;	  /* struct sk_msg * at the head of the peer's queue, as last seen */
 	__u32 crowd;	  /* how much this looks like a stream that TCP would do better */
-	__u32 stuck;	  /* messages in a row that the order rule has kept on TCP */
+	__u32 stuck;	  /* how much, in a row, the order rule has kept on TCP */
 	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
@@ -979,7 +979,8 @@ static __always_inline int tb_has_consumed(__u64 sk, __u32 seq)
 	__u64 file = tb_read64(tb_read64(sk + OFF_SOCK_SOCKET) + OFF_SOCKET_FILE);
 
 	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == seq &&
-	       (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) && !tb_has_sleeper(sk);
+	       (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) &&
+	       (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) <= 1 && !tb_has_sleeper(sk);
 }
 
 /*
@@ -1164,11 +1165,11 @@ static __always_inline int tb_is_parting(struct tb_conn *conn, __u64 thread)
 
 /* The order rule keeps this message on TCP. Where it does so all the time, as towards an
  * application that never answers, the socket is better off outside the sockhash. */
-static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, __u64 thread)
+static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, __u32 size, __u64 thread)
 {
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
-	conn->stuck++;
+	conn->stuck += 1 + size / TB_SMALL;
 	if ((conn->crowd > TB_CROWD || conn->stuck > TB_STUCK) && tb_alone(conn, thread))
 		tb_part(conn);
 	return TB_REASON_ORDER;
@@ -1187,7 +1188,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	if (tb_is_parting(conn, thread))
 		return TB_REASON_STREAM;
 	if (!tb_may_bypass(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)))
-		return tb_kept_on_tcp(conn, thread);
+		return tb_kept_on_tcp(conn, msg->size, thread);
 	/* With kTLS at either end the bytes here are not the bytes on the wire; and for a
 	 * bypassed MSG_ZEROCOPY no completion comes. */
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||

@@ -36,7 +36,7 @@ Found = dict[str, object]
 
 @contextmanager
 def connected(
-    *, client_lowat: int = 1, defer_accept: bool = False, greet: bool = True
+    *, defer_accept: bool = False, greet: bool = True
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
     """(client, server) from 127.0.0.6, as Envoy connects to its application.
 
@@ -47,7 +47,6 @@ def connected(
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         with socket.socket() as client:
             client.settimeout(TIMEOUT_S)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, client_lowat)
             client.bind(("127.0.0.6", 0))
             client.connect(listener.getsockname())
             if defer_accept:
@@ -116,8 +115,7 @@ def fionread_bypassed() -> Found:
 
 def fionread_tcp() -> Found:
     """FIONREAD for bytes that came by TCP to a socket in the sockhash."""
-    # A reader with SO_RCVLOWAT never lets its peer bypass.
-    with connected(client_lowat=2, greet=False) as (client, server):
+    with connected() as (client, server):  # while the programs are paused
         server.sendall(b"x" * 1000)
         select.select([client], [], [], TIMEOUT_S)
         return {"FIONREAD": unread_bytes(client)}
@@ -219,13 +217,11 @@ def main() -> None:
     """Runs all probes, or only those named, and prints what they found."""
     cgroup = sys.argv[1] if len(sys.argv) > 1 else ""
     enter(Path(cgroup) if cgroup else None)
-    wanted = {name: PROBES[name] for name in PROBES}
-    if sys.argv[2:] == ["mptcp"]:
-        wanted = {"mptcp": mptcp}
+    probes = {**PROBES, mptcp.__name__: mptcp}
     found = {}
-    for name, probe in wanted.items():
+    for name in sys.argv[2:] or PROBES:
         try:
-            found[name] = probe()
+            found[name] = probes[name]()
         except OSError as error:
             found[name] = {"failed": f"{error.__class__.__name__}: {error}"}
     json.dump(found, sys.stdout)

@@ -36,7 +36,8 @@ FULL, PROXY_ONLY, OFF = names.MODES
 
 # Without these right, only sidecars may be touched: they never ask for FIONREAD, applications
 # such as nginx and Java do. Without any other, nothing may.
-APPLICATION_ONLY = ("fionread_bypassed", "fionread_tcp")
+TCP_ONLY = "fionread_tcp"
+APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ def _behaviour() -> list[Check]:
         with _accelerated(programs, folder):
             bypassed = _probe(folder)
             counters = _counters(programs)
+            # In the sockhash, and yet every byte by TCP.
+            paused = bytes(abi.Control(abi.CONTROL_PAUSED, 0))
+            bpfsys.map_update(programs.fds[names.CONTROL], bytes(4), paused)
+            bypassed |= _probe(folder, TCP_ONLY)
     share = Check(
         "bypass",
         "Bytes between two sockets go past TCP/IP",

@@ -1,7 +1,7 @@
-"""Many receivers that do not read at once take little more of the node than over TCP.
+"""A thousand receivers that do not read take little more of the node than over TCP.
 
-So many that the node's memory for TCP (net.ipv4.tcp_mem) is not used up: beyond that, a socket in a
-sockhash waits in send where TCP lets one segment through (docs/limits.md).
+Their buffers are such that the node's memory for TCP (net.ipv4.tcp_mem) is not used up: beyond
+that, a socket in a sockhash waits in send where TCP lets one segment through (docs/limits.md).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from tests import light
 
-PROGRAM = Path(__file__).with_name("traffic_stalled.py")
-CONNECTIONS = 300
+REPOSITORY = Path(__file__).parents[2]
+CONNECTIONS = 1000
 
 
 def run(cgroup: Path | None) -> dict[str, Any]:
     """The program's report, from within an accelerated cgroup or from outside."""
-    enter = f"echo $$ > {cgroup}/cgroup.procs && " if cgroup else ""
-    command = f'{enter}exec "$0" "$@"'
+    place = [cgroup] if cgroup else []
     done = subprocess.run(
-        ["sh", "-c", command, sys.executable, PROGRAM, str(CONNECTIONS)],
+        [sys.executable, "-m", "tests.integration.traffic_stalled", str(CONNECTIONS), *place],
+        cwd=REPOSITORY,
         check=False,
         capture_output=True,
         text=True,

@@ -111,6 +111,20 @@ def _fuzz(printed: dict[str, Any]) -> Finding:
     return Finding(summary, frozenset({OFF} if wrong else names.MODES), wrong)
 
 
+def _ktls(printed: dict[str, Any]) -> Finding:
+    if not printed["supported"]:
+        return Finding("no kTLS", frozenset(names.MODES))
+    problems = []
+    if printed["wrong"]:
+        problems.append(f"{printed['wrong']} messages came out wrong")
+    if not printed["encrypted"]:
+        problems.append("plaintext went past kTLS")
+    if not (printed["bypassed"] and printed["ineligible"]):
+        problems.append("it was not tried: nothing was bypassed before, or left on TCP after")
+    summary = "plaintext, or wrong" if problems else "encrypted, right"
+    return Finding(summary, frozenset({OFF} if problems else names.MODES), tuple(problems))
+
+
 def _memlock(printed: dict[str, Any]) -> Finding:
     problems = () if printed["with"] else ("load fails with the agent's capabilities",)
     needed = "needed" if not printed["without"] else "not needed"
@@ -120,6 +134,7 @@ def _memlock(printed: dict[str, Any]) -> Finding:
 _ALL = (
     Suite("selftest", (f"{_BIN}/tcpip-bypass-node", "selftest", "--json"), _selftest, 300),
     Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 120),
+    Suite("ktls", (f"{_BIN}/python", "-m", "tests.kernels.ktls"), _ktls, 120),
     Suite("memlock", (f"{_BIN}/python", "-m", "tests.kernels.memlock"), _memlock, 300),
     Suite(
         "semantics",
