@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tests.bed import cgroups, cni, netns, pod, sweep
-from tests.bed.cni import Chain
+from tests.bed.cni import Chain, Json
+from tests.bed.istio import Interception
 from tests.bed.netns import NetNamespace
 from tests.bed.node import NodeProgram
 from tests.bed.pod import Pod
@@ -18,6 +20,8 @@ from tests.bed.pod import Pod
 REPOSITORY = Path(__file__).parents[2]
 REFERENCE_PLUGINS = Path("/usr/lib/cni")  # Debian's and Ubuntu's containernetworking-plugins
 FROZEN_PLUGIN = REPOSITORY / "dist" / "tcpip-bypass"
+
+REDIRECT = Interception()
 
 _numbers = itertools.count()
 _live: set[str] = set()
@@ -40,10 +44,10 @@ class Bed:
         name: str,
         *,
         namespace: str = "default",
-        mesh: bool = True,
+        interception: Interception | None = REDIRECT,
         annotations: Mapping[str, str] | None = None,
     ) -> Iterator[Pod]:
-        """A pod, ADDed through the chain; `mesh` gives it Istio's mark and iptables rules."""
+        """A pod, ADDed through the chain; an interception gives it Istio's mark and its rules."""
         with pod.running(
             self.name,
             name,
@@ -51,18 +55,31 @@ class Bed:
             self.cgroup / "kubepods" / "burstable",
             self.folder / "pods" / name,
             namespace=namespace,
-            mesh=mesh,
+            interception=interception,
             annotations=annotations or {},
         ) as made:
             yield made
 
+    def network(self, name: str, primary: Json, **conf: Any) -> Bed:
+        """The same node with another network: another primary plugin, and `conf` for ours."""
+        plugins = [primary]
+        if len(self.chain.plugins) > 1:
+            plugins.append(cni.tcpip_bypass(self.node.bpffs, self.node.state_dir, conf))
+        chain = Chain(f"{self.name}-{name}", plugins, self.chain.plugin_dirs, self.host)
+        return replace(self, chain=chain)
+
+    @property
+    def ipam(self) -> Path:
+        """Where host-local remembers the addresses it gave, by network."""
+        return self.folder / "ipam"
+
 
 @contextmanager
-def open_bed(*, bypass: bool = True) -> Iterator[Bed]:
+def open_bed(*, bypass: bool = True, subnets: Sequence[str] = cni.IPV4) -> Iterator[Bed]:
     """A node of its own, gone on leaving, with whatever dead runs had left.
 
     With bypass, our programs are loaded and our plugin stands in the chain; without, the pods
-    have plain TCP and nothing of ours runs.
+    have plain TCP and nothing of ours runs. A pod has an address of each of the subnets.
     """
     sweep.remove_dead_runs(_live)
     name = sweep.run_name(next(_numbers))
@@ -77,7 +94,8 @@ def open_bed(*, bypass: bool = True) -> Iterator[Bed]:
             node = NodeProgram(bpf_mount / "tcpip-bypass", folder / "state")
             host = stack.enter_context(netns.created(f"{name}-node"))
             cgroup = stack.enter_context(cgroups.made(cgroups.mount_point() / name))
-            plugins = [cni.bridge(folder / "ipam")]
+            netns.without_duplicate_detection(host)
+            plugins = [cni.bridge(folder / "ipam", subnets)]
             if bypass:
                 plugins.append(cni.tcpip_bypass(node.bpffs, node.state_dir))
                 stack.enter_context(node.loaded())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from tests.bed.netns import NetNamespace
 
 Json = dict[str, Any]
 PLUGIN_TIMEOUT_S = 60
+IPV4 = ("10.244.0.0/16",)
+DUAL_STACK = ("10.244.0.0/16", "fd00:10:244::/64")
 
 
 @dataclass(frozen=True)
@@ -167,24 +169,37 @@ class Chain:
         raise FileNotFoundError(f"CNI plugin {plugin_type} is not in {where}; run `make setup`")
 
 
-def bridge(data_dir: Path) -> Json:
-    """The primary plugin: pods on one bridge with a gateway, addresses from host-local."""
+def bridge(data_dir: Path, subnets: Sequence[str] = IPV4, *, name: str = "cni0") -> Json:
+    """A primary plugin: pods on one bridge with a gateway, an address of each subnet."""
     return {
         "type": "bridge",
-        "bridge": "cni0",
+        "bridge": name,
         "isGateway": True,
         "isDefaultGateway": True,
         "hairpinMode": True,
-        "ipam": {
-            "type": "host-local",
-            "dataDir": str(data_dir),
-            "ranges": [[{"subnet": "10.244.0.0/16"}]],
-        },
+        "ipam": _host_local(data_dir, subnets),
     }
 
 
-def tcpip_bypass(bpffs: Path, state_dir: Path) -> Json:
-    """Our entry, as the node program would append it to the conflist."""
+def ptp(data_dir: Path, subnets: Sequence[str]) -> Json:
+    """A primary plugin without a bridge: every packet between pods is routed, as with Calico."""
+    routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+    families = {":" in subnet for subnet in subnets}
+    ipam = _host_local(data_dir, subnets)
+    ipam["routes"] = [route for route in routes if (":" in route["dst"]) in families]
+    return {"type": "ptp", "ipam": ipam}
+
+
+def _host_local(data_dir: Path, subnets: Sequence[str]) -> Json:
+    return {
+        "type": "host-local",
+        "dataDir": str(data_dir),
+        "ranges": [[{"subnet": subnet}] for subnet in subnets],
+    }
+
+
+def tcpip_bypass(bpffs: Path, state_dir: Path, conf: Mapping[str, Any] | None = None) -> Json:
+    """Our entry, as the node program would append it to the conflist; `conf` adds to it."""
     return {
         "type": "tcpip-bypass",
         "capabilities": {"cgroupPath": True, "io.kubernetes.cri.pod-annotations": True},
@@ -193,4 +208,5 @@ def tcpip_bypass(bpffs: Path, state_dir: Path) -> Json:
         # The kernel of a machine that tests may have a bug for which the self-test decides on
         # less (6.18 before 2026-07: FIONREAD of TCP bytes). What is tested here is all of it.
         "mode": "full",
+        **(conf or {}),
     }

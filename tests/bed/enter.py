@@ -1,8 +1,9 @@
-"""Become a process of a pod, then exec: `enter.py NETNS CGROUP UID CPUS PROGRAM [ARGUMENT...]`.
+"""Become a process of a pod, then exec: `enter.py NETNS CGROUP USER CPUS PROGRAM [ARGUMENT...]`.
 
 Run as a program of its own, because what it does (join a cgroup, a network namespace and another
 user) must happen between fork and exec, where a threaded Python may not run code. CGROUP is a
-cgroup2 folder, CPUS a comma-separated list; each of the four may be "-" for "stay as you are".
+cgroup2 folder, USER a number or UID:GID, CPUS a comma-separated list; each of the four may be "-"
+for "stay as you are".
 Imports nothing that makes it start slower than it must.
 """
 
@@ -43,10 +44,12 @@ def join_cgroup(folder: str) -> None:
     os.close(fd)
 
 
-def become(uid: int) -> None:
-    """Become user and group uid, but still able to reach a checkout below a closed home folder."""
+def become(uid: int, gid: int) -> None:
+    """Become that user, but still able to reach a checkout below a closed home folder."""
     os.setgroups([])
-    os.setresgid(uid, uid, uid)
+    os.setresgid(gid, gid, gid)
+    if not uid:
+        return
     must(libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0), "prctl(PR_SET_KEEPCAPS)")
     os.setresuid(uid, uid, uid)
     capability = 1 << CAP_DAC_READ_SEARCH
@@ -61,15 +64,16 @@ def become(uid: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Join everything that was asked for, then become the program."""
-    netns, cgroup, uid, cpus, *argv = arguments
+    netns, cgroup, user, cpus, *argv = arguments
     if cgroup != "-":
         join_cgroup(cgroup)
     if netns != "-":
         join_netns(netns)
     if cpus != "-":
         os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
-    if uid not in {"-", "0"}:
-        become(int(uid))
+    if user not in {"-", "0"}:
+        uid, _, gid = user.partition(":")
+        become(int(uid), int(gid or uid))
     os.execvp(argv[0], argv)
 
 

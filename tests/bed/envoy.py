@@ -2,7 +2,8 @@
 
 Outbound, port 15001 takes what iptables REDIRECTs and hands it to the service's own listener by
 its original destination; whatever is no known service goes through unchanged. Inbound, port 15006
-takes what comes for the pod and connects to the application from 127.0.0.6.
+takes what comes for the pod and connects to the application from 127.0.0.6 or ::6; with TPROXY,
+from the client's own address.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.bed import istio
-from tests.bed.pingpong import APP_PORT, ENVOY_INBOUND_SOURCE, SERVICE_PORT
+from tests.bed import addresses, istio
+from tests.bed.addresses import Family
+from tests.bed.pingpong import APP_PORT, SERVICE_PORT
 from tests.bed.pod import PROXY, PROXY_UID, Pod
 
 Json = dict[str, Any]
@@ -56,48 +58,52 @@ class Sidecar:
     """What a sidecar is to do; `endpoint` is the pod behind the service, None for no service."""
 
     endpoint: str | None
-    protocol: Literal["http", "tcp"] = "http"
+    protocol: Literal["http", "http2", "tcp"] = "http"
     tls: Tls | None = None
     requests_per_connection: int | None = None  # None pools without limit
 
-    def config(self, admin: Path) -> Json:
-        """The bootstrap configuration."""
-        listeners = [self._virtual_outbound(), self._virtual_inbound()]
-        clusters = [self._original_destination("passthrough", bound=False)]
-        clusters.append(self._original_destination("inbound", bound=True))
+    def config(self, admin: Path, families: Sequence[Family], *, tproxy: bool = False) -> Json:
+        """The bootstrap configuration of a pod with addresses of these families."""
+        listeners = [self._virtual_outbound(families), self._virtual_inbound(families)]
+        if tproxy:
+            for listener in listeners:
+                listener["transparent"] = True
+            listeners[1]["listener_filters"].append(_ORIGINAL_SOURCE)
+        clusters = [self._original_destination("passthrough", ())]
+        clusters.append(self._original_destination("inbound", families))
         if self.endpoint is not None:
-            listeners.append(self._service_listener())
+            listeners.append(self._service_listener(families))
             clusters.append(self._service_cluster(self.endpoint))
         return {
             "admin": {"address": {"pipe": {"path": str(admin)}}},
             "static_resources": {"listeners": listeners, "clusters": clusters},
         }
 
-    def _virtual_outbound(self) -> Json:
+    def _virtual_outbound(self, families: Sequence[Family]) -> Json:
         return {
             "name": "virtualOutbound",
-            "address": _address("0.0.0.0", istio.OUTBOUND_PORT),
+            **_listening(families, istio.OUTBOUND_PORT),
             "use_original_dst": True,
             "filter_chains": [{"filters": [_tcp_proxy("passthrough")]}],
         }
 
-    def _service_listener(self) -> Json:
+    def _service_listener(self, families: Sequence[Family]) -> Json:
         """Where virtualOutbound hands connections to the service; bound to no port itself."""
         return {
             "name": "outbound",
-            "address": _address("0.0.0.0", SERVICE_PORT),
+            **_listening(families, SERVICE_PORT),
             "bind_to_port": False,
             "filter_chains": [{"filters": [self._proxy("outbound")]}],
         }
 
-    def _virtual_inbound(self) -> Json:
+    def _virtual_inbound(self, families: Sequence[Family]) -> Json:
         chain: Json = {"filters": [self._proxy("inbound")]}
         if self.tls is not None:
             context = {"require_client_certificate": True, **_tls_context(self.tls)}
             chain["transport_socket"] = _transport("DownstreamTlsContext", context)
         return {
             "name": "virtualInbound",
-            "address": _address("0.0.0.0", istio.INBOUND_PORT),
+            **_listening(families, istio.INBOUND_PORT),
             "listener_filters": [
                 {
                     "name": "original_dst",
@@ -109,8 +115,9 @@ class Sidecar:
             "filter_chains": [chain],
         }
 
-    def _original_destination(self, name: str, *, bound: bool) -> Json:
-        """A cluster that connects to where the client wanted to; bound ones from 127.0.0.6."""
+    def _original_destination(self, name: str, bound: Sequence[Family]) -> Json:
+        """A cluster that connects to where the client wanted to, bound to Istio's source address
+        of each family."""
         cluster: Json = {
             "name": name,
             "type": "ORIGINAL_DST",
@@ -119,8 +126,12 @@ class Sidecar:
             **self._pooling(),
         }
         if bound:
+            first, *more = (
+                {"address": addresses.OF[family].envoy, "port_value": 0} for family in bound
+            )
             cluster["upstream_bind_config"] = {
-                "source_address": {"address": ENVOY_INBOUND_SOURCE, "port_value": 0}
+                "source_address": first,
+                "extra_source_addresses": [{"address": each} for each in more],
             }
         return cluster
 
@@ -146,14 +157,18 @@ class Sidecar:
         return cluster
 
     def _pooling(self) -> Json:
-        if self.requests_per_connection is None or self.protocol == "tcp":
+        if self.protocol == "tcp" or (
+            self.protocol == "http" and self.requests_per_connection is None
+        ):
             return {}
-        limit = {"max_requests_per_connection": self.requests_per_connection}
-        options = {
+        version = "http2" if self.protocol == "http2" else "http"
+        options: Json = {
             "@type": f"{TYPES}.upstreams.http.v3.HttpProtocolOptions",
-            "explicit_http_config": {"http_protocol_options": {}},
-            "common_http_protocol_options": limit,
+            "explicit_http_config": {f"{version}_protocol_options": {}},
         }
+        if self.requests_per_connection is not None:
+            limit = {"max_requests_per_connection": self.requests_per_connection}
+            options["common_http_protocol_options"] = limit
         return {
             "typed_extension_protocol_options": {
                 "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options
@@ -162,6 +177,22 @@ class Sidecar:
 
     def _proxy(self, cluster: str) -> Json:
         return _tcp_proxy(cluster) if self.protocol == "tcp" else _http_proxy(cluster)
+
+
+# As Istio adds it to the inbound listener in TPROXY mode; iptables know such packets by the mark.
+_ORIGINAL_SOURCE: Json = {
+    "name": "original_src",
+    "typed_config": {
+        "@type": f"{TYPES}.filters.listener.original_src.v3.OriginalSrc",
+        "mark": istio.TPROXY_MARK,
+    },
+}
+
+
+def _listening(families: Sequence[Family], port: int) -> Json:
+    """A listener's addresses: all of the pod's, as in Istio's dual stack."""
+    first, *more = (_address(addresses.OF[family].any, port) for family in families)
+    return {"address": first, "additional_addresses": [{"address": each} for each in more]}
 
 
 def _address(ip: str, port: int) -> Json:
@@ -254,7 +285,7 @@ def running(pod: Pod, sidecar: Sidecar, cpus: str = "-") -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     os.chown(folder, PROXY_UID, PROXY_UID)
     config, admin = folder / "envoy.json", folder / "admin.sock"
-    config.write_text(json.dumps(sidecar.config(admin), indent=1))
+    config.write_text(json.dumps(sidecar.config(admin, pod.families, tproxy=pod.tproxy), indent=1))
     config.chmod(0o644)
     process = pod.spawn(
         [binary(), "-c", config, "--concurrency", "1", "--disable-hot-restart", "-l", "error"],

@@ -6,12 +6,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from tests.bed import envoy, nginx
+from tests.bed import addresses, envoy, nginx
+from tests.bed.addresses import Family
 from tests.bed.envoy import Sidecar, Tls
 from tests.bed.pingpong import SERVICE_IP
 from tests.bed.pod import Pod
 
 SERVICE_URL = f"http://{SERVICE_IP}"
+
+
+def service_url(family: Family) -> str:
+    """Where the service is, in a family."""
+    return f"http://{addresses.url_host(addresses.OF[family].service)}"
 
 
 @contextmanager
@@ -24,19 +30,22 @@ def running(
     tls: Mapping[str, Tls] | None = None,
     sendfile: bool = False,
     cpus: str = "-",
+    family: Family = "v4",
 ) -> Iterator[None]:
     """nginx in the server's pod and an Envoy in both; SERVICE_URL then leads from one to the other.
 
+    family is that of the connection between the Envoys; service_url() says what the client speaks.
     sidecar says how the Envoys proxy; tls holds a certificate per pod name for mTLS between them.
     """
     model = sidecar or Sidecar(endpoint=None)
     tls = tls or {}
     sidecars = {
-        client: replace(model, endpoint=server.ip, tls=tls.get(client.name)),
+        client: replace(model, endpoint=server.address(family), tls=tls.get(client.name)),
         server: replace(model, endpoint=None, tls=tls.get(server.name)),
     }
     with ExitStack() as stack:
-        stack.enter_context(nginx.running(server, files, sendfile=sendfile, cpus=cpus))
+        http2 = model.protocol == "http2"
+        stack.enter_context(nginx.running(server, files, sendfile=sendfile, http2=http2, cpus=cpus))
         for pod, own in sidecars.items():
             stack.enter_context(envoy.running(pod, own, cpus))
         yield

@@ -122,6 +122,15 @@ def created(name: str) -> Iterator[NetNamespace]:
         remove(name)
 
 
+def without_duplicate_detection(space: NetNamespace) -> None:
+    """IPv6 addresses are usable at once there, not a second or two later; if there are any."""
+    with space.entered():
+        for scope in ("all", "default"):
+            setting = Path(f"/proc/sys/net/ipv6/conf/{scope}/accept_dad")
+            if setting.exists():
+                setting.write_text("0")
+
+
 def remove(name: str) -> None:
     """Remove a network namespace if it is there."""
     if name in pyroute2.netns.listnetns():

@@ -37,7 +37,7 @@ http {{
     scgi_temp_path {folder}/scgi;
     uwsgi_temp_path {folder}/uwsgi;
     server {{
-        listen {port};
+        listen {listen};
         root {folder}/files;
         location = /answer {{ default_type text/plain; return 200 "{answer}"; }}
     }}
@@ -47,9 +47,17 @@ http {{
 
 @contextmanager
 def running(
-    pod: Pod, files: Mapping[str, bytes], *, sendfile: bool = False, cpus: str = "-"
+    pod: Pod,
+    files: Mapping[str, bytes],
+    *,
+    sendfile: bool = False,
+    http2: bool = False,
+    cpus: str = "-",
 ) -> Iterator[None]:
-    """nginx on the application's port, serving `files` by name, and ANSWER under /answer."""
+    """nginx on the application's port, serving `files` by name, and ANSWER under /answer.
+
+    With http2 it speaks that and nothing else, without TLS.
+    """
     folder = pod.folder / "nginx"
     (folder / "files").mkdir(parents=True, exist_ok=True)
     os.chown(folder, APP_UID, APP_UID)
@@ -58,7 +66,11 @@ def running(
         (folder / "files" / name).chmod(0o644)
     config = folder / "nginx.conf"
     switch = "on" if sendfile else "off"
-    config.write_text(CONFIG.format(folder=folder, port=APP_PORT, sendfile=switch, answer=ANSWER))
+    # One socket for both families, as Go, Java and Node listen.
+    listen = f"[::]:{APP_PORT} ipv6only=off" if "v6" in pod.families else str(APP_PORT)
+    if http2:
+        listen += " http2"
+    config.write_text(CONFIG.format(folder=folder, listen=listen, sendfile=switch, answer=ANSWER))
     argv = ["nginx", "-c", str(config), "-e", str(folder / "error.log")]
     process = pod.spawn(argv, cpus=cpus)
     try:

@@ -8,25 +8,24 @@ calls adds about 1 us of its own to each round and hides part of the difference.
 from __future__ import annotations
 
 import statistics
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.bed import istio
-from tests.bed.pod import APP, PROXY, Pod
+from tests.bed import addresses, ends, istio
+from tests.bed.addresses import Family
+from tests.bed.pod import APP, HELPER, PROXY, Pod
 
 SOURCE = Path(__file__).with_suffix(".c")
 APP_PORT = 8080
-SERVICE_IP = "10.96.0.10"  # a ClusterIP: on no interface, only iptables makes it lead anywhere
+SERVICE_IP = addresses.OF["v4"].service
 SERVICE_PORT = 80
-ENVOY_INBOUND_SOURCE = "127.0.0.6"
-ANY = "0.0.0.0"
 
-HopName = Literal["inbound", "outbound", "sidecars"]
-HOPS: tuple[HopName, ...] = ("inbound", "outbound", "sidecars")
+HopName = Literal["inbound", "outbound", "sidecars", "direct", "service", "local"]
+HOPS: tuple[HopName, ...] = ("inbound", "outbound", "sidecars")  # of a request in the mesh
+PLAIN_HOPS: tuple[HopName, ...] = ("direct", "service", "local")  # of pods without a sidecar
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,30 @@ class Hop:
     port: int
     server: Pod
     server_container: str
+    listen: str
     listen_port: int
 
 
-def hop(name: HopName, client: Pod, server: Pod) -> Hop:
-    """One of a request's three hops from the client pod to the server pod."""
-    if name == "outbound":
-        return Hop(
-            *(client, APP, ANY, SERVICE_IP, SERVICE_PORT),
-            *(client, PROXY, istio.OUTBOUND_PORT),
-        )
-    if name == "sidecars":
-        return Hop(
-            *(client, PROXY, ANY, server.ip, APP_PORT),
-            *(server, PROXY, istio.INBOUND_PORT),
-        )
-    return Hop(
-        *(server, PROXY, ENVOY_INBOUND_SOURCE, server.ip, APP_PORT),
-        *(server, APP, APP_PORT),
-    )
+def hop(name: HopName, client: Pod, server: Pod, family: Family = "v4") -> Hop:
+    """A hop from the client pod to the server pod.
+
+    "service" goes through a ClusterIP (kubeproxy.py), "local" between two containers of the server.
+    """
+    of = addresses.OF[family]
+    pod_ip = server.address(family)
+    asker = {
+        "outbound": (client, APP, of.any, of.service, SERVICE_PORT),
+        "sidecars": (client, PROXY, of.any, pod_ip, APP_PORT),
+        "inbound": (server, PROXY, of.envoy, pod_ip, APP_PORT),
+        "direct": (client, APP, of.any, pod_ip, APP_PORT),
+        "service": (client, APP, of.any, of.service, SERVICE_PORT),
+        "local": (server, HELPER, of.any, of.loopback, APP_PORT),
+    }
+    listener = {
+        "outbound": (client, PROXY, of.any, istio.OUTBOUND_PORT),
+        "sidecars": (server, PROXY, of.any, istio.INBOUND_PORT),
+    }
+    return Hop(*asker[name], *listener.get(name, (server, APP, of.any, APP_PORT)))
 
 
 @dataclass(frozen=True)
@@ -76,30 +80,11 @@ class RoundTrips:
         return statistics.quantiles(self.nanoseconds, n=100)[98] / 1e3
 
 
-def compiled(folder: Path) -> Path:
-    """Compile the C program into folder and return its path."""
-    program = folder / "pingpong"
-    subprocess.run(["gcc", "-O2", "-Wall", "-Werror", "-o", program, SOURCE], check=True)
-    return program
-
-
 @contextmanager
 def serving(program: Path, hop: Hop, cpus: str, size: int = 64) -> Iterator[None]:
     """The hop's listener, echoing messages of `size` bytes, ended on leaving."""
-    process = hop.server.spawn(
-        [program, "serve", ANY, str(hop.listen_port), str(size)],
-        container=hop.server_container,
-        cpus=cpus,
-        stdout=subprocess.PIPE,
-    )
-    try:
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"pingpong serve does not listen: {hop.server.logs()}")
+    with ends.serving(program, hop, cpus, size):
         yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def measure(
@@ -109,10 +94,5 @@ def measure(
 
     The hop's listener must be serving.
     """
-    numbers = [str(number) for number in (hop.port, size, rounds // 10, rounds)]
-    out = hop.asker.run(
-        [program, "ask", hop.source, hop.destination, *numbers],
-        container=hop.asker_container,
-        cpus=cpus,
-    )
+    out = ends.asked(program, "ask", hop, cpus, size, rounds // 10, rounds)
     return RoundTrips([int(line) for line in out.split()])

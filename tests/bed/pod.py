@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bed import cgroups, istio, netns
+from tests.bed.addresses import MAPPED, Family, family_of, on_the_wire
 from tests.bed.cni import Attachment, Chain
+from tests.bed.istio import Interception
 from tests.bed.netns import LinkCounters, NetNamespace
 
 APP_UID = 1000
 PROXY_UID = 1337
 APP = "app"
+HELPER = "helper"  # another container of the pod's owner
 PROXY = "istio-proxy"
 MESH = {"sidecar.istio.io/status": '{"containers":["istio-proxy"],"revision":"default"}'}
 OPTED_OUT = {"tcpip-bypass/enabled": "false"}
@@ -33,13 +36,46 @@ class Pod:
     attachment: Attachment
     netns: NetNamespace
     cgroup: Path
-    ip: str
+    ips: tuple[str, ...]
     folder: Path  # this pod's files: configurations, logs
+    interception: Interception | None = None  # None: no sidecar
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
+    @property
+    def ip(self) -> str:
+        """The address that Kubernetes shows as the pod's."""
+        return self.ips[0]
+
+    def address(self, family: Family) -> str:
+        """The pod's first address of a family.
+
+        Raises:
+            LookupError: it has none.
+        """
+        wanted = on_the_wire(family)
+        for ip in self.ips:
+            if family_of(ip) == wanted:
+                return MAPPED + ip if family == "mapped" else ip
+        raise LookupError(f"pod {self.name} has no {wanted} address, only {', '.join(self.ips)}")
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Those that it has addresses of."""
+        return tuple(dict.fromkeys(map(family_of, self.ips)))
+
+    @property
+    def tproxy(self) -> bool:
+        return self.interception is not None and self.interception.mode == "TPROXY"
+
     def container_cgroup(self, container: str) -> Path:
         return self.cgroup / container
+
+    def user_of(self, container: str) -> tuple[int, int]:
+        """uid and gid of a container's processes, as Istio's injection sets the sidecar's."""
+        if container != PROXY:
+            return APP_UID, APP_UID
+        return (0 if self.tproxy else PROXY_UID), PROXY_UID
 
     def spawn(
         self,
@@ -54,14 +90,13 @@ class Pod:
     ) -> subprocess.Popen[str]:
         """Start a process in a container of this pod; it ends with the pod at the latest.
 
-        uid defaults to the sidecar's for container "istio-proxy", else to the application's.
+        uid (and gid) default to the container's.
         stdin, stdout and stderr are subprocess' constants; output goes to a file in the pod's
         folder unless told otherwise. cpus is a list as in "0,1"; "-" leaves the affinity alone.
         """
-        if uid is None:
-            uid = PROXY_UID if container == PROXY else APP_UID
+        user = ":".join(map(str, self.user_of(container) if uid is None else (uid, uid)))
         log_path = self.folder / f"{container}-{next(self._numbers)}-{Path(argv[0]).name}.log"
-        place = (self.netns.path, self.container_cgroup(container), str(uid), cpus)
+        place = (self.netns.path, self.container_cgroup(container), user, cpus)
         with log_path.open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", ENTER, *place, *argv],
@@ -141,7 +176,7 @@ def running(
     folder: Path,
     *,
     namespace: str,
-    mesh: bool,
+    interception: Interception | None,
     annotations: Mapping[str, str],
 ) -> Iterator[Pod]:
     """A pod in the order of kubelet and a runtime: cgroup, sandbox, ADD, containers.
@@ -159,16 +194,18 @@ def running(
             pod_name=name,
             pod_uid=uid,
             cgroup_path=f"/{cgroup.relative_to(cgroups.mount_point())}",
-            annotations={**(MESH if mesh else {}), **annotations},
+            annotations={**(MESH if interception else {}), **annotations},
         )
+        netns.without_duplicate_detection(sandbox)
         stack.callback(chain.delete, attachment)  # a runtime calls DEL after a failed ADD as well
         result = chain.add(attachment)
-        if mesh:
-            istio.redirect(sandbox, PROXY_UID)
-        for container in (APP, PROXY):
+        ips = tuple(ip["address"].partition("/")[0] for ip in result["ips"])
+        if interception:
+            ipv6 = any(family_of(ip) == "v6" for ip in ips)
+            istio.intercept(sandbox, PROXY_UID, interception, ipv6=ipv6)
+        for container in (APP, HELPER, PROXY):
             (cgroup / container).mkdir()
-        folder.mkdir(parents=True)
-        ip = result["ips"][0]["address"].partition("/")[0]
-        pod = Pod(name, attachment, sandbox, cgroup, ip, folder)
+        folder.mkdir(parents=True, exist_ok=True)  # a pod of that name may have been here
+        pod = Pod(name, attachment, sandbox, cgroup, ips, folder, interception)
         stack.callback(pod.kill)
         yield pod

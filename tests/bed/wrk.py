@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_suffix(".lua")
 
 @dataclass(frozen=True)
 class Load:
-    """One run of wrk; latencies maps microseconds to how many requests took them."""
+    """One run of a load generator; latencies maps microseconds to how many requests took them."""
 
     requests: int
     duration_s: float
@@ -37,6 +37,17 @@ def run(pod: Pod, url: str, *, connections: int, seconds: int, cpus: str = "-") 
     """
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(SCRIPT)]
     out = pod.run(["wrk", *options, url], cpus=cpus, timeout_s=seconds + 30)
+    load, socket_errors, status_errors = parse(out)
+    if load.requests == 0 or socket_errors or status_errors:
+        raise RuntimeError(
+            f"wrk in pod {pod.name}: {load.requests} answers, {socket_errors} connection errors, "
+            f"{status_errors} answers that were no success\n{out}"
+        )
+    return load
+
+
+def parse(out: str) -> tuple[Load, int, int]:
+    """What wrk.lua printed: the load, failed connections or requests, answers without success."""
     latencies: dict[int, int] = {}
     totals: list[int] = []
     for line in out.splitlines():
@@ -44,11 +55,7 @@ def run(pod: Pod, url: str, *, connections: int, seconds: int, cpus: str = "-") 
         if kind == "totals":
             totals = [int(number) for number in numbers]
         elif kind == "latency":
-            latencies[int(numbers[0])] = int(numbers[1])
+            us, count = map(int, numbers)
+            latencies[us] = latencies.get(us, 0) + count
     requests, duration_us, socket_errors, status_errors = totals
-    if requests == 0 or socket_errors or status_errors:
-        raise RuntimeError(
-            f"wrk in pod {pod.name}: {requests} answers, {socket_errors} connection errors, "
-            f"{status_errors} answers that were no success\n{out}"
-        )
-    return Load(requests, duration_us / 1e6, latencies)
+    return Load(requests, duration_us / 1e6, latencies), socket_errors, status_errors

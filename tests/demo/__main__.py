@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tests.bed import bpf_objects, open_bed, sweep
+from tests.bed import bpf_objects, cni, cpus, open_bed, pairs, signals, sweep
+from tests.bed.addresses import FAMILIES, Family
 from tests.bed.bpf_objects import BpfObject
 from tests.demo import measure, report
 from tests.demo.measure import Measurements
@@ -25,22 +24,6 @@ INTRODUCTION = (
     'carry tcpip-bypass/enabled: "false" and stay on TCP/IP; connections of the other bypass it. '
     "They are loaded in turn, never at once; everything measured runs on CPU {cpu}.\n"
 )
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def stop_once(number: int, _frame: FrameType | None) -> NoReturn:
-    """Unwind at the first signal; a second one must not break into the cleaning up."""
-    for each in SIGNALS:
-        signal.signal(each, lambda _number, _frame: None)  # SIG_IGN races with a pending one
-    raise KeyboardInterrupt(signal.Signals(number).name)
-
-
-def choose_cpus() -> str:
-    """The one CPU for everything measured; this program moves to the others, if there are any."""
-    *others, chosen = sorted(os.sched_getaffinity(0))
-    if others:
-        os.sched_setaffinity(0, others)
-    return str(chosen)
 
 
 @dataclass
@@ -60,9 +43,9 @@ class Made:
         }
 
 
-def run(console: Console, made: Made) -> Measurements:
+def run(console: Console, made: Made, family: Family) -> Measurements:
     """Set everything up, measure, and take it down again."""
-    cpu = choose_cpus()
+    cpu = cpus.chosen().measured
     found = Measurements()
     columns = (
         BarColumn(),
@@ -77,28 +60,37 @@ def run(console: Console, made: Made) -> Measurements:
             progress.console.print(line, highlight=False)
             progress.update(task, advance=1, description="measuring")
 
-        with open_bed(bypass=True) as bed:
+        subnets = cni.IPV4 if family == "v4" else cni.DUAL_STACK
+        with open_bed(subnets=subnets) as bed:
             made.objects = bpf_objects.pinned(bed.node.bpffs)
-            with measure.pairs(bed) as both:
+            with pairs.pairs(bed) as both:
                 console.print(INTRODUCTION.format(cpu=cpu), highlight=False)
-                measure.measure_hops(bed, both, cpu, found, tell)
-                measure.measure_mesh(bed, both, cpu, found, tell)
+                measure.measure_hops(bed, both, cpu, found, tell, family=family)
+                measure.measure_mesh(bed, both, cpu, found, tell, family=family)
             progress.update(task, description="taking down")
     return found
 
 
 def main() -> int:
     """Returns the exit status: 0, 1 when something was left behind, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
+    parser.add_argument(
+        "--family",
+        choices=FAMILIES,
+        default="v4",
+        help="what the application speaks; mapped: IPv4 on an IPv6 socket (default: v4)",
+    )
+    family: Family = parser.parse_args().family
+    output = OUTPUT if family == "v4" else OUTPUT / family
     console = Console()
     if os.geteuid() != 0:
         console.print("The demo makes network namespaces and loads BPF programs: run it as root.")
         return 1
-    for each in SIGNALS:
-        signal.signal(each, stop_once)
+    signals.stop_at_first()
     made = Made()
     found = None
     try:
-        found = run(console, made)
+        found = run(console, made, family)
         report.show(console, found)
     except KeyboardInterrupt as interrupt:
         console.print(f"{interrupt}: stopped before everything was measured.")
@@ -107,10 +99,10 @@ def main() -> int:
         report.show_leftovers(console, left)
     if found is None:
         return 130
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    report.draw(found, OUTPUT / "latency.png")
-    report.write_json(found, left, OUTPUT / "demo.json")
-    console.print(f"Latency distributions: {OUTPUT}/latency.png; every run: {OUTPUT}/demo.json")
+    output.mkdir(parents=True, exist_ok=True)
+    report.draw(found, output / "latency.png")
+    report.write_json(found, left, output / "demo.json")
+    console.print(f"Latency distributions: {output}/latency.png; every run: {output}/demo.json")
     return 1 if any(left.values()) else 0
 
 

@@ -15,8 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tests.bed import cpus
+from tests.bed.pairs import KINDS, Kind
 from tests.bed.pingpong import HOPS, HopName
-from tests.demo.measure import CONNECTIONS, KINDS, RUNS, HopRun, Kind, LoadRun, Measurements
+from tests.demo.measure import CONNECTIONS, RUNS, HopRun, LoadRun, Measurements
 
 FOREIGN_LIMIT = 0.03  # of the CPU; kernel threads and the accounting's ticks are below it
 HOP_TITLES: dict[HopName, str] = {
@@ -91,7 +93,9 @@ def _notes(found: Measurements) -> Iterator[str]:
     unpaired = found.payload["none"].by_tcp
     if unpaired:
         yield f"{unpaired:,} bytes went by TCP on connections that never found their other end."
-    foreign = sum(run.foreign_s for run in found.loads) / sum(run.cpu_s for run in found.loads)
+    foreign = sum(run.cost.foreign_s for run in found.loads) / sum(
+        run.cost.cpu_s for run in found.loads
+    )
     if foreign > FOREIGN_LIMIT:
         yield (
             f"[bold]Other programs took {foreign:.0%} as much of the CPU as what was measured: "
@@ -151,10 +155,10 @@ def _packet_table(found: Measurements) -> Table:
     def row(name: str, count: Callable[[LoadRun], int]) -> None:
         table.add_row(name, *(f"{_per_thousand(found, kind, count):,.0f}" for kind in KINDS))
 
-    row("packets on their veths", lambda run: run.veth.packets)
-    row("bytes on their veths", lambda run: run.veth.bytes)
-    row("packets on their loopbacks", lambda run: run.loopback.packets)
-    row("bytes on their loopbacks", lambda run: run.loopback.bytes)
+    row("packets on their veths", lambda run: run.cost.veth.packets)
+    row("bytes on their veths", lambda run: run.cost.veth.bytes)
+    row("packets on their loopbacks", lambda run: run.cost.loopback.packets)
+    row("bytes on their loopbacks", lambda run: run.cost.loopback.bytes)
     return table
 
 
@@ -223,7 +227,7 @@ def write_json(found: Measurements, left: dict[str, list[str]], path: Path) -> N
     answer = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kernel": platform.release(),
-        "cpu": _cpu_model(),
+        "cpu": cpus.model(),
         "ratios": {
             "round_trip": {
                 hop: hop_median(found, hop, "bypass", median_us)
@@ -261,16 +265,9 @@ def _load_json(run: LoadRun) -> dict[str, Any]:
         "connections": run.connections,
         "requests": run.load.requests,
         "seconds": run.load.duration_s,
-        "cpu_seconds": run.cpu_s,
-        "cpu_seconds_of_others": run.foreign_s,
+        "cpu_seconds": run.cost.cpu_s,
+        "cpu_seconds_of_others": run.cost.foreign_s,
         "latency_us": {str(p): run.load.latency_us(p) for p in (50, 90, 99, 99.9)},
-        "veth": dataclasses.asdict(run.veth),
-        "loopback": dataclasses.asdict(run.loopback),
+        "veth": dataclasses.asdict(run.cost.veth),
+        "loopback": dataclasses.asdict(run.cost.loopback),
     }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.machine()

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument(
         "--hops",
         default=settings.LOOPBACK,
-        help="loopback, or some of inbound,outbound,sidecars (default loopback)",
+        help=f"loopback (the default), or some of {', '.join(settings.WAYS)}, or all",
     )
     parser.add_argument("--at-once", type=int, default=48, help="connections on each hop")
     parser.add_argument("--kills", type=int, default=40, help="kill -9 per 100 s and end")
@@ -40,10 +40,10 @@ def main() -> int:
         first=arguments.first,
         count=arguments.count,
     )
-    wanted = arguments.hops.split(",")
-    hops = [hop for hop in settings.HOPS if hop in wanted]
+    wanted = list(settings.WAYS) if arguments.hops == "all" else arguments.hops.split(",")
+    hops = [hop for hop in wanted if hop in settings.WAYS]
     if wanted != [settings.LOOPBACK] and len(hops) != len(wanted):
-        parser.error(f"--hops {arguments.hops}: loopback, or some of {', '.join(settings.HOPS)}")
+        parser.error(f"--hops {arguments.hops}: loopback, or some of {', '.join(settings.WAYS)}")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.chmod(0o755)  # the pods' users run the program from there

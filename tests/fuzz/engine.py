@@ -183,10 +183,11 @@ def disturbed(setting: Setting, options: Options, report: Report) -> Iterator[No
 
 def flip(setting: Setting, dice: random.Random, over: threading.Event, report: Report) -> None:
     while not over.wait(dice.uniform(0.05, 0.6)):
-        setting.pause(True)
+        pod = dice.choice(setting.pods) if setting.pods and dice.random() < 0.5 else None
+        setting.pause(True, pod)
         report.pauses += 1
         time.sleep(dice.uniform(0.005, 0.15))
-        setting.pause(False)
+        setting.pause(False, pod)
 
 
 def load_anew(setting: Setting, every_s: float, over: threading.Event, report: Report) -> None:

@@ -72,11 +72,21 @@ static struct shared {
 	struct worker workers[WORKERS];
 } * shared;
 
+/* IPv4 or IPv6; the port lies at the same place in both. */
+struct address {
+	socklen_t size;
+	union {
+		struct sockaddr any;
+		struct sockaddr_in v4;
+		struct sockaddr_in6 v6;
+	};
+};
+
 static struct {
 	enum side side;
 	uint64_t seed;
 	unsigned kills;
-	struct sockaddr_in source, target[2]; /* target: the listeners' addresses */
+	struct address source, target[2]; /* target: the listeners' addresses */
 	uint32_t first, count;
 	int seconds, at_once;
 	int listeners[2];
@@ -280,13 +290,16 @@ static ssize_t receive_into_two(int fd, char *buffer, size_t size)
 	return readv(fd, parts, 2);
 }
 
+/* Must not block in recv: when the overhead of small packets fills the receive buffer, poll is
+ * early, and a recv that has taken fewer bytes than the mark sleeps until that many *more* have
+ * come (tcp_data_ready): over plain TCP, too, for ever. */
 static ssize_t receive_above_mark(int fd, char *buffer, size_t size)
 {
 	int mark = at_most(size, 1 << 15);
 
 	setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &mark, sizeof(mark));
 	wait_for(fd, POLLIN);
-	return recv(fd, buffer, size, 0);
+	return recv(fd, buffer, size, MSG_DONTWAIT);
 }
 
 static ssize_t receive_after_peek(int fd, char *buffer, size_t size)
@@ -814,16 +827,15 @@ static void *serve_connections(void *argument)
 	struct pollfd pollers[2] = {{run.listeners[0], POLLIN, 0}, {run.listeners[1], POLLIN, 0}};
 
 	for (;;) {
-		struct sockaddr_in peer;
-		socklen_t size = sizeof(peer);
+		struct address peer = {.size = sizeof(peer.v6)};
 		uint32_t preface[2];
 		int fd;
 
 		poll(pollers, 2, -1);
-		fd = accept(run.listeners[!pollers[0].revents], (struct sockaddr *)&peer, &size);
+		fd = accept(run.listeners[!pollers[0].revents], &peer.any, &peer.size);
 		if (fd < 0)
 			continue;
-		begin(slot, ntohs(peer.sin_port));
+		begin(slot, ntohs(peer.v4.sin_port));
 		if (recv(fd, preface, sizeof(preface), MSG_WAITALL) == sizeof(preface)) {
 			if (preface[0] == MAGIC)
 				converse(fd, preface[1], slot, buffer);
@@ -840,21 +852,20 @@ static void *serve_connections(void *argument)
 
 static int connected(const struct plan *plan, struct slot *slot)
 {
-	int deferred = plan->deferred && run.target[1].sin_port;
-	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
-	struct sockaddr_in own;
-	socklen_t size = sizeof(own);
+	int deferred = plan->deferred && run.target[1].v4.sin_port;
+	const struct address *target = &run.target[deferred];
+	int fd = socket(target->any.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0), one = 1;
+	struct address own = {.size = sizeof(own.v6)};
 
 	setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one));
-	if (bind(fd, (struct sockaddr *)&run.source, sizeof(run.source)) ||
-	    connect(fd, (struct sockaddr *)&run.target[deferred], sizeof(run.target[0]))) {
+	if (bind(fd, &run.source.any, run.source.size) || connect(fd, &target->any, target->size)) {
 		tell("{\"event\":\"refused\",\"connection\":%u,\"error\":\"%s\"}\n", plan->number,
 		     strerror(errno));
 		close(fd);
 		return -1;
 	}
-	getsockname(fd, (struct sockaddr *)&own, &size);
-	begin(slot, ntohs(own.sin_port));
+	getsockname(fd, &own.any, &own.size);
+	begin(slot, ntohs(own.v4.sin_port));
 	return fd;
 }
 
@@ -937,12 +948,11 @@ static void tell_accepted(pid_t pid)
 
 	for (int number = 3; process >= 0 && number < 1024; number++) {
 		int fd = syscall(SYS_pidfd_getfd, process, number, 0);
-		struct sockaddr_in peer = {0};
-		socklen_t size = sizeof(peer);
+		struct address peer = {.size = sizeof(peer.v6)};
 
-		if (fd >= 0 && !getpeername(fd, (struct sockaddr *)&peer, &size))
+		if (fd >= 0 && !getpeername(fd, &peer.any, &peer.size))
 			tell("{\"event\":\"killed\",\"connection\":-1,\"port\":%u}\n",
-			     ntohs(peer.sin_port));
+			     ntohs(peer.v4.sin_port));
 		close(fd);
 	}
 	close(process);
@@ -1047,26 +1057,35 @@ static void tell_totals(void)
 	     (long long)shared->by_kind[3], (long long)shared->by_kind[4]);
 }
 
-static struct sockaddr_in address(const char *ip, const char *port)
+static struct address address(const char *ip, const char *port)
 {
-	struct sockaddr_in in = {.sin_family = AF_INET, .sin_port = htons(atoi(port))};
+	struct address parsed = {.size = sizeof(parsed.v4)};
 
-	if (inet_pton(AF_INET, ip, &in.sin_addr) != 1)
-		errx(2, "%s is no IPv4 address", ip);
-	return in;
+	parsed.v4.sin_family = AF_INET;
+	if (inet_pton(AF_INET, ip, &parsed.v4.sin_addr) != 1) {
+		memset(&parsed, 0, sizeof(parsed));
+		parsed.size = sizeof(parsed.v6);
+		parsed.v6.sin6_family = AF_INET6;
+		if (inet_pton(AF_INET6, ip, &parsed.v6.sin6_addr) != 1)
+			errx(2, "%s is no IP address", ip);
+	}
+	parsed.v4.sin_port = htons(atoi(port));
+	return parsed;
 }
 
 static void open_listeners(void)
 {
 	run.listeners[1] = -1;
-	for (int i = 0; i < 2 && run.target[i].sin_port; i++) {
-		struct sockaddr_in *own = &run.target[i];
-		int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
+	for (int i = 0; i < 2 && run.target[i].v4.sin_port; i++) {
+		const struct address *own = &run.target[i];
+		int fd = socket(own->any.sa_family, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
 
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+		/* What TPROXY leads to. Fails for who may not, and need not. */
+		setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &one, sizeof(one));
 		if (i)
 			setsockopt(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof(one));
-		if (bind(fd, (struct sockaddr *)own, sizeof(*own)) || listen(fd, 1024))
+		if (bind(fd, &own->any, own->size) || listen(fd, 1024))
 			err(1, "listen");
 		run.listeners[i] = fd;
 	}

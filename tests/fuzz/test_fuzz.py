@@ -45,6 +45,16 @@ def test_three_hops(program: Path) -> None:
     assert report.killed > 0
 
 
+def test_families_and_paths(program: Path) -> None:
+    """Some of all that `--hops` knows; every one of them bypasses, but for those that opted out."""
+    wanted = ["outbound6", "sidecars-mapped", "inbound6", "tproxy", "direct6", "service", "local"]
+    with settings.pods([*wanted, "excluded", "opted-out"]) as place:
+        report = engine.run(program, place, Options(SEED, seconds=8, at_once=6, kills=100))
+        bypassed = {name for name in place.routes if place.bypassed(name)}
+    assert_flawless(report)
+    assert bypassed == {*wanted, "excluded"}
+
+
 def test_traffic_finds_what_is_wrong_with_a_stream(program: Path) -> None:
     """The fuzzer's own eyes: two ends that do not agree on the seed must report every stream."""
     with settings.loopback() as place:
