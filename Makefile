@@ -1,5 +1,5 @@
 # Run as root on a bare Debian 12 or Ubuntu 24.04: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo test lint soak plugin-speed test-kernels clean
+.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -25,6 +25,11 @@ freeze: .venv/.ready
 demo: build
 	$(PY) -m tests.demo
 
+# Plain TCP against the bypass, in half an hour; `BENCH=--quick`: two minutes. docs/benchmarks.md
+# is rendered by `BENCH=--report`.
+bench: build
+	$(PY) -m tests.bench $(BENCH)
+
 test: build lint
 	$(PY) -m pytest tests
 
@@ -41,6 +46,10 @@ plugin-speed: build
 # The self-test, the semantics suite and the fuzzer on other kernels, under QEMU.
 test-kernels: build
 	$(PY) -m tests.kernels
+
+# The DaemonSet's image as install/Dockerfile has it, built and tried without a container engine.
+image-test: .venv/.ready
+	$(PY) -m tests.image
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

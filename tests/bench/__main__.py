@@ -1,0 +1,135 @@
+"""`python -m tests.bench`: measure, or render what was measured. Measuring needs root."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.bed import cpus, signals
+from tests.bed.bed import REPOSITORY
+from tests.bed.cpus import Cpus
+from tests.bench import (
+    churn,
+    hops,
+    limits,
+    machine,
+    meshes,
+    others,
+    plots,
+    report,
+    scale,
+    streaming,
+)
+from tests.bench.bench import Bench, Effort
+from tests.bench.results import Results, Section, load
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "hops": hops.run,
+    "streaming": streaming.run,
+    "mesh": meshes.run,
+    "churn": churn.run,
+    "others": others.run,
+    "scale": scale.run,
+}
+OUTPUT = REPOSITORY / "build" / "bench"
+DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
+PICTURES = REPOSITORY / "docs" / "img"
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; `only` holds names of SECTIONS."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument(
+        "--only",
+        type=lambda names: names.split(","),
+        metavar="SECTION,...",
+        help=f"of {', '.join(SECTIONS)}; the others' results stay as they are",
+    )
+    parser.add_argument("--quick", action="store_true", help="few cases, few runs: two minutes")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"default: {OUTPUT}")
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        type=Path,
+        const=OUTPUT / "results.json",
+        metavar="RESULTS",
+        help=f"measure nothing, write {DOCUMENT.relative_to(REPOSITORY)} from a results.json",
+    )
+    chosen = parser.parse_args(argv)
+    unknown = set(chosen.only or ()) - SECTIONS.keys()
+    if unknown:
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    return chosen
+
+
+def run_section(name: str, effort: Effort, measuring: Cpus, console: Console) -> Section:
+    """Measure a section; one that fails or is interrupted says so and keeps what it has."""
+    section = Section(machine.facts(measuring))
+    console.print(f"[bold]{name}[/bold]")
+    warning = machine.disturbance(section.machine)
+    if warning is not None:
+        console.print(f"  [bold]Warning: {warning}.[/bold]")
+    stolen = machine.stolen_share(measuring)
+    try:
+        SECTIONS[name](Bench(effort, measuring, section, console))
+    except KeyboardInterrupt as interrupt:
+        section.machine["incomplete"] = f"interrupted ({interrupt})"
+    except Exception as error:
+        console.print(traceback.format_exc())
+        section.machine["incomplete"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    section.machine["stolen_share"] = stolen()
+    return section
+
+
+def measure(chosen: argparse.Namespace, console: Console) -> int:
+    """Measure the chosen sections, each saved as it is done; returns the exit status."""
+    effort: Effort = "quick" if chosen.quick else "full"
+    folder: Path = chosen.output or (OUTPUT / "quick" if chosen.quick else OUTPUT)
+    path = folder / "results.json"
+    results = load(path) if chosen.only and path.exists() else Results()
+    measuring = cpus.chosen()
+    for name in chosen.only or SECTIONS:
+        section = run_section(name, effort, measuring, console)
+        results.sections[name] = section
+        results.save(path)
+        if section.machine.get("incomplete", "").startswith("interrupted"):
+            break
+    plots.draw(results, folder)
+    show(console, results)
+    console.print(f"Every number: {path}; pictures beside it. The report: --report {path}")
+    return 1 if any("incomplete" in each.machine for each in results.sections.values()) else 0
+
+
+def show(console: Console, results: Results) -> None:
+    """Print what was promised and what came out, a line each."""
+    for verdict in limits.verdicts(results):
+        if verdict.kept is not None:
+            limit = verdict.limit
+            found = f"{limit.metric} {verdict.ratio} in {verdict.case}"
+            kept = "kept  " if verdict.kept else "BROKEN"
+            console.print(f"{kept} {limit.claim}: {found}, promised {limit.bound}")
+
+
+def main() -> int:
+    """Returns the exit status: 1 when a section could not be measured."""
+    chosen = arguments()
+    console = Console(soft_wrap=True, highlight=False)
+    if chosen.report is not None:
+        report.write(load(chosen.report), DOCUMENT, PICTURES)
+        console.print(f"{DOCUMENT} and {PICTURES}/bench-*.png from {chosen.report}")
+        return 0
+    if os.geteuid() != 0:
+        console.print("The benchmark makes network namespaces and loads BPF programs: run as root.")
+        return 1
+    signals.stop_at_first()
+    return measure(chosen, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

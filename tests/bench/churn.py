@@ -1,0 +1,67 @@
+"""Short connections: connect, one request of 64 bytes, one answer, close."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bed import cc, ends, open_bed, pairs, pingpong
+from tests.bed.pingpong import HOPS, Hop
+from tests.bench import hops
+from tests.bench.bench import Bench, Effort
+from tests.bench.hops import Way
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure; times in milliseconds per run."""
+
+    warmup_ms: int
+    measure_ms: int
+    pairs: int
+
+
+PLANS: dict[Effort, Plan] = {
+    "full": Plan(100, 500, 7),
+    "quick": Plan(50, 200, 3),
+    "smoke": Plan(1, 5, 1),
+}
+
+
+def run(bench: Bench) -> None:
+    """Measure everything that the plan says."""
+    plan = PLANS[bench.effort]
+    with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
+        program = cc.compiled(SOURCE, bed.folder)
+        ways = [
+            Way(name, pair.kind, pingpong.hop(name, pair.client, pair.server))
+            for name in HOPS
+            for pair in both
+        ]
+        ways.append(Way("unix", "unix", hops.unix(both[0].client)))
+        for way in ways:
+            stack.enter_context(ends.serving(program, way.hop, bench.cpu))
+        for number, way in pairs.alternated(ways, plan.pairs):
+            values = measure(program, way.hop, bench.cpu, plan.warmup_ms, plan.measure_ms)
+            bench.record(way.case, way.variant, number, values)
+        for name in HOPS:
+            bench.tell(name, "connections_per_s", "cpu_us_per_connection", "connect_us")
+        bench.keep_counters(bed, both[1])
+
+
+def measure(program: Path, hop: Hop, cpu: str, warmup_ms: int, measure_ms: int) -> dict[str, float]:
+    """One run over a hop whose `churn serve` is up: how many connections, at what cost."""
+    first, *rest = ends.asked(program, "ask", hop, cpu, warmup_ms, measure_ms).splitlines()
+    count, nanoseconds, cpu_ns = map(int, first.split())
+    connects, wholes = zip(*(map(int, line.split()) for line in rest))
+    return {
+        "connections_per_s": count / nanoseconds * 1e9,
+        "cpu_us_per_connection": cpu_ns / count / 1e3,
+        "connect_us": statistics.median(connects) / 1e3,
+        "whole_us": statistics.median(wholes) / 1e3,
+        "whole_p99_us": statistics.quantiles(wholes, n=100)[98] / 1e3,
+    }

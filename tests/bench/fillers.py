@@ -1,0 +1,54 @@
+"""A hundred thousand iptables rules in a packet's way, none of which it matches.
+
+The rules stand in the node's namespace, between the pods. In the nat table (PREROUTING, where
+kube-proxy has a service's rules) only the first packet of a connection meets them; in the filter
+table (FORWARD, where network policies are) every packet does.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from tests.bed.netns import NetNamespace
+
+Place = Literal["none", "nat", "filter"]
+CHAIN = "TB_FILLERS"
+_HOOKS: dict[Place, str] = {"nat": "PREROUTING", "filter": "FORWARD"}
+
+
+@contextmanager
+def standing(host: NetNamespace, place: Place, count: int) -> Iterator[None]:
+    """`count` rules at a place in the node's namespace, gone on leaving; "none" does nothing."""
+    if place == "none":
+        yield
+        return
+    hook = _HOOKS[place]
+    rules = [f"*{place}", f":{CHAIN} - [0:0]", f"-I {hook} -p tcp -j {CHAIN}"]
+    rules += [f"-A {CHAIN} -d {_address(number)}/32 -j ACCEPT" for number in range(count)]
+    _restore(host, [*rules, "COMMIT"])
+    try:
+        yield
+    finally:
+        gone = [f"-D {hook} -p tcp -j {CHAIN}", f"-F {CHAIN}", f"-X {CHAIN}"]
+        _restore(host, [f"*{place}", *gone, "COMMIT"])
+
+
+def _address(number: int) -> str:
+    """An address of 198.18.0.0/15, which RFC 2544 keeps for benchmarks."""
+    return f"198.{18 + (number >> 16)}.{number >> 8 & 255}.{number & 255}"
+
+
+def _restore(host: NetNamespace, lines: list[str]) -> None:
+    with host.entered():
+        done = subprocess.run(
+            ["iptables-restore", "--noflush", "--wait", "5"],
+            input="\n".join(lines) + "\n",
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"iptables-restore in {host.name}: {done.stderr.strip()}")

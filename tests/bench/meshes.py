@@ -1,0 +1,156 @@
+"""The whole mesh: a load generator, two Envoys and nginx, everything on one CPU.
+
+Closed loop: so many connections, each asks again when it has its answer. Fixed rate: so many
+requests a second, as users send them, and with a hundred thousand iptables rules in the way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tests.bed import Bed, cc, envoy, h2load, mesh, open_bed, pairs, wrk
+from tests.bed.envoy import Sidecar, Tls
+from tests.bed.pairs import Cost, Pair
+from tests.bed.pingpong import SERVICE_IP
+from tests.bed.wrk import Load
+from tests.bench import fillers, openloop
+from tests.bench.bench import Bench, Effort
+from tests.bench.fillers import Place
+from tests.bench.openloop import Rate
+
+Protocol = Literal["http1", "mtls", "http2"]
+SMALL = "/answer"
+LARGE = "/body-65536"
+FILES = {LARGE[1:]: b"x" * 65_536}
+MESSAGE = b"m" * 100  # of a gRPC-like request
+TOLD = ("p50_us", "p99_us", "cpu_us_per_request")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    protocols: tuple[Protocol, ...]
+    connections: tuple[int, ...]
+    seconds: float  # of a closed loop; wrk takes whole ones
+    rates: tuple[int, ...]
+    paths: tuple[str, ...]
+    fillers: tuple[Place, ...]
+    rules: int
+    rate_ms: int
+    pairs: int
+
+
+PLANS: dict[Effort, Plan] = {
+    "full": Plan(
+        protocols=("http1", "mtls", "http2"),
+        connections=(1, 8, 32, 128),
+        seconds=2,
+        rates=(200, 1_000, 1_500),
+        paths=(SMALL, LARGE),
+        fillers=("none", "nat", "filter"),
+        rules=100_000,
+        rate_ms=1_800,
+        pairs=5,
+    ),
+    "quick": Plan(("http1",), (1, 32), 1, (1_000,), (SMALL,), ("none",), 0, 800, 3),
+    "smoke": Plan(("http2",), (2,), 0.1, (100,), (SMALL,), ("filter",), 100, 50, 1),
+}
+
+
+def run(bench: Bench) -> None:
+    """Measure everything that the plan says."""
+    plan = PLANS[bench.effort]
+    with open_bed() as bed, pairs.pairs(bed) as both:
+        for protocol in plan.protocols:
+            _closed(bench, plan, bed, both, protocol)
+        _fixed(bench, plan, bed, both)
+        bench.keep_counters(bed, both[1])
+
+
+def _start(
+    stack: ExitStack,
+    both: tuple[Pair, Pair],
+    cpu: str,
+    *,
+    protocol: Protocol = "http1",
+    tls: Mapping[str, Tls] | None = None,
+) -> None:
+    """Both meshes up; the one that is not loaded waits and costs nothing."""
+    sidecar = Sidecar(endpoint=None, protocol="http2" if protocol == "http2" else "http")
+    for pair in both:
+        stack.enter_context(
+            mesh.running(pair.client, pair.server, FILES, sidecar=sidecar, tls=tls, cpus=cpu)
+        )
+
+
+def _closed(
+    bench: Bench, plan: Plan, bed: Bed, both: tuple[Pair, Pair], protocol: Protocol
+) -> None:
+    names = [pod.name for pair in both for pod in (pair.client, pair.server)]
+    tls = envoy.make_tls(bed.folder / "tls", names) if protocol == "mtls" else None
+    generate = _grpc_like if protocol == "http2" else _http1
+    with ExitStack() as stack:
+        _start(stack, both, bench.cpu, protocol=protocol, tls=tls)
+        for pair in both:
+            generate(pair, 8, plan.seconds, bench.cpu)
+        for connections in plan.connections:
+            case = f"closed/{protocol}/{connections}"
+            for number, pair in pairs.alternated(both, plan.pairs):
+                run_it = partial(generate, pair, connections, plan.seconds, bench.cpu)
+                load, cost = pairs.measured(pair, bench.cpu, run_it)
+                values = _values(load, load.requests, cost)
+                values["requests_per_cpu_s"] = load.requests / cost.cpu_s
+                bench.record(case, pair.kind, number, values, load.latencies)
+            bench.tell(case, *TOLD, "requests_per_cpu_s")
+
+
+def _http1(pair: Pair, connections: int, seconds: float, cpu: str) -> Load:
+    url = mesh.SERVICE_URL + SMALL
+    return wrk.run(pair.client, url, connections=connections, seconds=round(seconds), cpus=cpu)
+
+
+def _grpc_like(pair: Pair, connections: int, seconds: float, cpu: str) -> Load:
+    url = mesh.SERVICE_URL + SMALL
+    return h2load.run(pair.client, url, MESSAGE, connections=connections, seconds=seconds, cpus=cpu)
+
+
+def _fixed(bench: Bench, plan: Plan, bed: Bed, both: tuple[Pair, Pair]) -> None:
+    program = cc.compiled(openloop.SOURCE, bed.folder)
+    with ExitStack() as stack:
+        _start(stack, both, bench.cpu)
+        for place in plan.fillers:
+            with fillers.standing(bed.host, place, plan.rules):
+                for path, per_second in itertools.product(plan.paths, plan.rates):
+                    rate = Rate(path, per_second, plan.rate_ms // 4, plan.rate_ms)
+                    body = "small" if path == SMALL else "64KB"
+                    case = f"fixed/{place}/{body}/{per_second}"
+                    for number, pair in pairs.alternated(both, plan.pairs):
+                        values, latencies = _at_rate(pair, program, rate, bench.cpu)
+                        bench.record(case, pair.kind, number, values, latencies)
+                    bench.tell(case, *TOLD)
+
+
+def _at_rate(
+    pair: Pair, program: Path, rate: Rate, cpu: str
+) -> tuple[dict[str, float], dict[int, int]]:
+    with openloop.warm(program, pair.client, SERVICE_IP, rate, cpu) as go:
+        outcome, cost = pairs.measured(pair, cpu, go)
+    values = _values(outcome.load, outcome.answered, cost)
+    return {"unanswered": float(outcome.unanswered), **values}, outcome.load.latencies
+
+
+def _values(load: Load, answered: int, cost: Cost) -> dict[str, float]:
+    """Every CPU second of the pods counts, the load generator's too, as its sends do the work."""
+    return {
+        **{f"p{str(p).replace('.', '')}_us": load.latency_us(p) for p in (50, 90, 99, 99.9)},
+        "requests_per_s": answered / load.duration_s,
+        "cpu_us_per_request": cost.cpu_s / answered * 1e6,
+        "busy_us_per_request": (cost.cpu_s + cost.foreign_s) / answered * 1e6,
+    }

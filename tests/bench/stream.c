@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * A stream over one connection: how many bytes per second arrive, and what they cost both ends.
+ *
+ *   stream serve ADDRESS PORT        prints "ready", then a line per connection, one after the
+ *                                    other: the reader's end (or one end of a duplex stream)
+ *   stream drive SOURCE ADDRESS PORT SIZE HOW WORK_PS SERVER_CPU WARMUP_MS MEASURE_MS
+ *                                    writes SIZE bytes at a time; prints the same line for its end
+ *
+ * A line: nanoseconds measured, bytes received in them, CPU nanoseconds used in them. HOW is 0: a
+ * reader with an event loop, as Envoy, nginx and Go have one (non-blocking, edge-triggered epoll);
+ * 1: duplex, both ends read and write in one event loop each, as a proxy does; 2: a reader that
+ * blocks in recv. WORK_PS is what a reader does with each byte, in picoseconds of CPU: a slow
+ * reader has a lot. The server moves to SERVER_CPU first.
+ */
+#define _GNU_SOURCE
+#include "endpoint.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define MAX_WRITE (1 << 20)
+#define READ_SIZE (1 << 18)
+#define CLOCK_EVERY 16 /* small messages, so that the clock is not what is measured */
+#define LARGE 16384
+
+enum how { EVENTS, DUPLEX, BLOCKING };
+
+static char out[MAX_WRITE], in[READ_SIZE];
+
+/* What the driver tells the server in the connection's first bytes. */
+struct plan {
+	uint64_t size, how, work_ps, server_cpu, warmup_ns, measure_ns;
+};
+
+/* The time of one end, and what it has seen between the end of its warm-up and the end. */
+struct window {
+	uint64_t begin, end, cpu, received;
+	int open, over;
+};
+
+static struct window window_of(const struct plan *plan)
+{
+	uint64_t begin = now_ns() + plan->warmup_ns;
+
+	return (struct window){.begin = begin, .end = begin + plan->measure_ns};
+}
+
+static void finish(struct window *window, uint64_t now)
+{
+	window->over = 1;
+	printf("%" PRIu64 " %" PRIu64 " %" PRIu64 "\n", now - window->begin, window->received,
+	       cpu_ns() - window->cpu);
+	fflush(stdout);
+}
+
+static void look_at_the_clock(struct window *window)
+{
+	uint64_t now = now_ns();
+
+	if (!window->open && now >= window->begin) {
+		window->open = 1;
+		window->begin = now;
+		window->cpu = cpu_ns();
+		window->received = 0;
+	} else if (window->open && !window->over && now >= window->end) {
+		finish(window, now);
+	}
+}
+
+/* The server ends the stream. It began after the driver, which has mostly finished, too. */
+static void peer_has_gone(struct window *window)
+{
+	if (!window->open)
+		errx(1, "the stream has ended before its measurement");
+	if (!window->over)
+		finish(window, now_ns());
+}
+
+static void work(uint64_t picoseconds)
+{
+	uint64_t until = now_ns() + picoseconds / 1000;
+
+	while (picoseconds && now_ns() < until)
+		;
+}
+
+static void took(struct window *window, const struct plan *plan, size_t bytes)
+{
+	if (!window->over)
+		window->received += bytes;
+	work(bytes * plan->work_ps);
+	look_at_the_clock(window);
+}
+
+static void write_only(int fd, const struct plan *plan)
+{
+	struct window window = window_of(plan);
+
+	for (uint64_t i = 0; send_all(fd, out, plan->size); i++)
+		if (plan->size >= LARGE || i % CLOCK_EVERY == 0)
+			look_at_the_clock(&window);
+	peer_has_gone(&window);
+}
+
+/* A descriptor to wait on for new bytes. */
+static int edges_of(int fd)
+{
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET};
+	int poller = epoll_create1(0);
+
+	if (poller < 0 || epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event) ||
+	    fcntl(fd, F_SETFL, O_NONBLOCK))
+		err(1, "epoll");
+	return poller;
+}
+
+static void read_only(int fd, const struct plan *plan)
+{
+	struct window window = window_of(plan);
+	int edges = plan->how == EVENTS ? edges_of(fd) : -1;
+	struct epoll_event event;
+
+	while (!window.over) {
+		ssize_t n = recv(fd, in, sizeof(in), 0);
+
+		if (n < 0 && errno == EAGAIN && edges >= 0) {
+			epoll_wait(edges, &event, 1, -1);
+			continue;
+		}
+		if (n < 0)
+			err(1, "recv");
+		if (n == 0)
+			errx(1, "the driver has gone");
+		took(&window, plan, n);
+	}
+	close(edges);
+}
+
+static int has_gone(ssize_t n)
+{
+	return n < 0 && errno != EAGAIN;
+}
+
+/* Until it is over, for the server; until the server has gone, for the driver. */
+static void read_and_write(int fd, const struct plan *plan, int ends)
+{
+	struct window window = window_of(plan);
+
+	while (!ends || !window.over) {
+		struct pollfd event = {fd, POLLIN | POLLOUT, 0};
+		ssize_t n;
+
+		if (poll(&event, 1, -1) < 0)
+			err(1, "poll");
+		if (event.revents & (POLLIN | POLLHUP | POLLERR)) {
+			n = recv(fd, in, sizeof(in), MSG_DONTWAIT);
+			if (n == 0 || has_gone(n))
+				break;
+			if (n > 0)
+				took(&window, plan, n);
+		}
+		if (event.revents & POLLOUT) {
+			n = send(fd, out, plan->size, MSG_DONTWAIT | MSG_NOSIGNAL);
+			if (has_gone(n))
+				break;
+			look_at_the_clock(&window);
+		}
+	}
+	peer_has_gone(&window);
+}
+
+static void move_to(unsigned cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	if (sched_setaffinity(0, sizeof(set), &set))
+		err(1, "sched_setaffinity to CPU %u", cpu);
+}
+
+/* The driver's time has begun when its first bytes come, so that it does not end before it. */
+static void wait_for_bytes(int fd)
+{
+	struct pollfd event = {fd, POLLIN, 0};
+
+	if (poll(&event, 1, -1) < 0)
+		err(1, "poll");
+}
+
+static void serve(const struct endpoint *own)
+{
+	int listener = listening(own);
+
+	puts("ready");
+	fflush(stdout);
+	for (;;) {
+		int fd = accept(listener, NULL, NULL);
+		struct plan plan;
+
+		if (fd < 0)
+			err(1, "accept");
+		if (!receive_all(fd, (char *)&plan, sizeof(plan)))
+			errx(1, "the driver has not said what to do");
+		move_to(plan.server_cpu);
+		wait_for_bytes(fd);
+		if (plan.how == DUPLEX)
+			read_and_write(fd, &plan, 1);
+		else
+			read_only(fd, &plan);
+		close(fd);
+	}
+}
+
+static void drive(const struct endpoint *source, const struct endpoint *server,
+		  const struct plan *plan)
+{
+	int fd = connected(source, server);
+
+	if (!send_all(fd, (const char *)plan, sizeof(*plan)))
+		err(1, "send");
+	if (plan->how == DUPLEX)
+		read_and_write(fd, plan, 0);
+	else
+		write_only(fd, plan);
+	close(fd);
+}
+
+int main(int argc, char **argv)
+{
+	if (argc == 4 && !strcmp(argv[1], "serve")) {
+		struct endpoint own = endpoint(argv[2], number(argv[3]));
+
+		serve(&own);
+	} else if (argc == 11 && !strcmp(argv[1], "drive")) {
+		struct endpoint source = endpoint(argv[2], 0);
+		struct endpoint server = endpoint(argv[3], number(argv[4]));
+		struct plan plan = {
+			.size = number(argv[5]),
+			.how = number(argv[6]),
+			.work_ps = number(argv[7]),
+			.server_cpu = number(argv[8]),
+			.warmup_ns = number(argv[9]) * 1000000,
+			.measure_ns = number(argv[10]) * 1000000,
+		};
+
+		if (plan.size < 1 || plan.size > MAX_WRITE)
+			errx(2, "a write has 1 to %d bytes", MAX_WRITE);
+		drive(&source, &server, &plan);
+	} else {
+		errx(2, "usage: stream serve ADDRESS PORT | drive SOURCE ADDRESS PORT SIZE HOW "
+			"WORK_PS SERVER_CPU WARMUP_MS MEASURE_MS");
+	}
+	return 0;
+}

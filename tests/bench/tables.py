@@ -1,0 +1,234 @@
+"""What the report says of each section: its words, and how a table's cells come about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tests.bench import stats
+from tests.bench.metrics import METRICS
+from tests.bench.results import Section
+
+Cell = Callable[[Section, str], str]
+NOT_MEASURED = "–"  # noqa: RUF001 - a dash
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's cases, the titles of a case's parts, and its columns."""
+
+    title: str
+    cases: str
+    parts: tuple[str, ...]  # what stands between the slashes; "" is left out
+    columns: dict[str, Cell]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """What the report says of a section."""
+
+    title: str
+    text: str
+    tables: tuple[Table, ...]
+    pictures: tuple[str, ...] = ()  # of plots.DRAWN
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def both(metric: str) -> Cell:
+    """Medians with half of the interquartile range, TCP then bypass, and their ratio."""
+
+    def cell(section: Section, case: str) -> str:
+        ratio = section.ratio(case, metric)
+        if ratio is None:
+            return NOT_MEASURED
+        plain, bypass = (single(variant, metric)(section, case) for variant in ("plain", "bypass"))
+        middle, low, high = map(_ratio, (ratio.middle, ratio.low, ratio.high))
+        return f"{plain} → {bypass}: **{middle}** [{low}, {high}]"
+
+    return cell
+
+
+def single(variant: str, metric: str) -> Cell:
+    """One variant's median, with half of the interquartile range where there were several runs."""
+
+    def cell(section: Section, case: str) -> str:
+        found = section.summary(case, variant, metric)
+        if found is None:
+            return NOT_MEASURED
+        shown = METRICS[metric].shown
+        return shown(found.median) + (f" ±{shown(found.spread)}" if found.spread else "")
+
+    return cell
+
+
+def to_unix(metric: str, *kept: int) -> Cell:
+    """The ratio to AF_UNIX; kept are the parts of the case that the case of AF_UNIX has, too."""
+
+    def cell(section: Section, case: str) -> str:
+        parts = case.split("/")
+        unix = "/".join(["unix", *(parts[each] for each in kept)])
+        ratio = section.ratio(case, metric, to="unix", to_case=unix)
+        return NOT_MEASURED if ratio is None else _ratio(ratio.middle)
+
+    return cell
+
+
+def pooled(percent: float) -> Cell:
+    """A percentile of all runs' latencies together, in microseconds."""
+
+    def cell(section: Section, case: str) -> str:
+        found = [section.latencies(case, variant) for variant in ("plain", "bypass")]
+        if not all(found):
+            return NOT_MEASURED
+        values = [stats.percentile(each, percent) for each in found]
+        return " → ".join(f"{value:,.0f}" for value in values)
+
+    return cell
+
+
+def memory(metric: str, variant: str) -> Cell:
+    """A value of the case's memory, which was measured once."""
+    return lambda section, case: single(variant, metric)(section, f"{case}/memory")
+
+
+LATENCY = {
+    "p50, us": both("p50_us"),
+    "p90, us": both("p90_us"),
+    "p99, us": both("p99_us"),
+    "p99.9 of all runs, us": pooled(99.9),
+    "CPU per request, us": both("cpu_us_per_request"),
+}
+CHAPTERS = {
+    "hops": Chapter(
+        "Round trips on each hop",
+        "A small C program at each end, in the sidecar's and the application's place; both ends on "
+        "one CPU. The last column compares with AF_UNIX stream sockets on the same CPU, the limit "
+        "that the paper names.",
+        (
+            Table(
+                "",
+                "*/v*/*",
+                ("hop", "IP", "bytes"),
+                {
+                    "median, us": both("median_us"),
+                    "p99, us": both("p99_us"),
+                    "median to AF_UNIX": to_unix("median_us", 2),
+                },
+            ),
+        ),
+        ("size",),
+    ),
+    "streaming": Chapter(
+        "Streams",
+        "One connection; the writer writes as fast as it can, the reader takes up to 256 KB at a "
+        "time. A slow reader works 2 ns on each byte. Duplex: both ends read and write, in one "
+        "event loop each. The ends share a CPU or have one each.",
+        tuple(
+            Table(
+                title,
+                f"*/*/{pinning}/*",
+                ("hop", "reader", "", "bytes per write"),
+                {
+                    "MB/s": both("bytes_per_s"),
+                    "CPU, ns per KB": both("cpu_ns_per_kb"),
+                    "MB/s to AF_UNIX": to_unix("bytes_per_s", 1, 2, 3),
+                },
+            )
+            for pinning, title in (("same", "On one CPU"), ("two", "On two CPUs"))
+        ),
+    ),
+    "mesh": Chapter(
+        "The whole mesh",
+        "Load generator, Envoy, Envoy, nginx, all on one CPU. CPU time is that of both pods "
+        "(cpu.stat of their cgroups), the load generator's included; the kernel counts softirq "
+        "work for the process on whose time it ran, which here is one of these.",
+        (
+            Table(
+                "So many connections, each asks again when it is answered (wrk; HTTP/2: h2load)",
+                "closed/*",
+                ("", "protocol", "connections"),
+                {**LATENCY, "requests per CPU-second": both("requests_per_cpu_s")},
+            ),
+            Table(
+                "So many requests a second, over 16 connections, latency from when each was due; "
+                "rules: 100,000 iptables rules in the node's namespace, in the table named",
+                "fixed/*",
+                ("", "rules", "body", "requests/s"),
+                LATENCY,
+            ),
+        ),
+        ("latency", "cpu"),
+    ),
+    "churn": Chapter(
+        "Short connections",
+        "Connect, one request of 64 bytes, one answer, close; one after the other, both ends on "
+        "one CPU.",
+        (
+            Table(
+                "",
+                "[!u]*",
+                ("hop",),
+                {
+                    "connections/s": both("connections_per_s"),
+                    "CPU per connection, us": both("cpu_us_per_connection"),
+                    "connect, us": both("connect_us"),
+                    "connect to close, p99, us": both("whole_p99_us"),
+                    "connections/s to AF_UNIX": to_unix("connections_per_s"),
+                },
+            ),
+        ),
+    ),
+    "others": Chapter(
+        "Those who gain nothing",
+        "out, in: an accelerated pod and somebody beyond the node's bridge who is not. stranger: "
+        "two pods outside the mesh, with our programs loaded and an accelerated pod next to them, "
+        "against a node with neither. Ratios of 1 are what is wanted.",
+        (
+            Table(
+                "",
+                "*",
+                ("who",),
+                {
+                    "round trip, us": both("median_us"),
+                    "MB/s, writes of 64 KB": both("bytes_per_s"),
+                    "connect, us": both("connect_us"),
+                },
+            ),
+        ),
+    ),
+    "scale": Chapter(
+        "Scale",
+        "Beside so many attached pods, or live and silent connections: one more pod's ADD (VERSION "
+        "is the plugin's start alone), and a round trip of 64 bytes from a sidecar to its "
+        "application. Kernel memory: slab, per-CPU and vmalloc, from /proc/meminfo.",
+        (
+            Table(
+                "Pods",
+                "pods/*",
+                ("", "other pods"),
+                {
+                    "ADD, ms": single("bypass", "add_ms"),
+                    "VERSION, ms": single("bypass", "version_ms"),
+                    "all maps, MiB": single("memory", "map_bytes"),
+                    "kernel memory per pod, KiB": single("memory", "bytes_per_pod"),
+                    "round trip, us": both("median_us"),
+                },
+            ),
+            Table(
+                "Connections",
+                "connections/*[0-9]",
+                ("", "other connections"),
+                {
+                    "round trip, us": both("median_us"),
+                    "kernel memory per connection, KiB: TCP": memory(
+                        "bytes_per_connection", "plain"
+                    ),
+                    "bypass": memory("bytes_per_connection", "bypass"),
+                },
+            ),
+        ),
+    ),
+}
