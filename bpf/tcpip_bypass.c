@@ -59,7 +59,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_RELIEF 32
 #define TB_STUCK 512
 /* Like TCP's own receive buffer (net.ipv4.tcp_rmem), the bound grows for who reads. */
-#define TB_MAX_BOUND (4 << 20)
+#define TB_MAX_BOUND (2 << 20)
 /* How long, in jiffies, a step of parting lasts at least: see tb_take_leave(). */
 #define TB_PARTING_STEP 2
 
@@ -147,7 +147,6 @@ struct tb_conn {
 	__u64 queued;	/* bytes redirected since the peer's queue was last seen empty */
 	__u64 writer;	/* the one thread that made all redirects since tb_alone(), or TB_MANY */
 	__u64 overdue;	/* how long it has been going on bypassing though it should not */
-	__u64 self;	/* struct sock * of this socket */
 	__u64 pressure; /* unsigned long *, set while TCP is short of memory */
 	__u64 last_id;	/* the newest id this socket has had, kept over a disconnect */
 	__u64 messages; /* bypassed, not yet in the counters */
@@ -235,8 +234,9 @@ static __always_inline int tb_ineligible(__u64 sk)
 
 /*
  * Is any thread asleep in a system call on this socket? A sleeper in recv, send, connect or
- * poll has its wait_queue_entry.private set (to its task or poll table); epoll and io_uring
- * do not sleep here, and leave it NULL (init_waitqueue_func_entry). Errs towards yes.
+ * poll has its wait_queue_entry.private set (to its task or poll table); epoll does not sleep
+ * here, and leaves it NULL (init_waitqueue_func_entry); so does io_uring before 5.19. Errs
+ * towards yes.
  */
 static __always_inline int tb_has_sleeper(__u64 sk)
 {
@@ -468,7 +468,7 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 		return NULL;
 	__builtin_memset(conn, 0, sizeof(*conn));
 	conn->last_id = id;
-	conn->self = address;
+	conn->me.sk = address;
 	conn->pressure = tb_read64(tb_read64(address + OFF_SOCK_PROT) + OFF_PROTO_MEMORY_PRESSURE);
 	if (tb_ineligible(address)) {
 		*outcome = TB_OUTCOME_INELIGIBLE;
@@ -491,7 +491,6 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 		return NULL;
 	}
 	conn->me.id = id;
-	conn->me.sk = address;
 	conn->me.psock = tb_read64(address + OFF_SOCK_USER_DATA) & ~7ULL;
 	conn->me.conn = (__u64)conn;
 	conn->me.pod_id = pod->id;
@@ -512,7 +511,7 @@ static __always_inline void tb_mark_consumed(struct tb_conn *conn, __u32 seq)
 
 	if (epoch && (__u32)conn->rx_mark == seq)
 		return;
-	if ((int)tb_read32(conn->self + OFF_SOCK_RCVLOWAT) > 1 || tb_has_sleeper(conn->self))
+	if ((int)tb_read32(conn->me.sk + OFF_SOCK_RCVLOWAT) > 1 || tb_has_sleeper(conn->me.sk))
 		return;
 	conn->rx_mark = (epoch + 1 < TB_SEEN ? epoch + 1 : 1) << 32 | seq;
 }
@@ -741,7 +740,7 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 	half.client = conn->me;
 	conn->seeking = !halves.update(&key, &half);
 	tb_mark_consumed(conn, skops->rcv_nxt);
-	tb_keep_alive(skops, pod, conn->self);
+	tb_keep_alive(skops, pod, conn->me.sk);
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
 						 BPF_SOCK_OPS_RTT_CB_FLAG);
 	return TB_OUTCOMES; /* none yet: counted when the server has joined as well */
@@ -751,9 +750,10 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
  * from another pod only by the pod whose IP was dialled, or that has vouched for itself, whatever
  * else anybody may know. */
 static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_half_key *key,
-					const struct tb_pod *pod, const struct tb_addr *local)
+					const struct tb_pod *pod, const struct tb_addr *local,
+					__u64 netns)
 {
-	if (half->server.id)
+	if (half->server.id || half->server_netns != netns)
 		return 0;
 	if (half->client.pod_id == pod->id)
 		return 1;
@@ -786,7 +786,7 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 		halves.delete(&key); /* its client is not one of ours */
 		return TB_OUTCOME_NO_PEER;
 	}
-	if (!tb_half_fits(&half, &key, pod, &local))
+	if (!tb_half_fits(&half, &key, pod, &local, tb_read64(sk + OFF_SOCK_NET)))
 		return TB_OUTCOME_MISMATCH;
 	if (tb_pod_excludes(pod, skops->local_port) || tb_pod_excludes(pod, half.dialled_port) ||
 	    tb_pod_excludes(pod, bpf_ntohl(skops->remote_port)))
@@ -798,7 +798,7 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	*hop = conn->hop = tb_hop(&half.client, &conn->me);
 	/* copied_seq is set a moment later (tcp_rcv_state_process); nobody can be reading. */
 	tb_mark_consumed(conn, skops->rcv_nxt);
-	tb_keep_alive(skops, pod, conn->self);
+	tb_keep_alive(skops, pod, conn->me.sk);
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
 						 BPF_SOCK_OPS_RTT_CB_FLAG);
 	half.server = conn->me;
@@ -865,13 +865,13 @@ static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_
 	if (tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting)) == TB_STAYING &&
 	    tb_read32(conn->peer.psock + OFF_PSOCK_REFCNT) != 1)
 		return;
+	if (tb_read64(head) != head)
+		return;
 	conn->stepped_at = now;
 	if (conn->parting == TB_PARTING) {
 		conn->parting = TB_CLOSED;
 		return;
 	}
-	if (tb_read64(head) != head)
-		return;
 	tb_flush_tally(conn);
 	conn->parting = TB_PARTED;
 	sockhash.delete(&conn->me.id);
@@ -957,6 +957,8 @@ static __always_inline int tb_paired(struct tb_conn *conn)
 	if (!conn->seeking)
 		return 0;
 	half = halves.lookup(&conn->half);
+	if (half && half->client.id != conn->me.id)
+		half = NULL; /* dropped, and announced again for somebody else */
 	if (!half || !half->server.id) {
 		conn->seeking = !!half; /* the LRU map may have dropped it: stay on TCP */
 		return 0;
@@ -970,17 +972,35 @@ static __always_inline int tb_paired(struct tb_conn *conn)
 }
 
 /*
+ * A redirect takes the peer's socket lock, and waits for it in a sleep that no signal ends. An
+ * application that is throttled or faults inside recv holds it for long, and over TCP nobody
+ * would notice. A sidecar does neither; and large transfers to it from another CPU would
+ * otherwise be thrown back to TCP.
+ */
+static __always_inline int tb_busy(const struct tb_conn *conn)
+{
+	return !conn->peer.is_proxy && tb_read32(conn->peer.sk + OFF_SOCK_LOCK_OWNED);
+}
+
+static __always_inline int tb_is_nonblocking(__u64 sk)
+{
+	__u64 file = tb_read64(tb_read64(sk + OFF_SOCK_SOCKET) + OFF_SOCKET_FILE);
+
+	return (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) != 0;
+}
+
+/*
  * Has the peer consumed everything up to `seq`, and cannot it sleep on a part of what it waits for?
  * Then it need not declare anything. Reads from a non-blocking file never sleep, whatever their
  * flags; a thread that does sleep here was there before the file was made so, or polls.
  */
-static __always_inline int tb_has_consumed(__u64 sk, __u32 seq)
+static __always_inline int tb_has_consumed(const struct tb_conn *conn, __u32 seq)
 {
-	__u64 file = tb_read64(tb_read64(sk + OFF_SOCK_SOCKET) + OFF_SOCKET_FILE);
+	__u64 sk = conn->peer.sk;
 
-	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == seq &&
-	       (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) &&
-	       (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) <= 1 && !tb_has_sleeper(sk);
+	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == seq && tb_is_nonblocking(sk) &&
+	       (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) <= 1 && !tb_busy(conn) &&
+	       !tb_has_sleeper(sk) && !tb_busy(conn);
 }
 
 /*
@@ -1009,20 +1029,9 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, __u32 write_seq)
 		else
 			conn->tx_dead = mark;
 	}
-	if (!conn->tx_mark && tb_has_consumed(conn->peer.sk, write_seq))
+	if (!conn->tx_mark && tb_has_consumed(conn, write_seq))
 		conn->tx_mark = TB_SEEN << 32 | write_seq;
 	return conn->tx_mark != 0;
-}
-
-/*
- * A redirect takes the peer's socket lock, and waits for it in a sleep that no signal ends. An
- * application that is throttled or faults inside recv holds it for long, and over TCP nobody
- * would notice. A sidecar does neither; and large transfers to it from another CPU would
- * otherwise be thrown back to TCP.
- */
-static __always_inline int tb_busy(const struct tb_conn *conn)
-{
-	return !conn->peer.is_proxy && tb_read32(conn->peer.sk + OFF_SOCK_LOCK_OWNED);
 }
 
 static __always_inline int tb_paused(struct tb_conn *conn)
@@ -1057,12 +1066,15 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 
 static __always_inline __u32 tb_bound(const struct tb_conn *conn)
 {
-	__u32 rcvbuf = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
+	__u32 bound = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
 
-	if (rcvbuf >= conn->bound ||
-	    (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK))
-		return rcvbuf;
-	return conn->bound < TB_MAX_BOUND ? conn->bound : TB_MAX_BOUND;
+	if (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
+		return bound;
+	/* Redirected bytes count as received, and TCP then raises sk_rcvbuf to what was
+	 * received (tcp_clamp_window), up to 32 MB: hence the limit holds for both. */
+	if (bound < conn->bound)
+		bound = conn->bound;
+	return bound < TB_MAX_BOUND ? bound : TB_MAX_BOUND;
 }
 
 /*
@@ -1107,7 +1119,8 @@ static __always_inline void tb_part(struct tb_conn *conn)
  * RULE (edges). While bypassed and TCP bytes both lie unread, a recv returns the bypassed ones
  * only: short, though there is more. epoll(7) lets an edge-triggered reader take a short read for
  * the end, and no other edge may come. A sidecar reads until EAGAIN; towards an application the
- * bypass is left when its queue is empty. When it is busy, the edge is still to come.
+ * bypass is left when its queue is empty. Between two pods also when it is busy: whoever holds its
+ * socket there must not hold up another pod, and mostly reads, so that the edge is still to come.
  *
  * Until a message can leave in good order, messages go on bypassing; for a bounded time.
  */
@@ -1134,7 +1147,8 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 	if (reason == TB_REASONS && conn->crowd <= TB_CROWD)
 		return reason;
 	clean = tb_alone(conn, thread) &&
-		(empty || conn->peer.is_proxy || reason == TB_REASON_BUSY);
+		(empty || conn->peer.is_proxy ||
+		 (reason == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id));
 	if (reason == TB_REASONS) {
 		if (clean)
 			tb_part(conn);
@@ -1143,7 +1157,7 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 	conn->overdue += cost;
 	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE)
 		return TB_REASONS;
-	conn->writer = 0;
+	conn->writer = clean ? 0 : TB_MANY;
 	conn->overdue = 0;
 	return reason;
 }
@@ -1169,7 +1183,8 @@ static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, __u32 size, __
 {
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
-	conn->stuck += 1 + size / TB_SMALL;
+	/* A blocking reader does not let it come back before it speaks; another one may. */
+	conn->stuck += tb_is_nonblocking(conn->peer.sk) ? 1 : 1 + size / TB_SMALL;
 	if ((conn->crowd > TB_CROWD || conn->stuck > TB_STUCK) && tb_alone(conn, thread))
 		tb_part(conn);
 	return TB_REASON_ORDER;

@@ -262,8 +262,10 @@ def _ids_of(node: Node, pod: str) -> set[int]:
 
 def _change_paused_pods(node: Node, change: Callable[[set[int]], set[int]]) -> None:
     """Also forgets the paused pods that are no more."""
-    alive = {record.pod_id for record in node.attachments()}
-    for generation in node.generations.complete():
+    generations = node.generations
+    pods = attached_cgroups(generations.program_ids())
+    alive = {pod.record.id for pod in pods if pod.record is not None}
+    for generation in generations.complete():
         generation.set_paused_pods(change(generation.paused_pods() & alive))
 
 

@@ -5,10 +5,12 @@ Each runs in a child process inside an accelerated cgroup and returns whether al
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
 import os
+import select
 import signal
 import socket
 import struct
@@ -176,3 +178,39 @@ def two_writers(pod: LightPod) -> bool:
     while len(data) < 200:
         data += server.recv(200)
     return data in {b"A" * 100 + b"B" * 100, b"B" * 100 + b"A" * 100}
+
+
+def edge_triggered_reader_that_parts(_: LightPod) -> bool:
+    """An application streams until it leaves the sockhash, with bytes unread that came by bypass.
+
+    It is edge-triggered and takes a short read for the end of what is there, as epoll(7) allows;
+    the second piece that its sidecar says must not come by TCP behind the first.
+    """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.seteuid(names.PROXY_UID)
+    sidecar = socket.socket()
+    os.seteuid(0)
+    with socket.create_server((SERVER_IP, 0)) as listener, sidecar:
+        sidecar.bind((CLIENT_IP, 0))
+        sidecar.connect(listener.getsockname())
+        app, _ = listener.accept()
+        app.setblocking(False)
+        edges = select.epoll()
+        edges.register(app, select.EPOLLIN | select.EPOLLET)
+        sidecar.sendall(b"first")
+        for _number in range(1000):
+            app.send(b"x" * 100)
+        sidecar.settimeout(0.02)
+        for _number in range(6):
+            with contextlib.suppress(TimeoutError):
+                while sidecar.recv(1 << 20):
+                    pass
+            app.send(b"y" * 100)
+        sidecar.sendall(b"second")
+        heard = b""
+        while heard != b"firstsecond" and edges.poll(2):
+            part = b"?" * 4096
+            while len(part) == 4096:
+                part = app.recv(4096)
+                heard += part
+        return heard == b"firstsecond"

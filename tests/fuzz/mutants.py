@@ -55,7 +55,8 @@ IDENTITY = Mutant(
         Edit(r"key\.client_isn = [^;]+;", "key.client_isn = 0;", 3),
         Edit(r"key\.server_isn = [^;]+;", "key.server_isn = 0;", 3),
         Edit(r"if \(found->client\.id \|\| ", "if ("),
-        Edit(r"if \(half->server\.id\)\n\t\treturn 0;\n", ""),
+        Edit(r"half->server\.id \|\| half->server_netns != netns", "0"),
+        Edit(r"if \(half && half->client\.id != conn->me\.id\)", "if (0)"),
     ),
 )
 
@@ -76,7 +77,7 @@ CONNTRACK = Mutant(
 
 WAKE_UP = Mutant(
     "wake-up: to the bypass although a reader sleeps on the TCP queue",
-    (Edit(r" \|\| tb_has_sleeper\(conn->self\)\)", ")"),),
+    (Edit(r" \|\| tb_has_sleeper\(conn->me\.sk\)\)", ")"),),
 )
 
 STALE_MARK = Mutant(
@@ -92,6 +93,11 @@ OVERTAKING = Mutant(
 LEAVING_UNREAD = Mutant(
     "removal: a socket leaves with bypassed bytes unread",
     (Edit(r"if \(tb_read64\(head\) != head\)\n\t\treturn;", ""),),
+)
+
+ANNOUNCED_ELSEWHERE = Mutant(
+    "identity: a server joins what another namespace's listener has announced",
+    (Edit(r" \|\| half->server_netns != netns\)", ")"),),
 )
 
 LEAVING_BLINDLY = Mutant(

@@ -22,7 +22,7 @@ WRAP = 2**32
 LARGEST = 17 * 32768  # bytes: what one sk_msg holds at most
 RCVBUF = 131_072
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
-LARGEST_BOUND = 4 << 20  # TB_MAX_BOUND: what RCVBUF grows to for a peer that reads
+LARGEST_BOUND = 2 << 20  # TB_MAX_BOUND: what RCVBUF grows to for a peer that reads
 
 
 def built(folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:

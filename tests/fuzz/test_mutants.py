@@ -26,6 +26,7 @@ BY_CASE = [
     (mutants.CONNTRACK, cases.idle_connection_tracking),
     (mutants.OVERTAKING, cases.two_writers),
     (mutants.REUSED_SOCKET, cases.reused_socket),
+    (mutants.LEAVING_UNREAD, cases.edge_triggered_reader_that_parts),
 ]
 
 
@@ -62,7 +63,7 @@ def test_scenario_fails_without_the_rule(
     assert not scenario_holds(mutant.programs(), name, direction, events), mutant.rule
 
 
-CHANCES = 5
+CHANCES = 10
 
 
 @pytest.mark.parametrize(("mutant", "case"), BY_CASE, ids=name_of)

@@ -10,12 +10,14 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests import light
 from tests.bed import APP_UID, PROXY_UID, netns
+from tests.fuzz import mutants
 from tests.integration import traffic_forgery, traffic_pods, traffic_twins
 from tests.integration.traffic_pods import (
     LightNode,
@@ -404,6 +406,12 @@ def test_a_proxy_in_between_with_the_very_same_addresses(node: LightNode) -> Non
 
 @pytest.fixture
 def attack(node: LightNode) -> Iterator[Attack]:
+    with attacking(node) as made:
+        yield made
+
+
+@contextmanager
+def attacking(node: LightNode) -> Iterator[Attack]:
     with node.pod(A) as victim, node.pod(B) as server, node.pod(C) as attacker:
         for name in ("all", "lo", "eth0"):
             attacker.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)
@@ -461,12 +469,22 @@ class Attack:
         assert bypassed(self.attacker) == 0
 
 
-def test_forgery_works_where_nothing_forbids_it(attack: Attack) -> None:
+def test_forgery_works_where_nothing_forbids_it() -> None:
     """The control: ADD has recorded the dialled IP for the attacker's pod as well, which it never
-    does, and the attacker knows everything. Then it gets the victim's bytes."""
-    attack.attacker.record.ip[1] = address(B)
-    attack.attacker.record.ip_count = 2
-    attack.attacker.write_record()
+    does, the programs do not ask whose listener announced the connection, and the attacker knows
+    everything. Then it gets the victim's bytes."""
+    with (
+        light.source_edited(mutants.ANNOUNCED_ELSEWHERE.edit),
+        traffic_pods.node() as careless,
+        attacking(careless) as attack,
+    ):
+        attack.attacker.record.ip[1] = address(B)
+        attack.attacker.record.ip_count = 2
+        attack.attacker.write_record()
+        assert_it_works(attack)
+
+
+def assert_it_works(attack: Attack) -> None:
     with attack.client, attack.pose() as forged:
         attack.client.sendall(b"secret")
         forged.settimeout(traffic_pods.TIMEOUT_S)
@@ -474,6 +492,15 @@ def test_forgery_works_where_nothing_forbids_it(attack: Attack) -> None:
         forged.sendall(b"not what you think")
         assert attack.client.recv(100) == b"not what you think"
     assert outcomes(attack.attacker) == {"paired": 1}
+
+
+def test_a_connection_that_another_namespace_has_announced(attack: Attack) -> None:
+    """It knows everything, and has the dialled IP: its listener has not got the SYN."""
+    attack.attacker.record.ip[1] = address(B)
+    attack.attacker.record.ip_count = 2
+    attack.attacker.write_record()
+    attack.assert_nothing_is_heard(attack.pose())
+    assert outcomes(attack.attacker) == {"mismatch": 1}
 
 
 @pytest.mark.parametrize("bit", [0, 7, 16, 31])

@@ -44,7 +44,8 @@ UNSHOWN = """\
 - **An edge-triggered reader that takes a short read for the end of what is there** (epoll(7) allows
   it), and that does not look at its socket while more than its receive buffer and 512 KB arrive:
   what came after by TCP can lie there until the next byte comes. The same at `pause` and `unload`
-  with as much unread. nginx with large uploads is such a reader: exclude its port, or proxy-only.
+  with as much unread, and between two pods without sidecars, in a moment in which the reader's own
+  thread is inside send. nginx with large uploads is such a reader: exclude its port, or proxy-only.
 - **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.

@@ -79,7 +79,6 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.rcvlowat = 1;
 		end->sock.write_seq = isn[i];
 		end->sock.copied_seq = isn[!i];
-		end->conn.self = (__u64)&end->sock;
 		end->conn.me = (struct tb_end){.id = i + 1,
 					       .sk = (__u64)&end->sock,
 					       .psock = (__u64)&end->psock,
