@@ -5,6 +5,7 @@ For tests that call the plugin hundreds of times, break it off or look at what i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -124,8 +125,9 @@ class Sandbox:
             text=True,
         )
         assert process.stdin is not None
-        process.stdin.write(json.dumps(self.request(command), separators=(",", ":")))
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # a wrapper may close it before we have written
+            process.stdin.write(json.dumps(self.request(command), separators=(",", ":")))
+            process.stdin.close()
         process.stdin = None
         return process
 
