@@ -1,4 +1,4 @@
-"""The modules that the guests get: network namespaces' links, NAT and kTLS.
+"""The modules that the guests get: network namespaces' links, NAT, kTLS and its ciphers.
 
 A guest has no modprobe. So modules are stored uncompressed and named in the order in which they
 must be loaded.
@@ -13,8 +13,9 @@ from pathlib import Path
 # What `ip link add`, `iptables -t nat` (over nftables) and setsockopt(TCP_ULP) would have asked
 # for. What a kernel has built in, or not at all (Debian's 5.10: tls), is not among its modules.
 WANTED = (
-    "bridge", "nf_conntrack_netlink", "nft_chain_nat", "nft_compat", "nft_counter", "tls", "veth",
-    "xt_REDIRECT", "xt_comment", "xt_conntrack", "xt_multiport", "xt_nat", "xt_owner", "xt_tcpudp",
+    "aesni_intel", "bridge", "ctr", "gcm", "ghash_generic", "nf_conntrack_netlink",
+    "nft_chain_nat", "nft_compat", "nft_counter", "tls", "veth", "xt_REDIRECT", "xt_comment",
+    "xt_conntrack", "xt_multiport", "xt_nat", "xt_owner", "xt_tcpudp",
 )  # fmt: skip
 
 _DEPENDS = re.compile(rb"\bdepends=([^\0]*)\0")

@@ -117,11 +117,11 @@ def _ktls(printed: dict[str, Any]) -> Finding:
     problems = []
     if printed["wrong"]:
         problems.append(f"{printed['wrong']} messages came out wrong")
-    if not printed["encrypted"]:
+    if not printed.get("encrypted", True):
         problems.append("plaintext went past kTLS")
     if not (printed["bypassed"] and printed["ineligible"]):
         problems.append("it was not tried: nothing was bypassed before, or left on TCP after")
-    summary = "plaintext, or wrong" if problems else "encrypted, right"
+    summary = f"refused ({printed['refused']}), right" if "refused" in printed else "encrypted"
     return Finding(summary, frozenset({OFF} if problems else names.MODES), tuple(problems))
 
 
