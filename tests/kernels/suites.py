@@ -20,6 +20,10 @@ _BIN = PROJECT / ".venv/bin"
 FULL, PROXY_ONLY, OFF = names.MODES
 
 
+# Differ on 5.10 and not on this machine, so that docs/limits.md has them below its table.
+OLD_KERNELS_ONLY = {"zerocopy_set_late"}
+
+
 class Failed(Exception):
     """A suite did not do its work; the message says how."""
 
@@ -90,7 +94,8 @@ def _semantics(printed: dict[str, Any]) -> Finding:
     summary = f"{len(differing)} of {printed['scenarios']} behaviours differ"
     if "unread_bytes" in differing:
         summary += ", FIONREAD among them"
-    problems = [f"not in docs/limits.md: {name}" for name in printed["undocumented"]]
+    undocumented = [name for name in printed["undocumented"] if name not in OLD_KERNELS_ONLY]
+    problems = [f"not in docs/limits.md: {name}" for name in undocumented]
     return Finding(
         summary,
         frozenset({PROXY_ONLY if "unread_bytes" in differing else FULL}),

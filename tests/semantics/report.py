@@ -54,6 +54,9 @@ UNSHOWN = """\
 - **Kernel TLS switched on in the middle of a connection** (`TCP_ULP`, OpenSSL with `enable_ktls`):
   from then on its bytes go by TCP; bytes of the peer that lay unread at that moment are read as
   they were sent, undecrypted. A socket with kernel TLS before it is established is never bypassed.
+  Linux 6.12 refuses it on a bypassed connection (EINVAL); OpenSSL then encrypts by itself.
+- **MSG_ZEROCOPY on Linux 5.10**, with SO_ZEROCOPY set after the connection was established: the
+  bytes arrive, by TCP, and no completion comes.
 - **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
 
 ## What is the same
