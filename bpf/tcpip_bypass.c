@@ -850,7 +850,8 @@ static __always_inline void tb_leave_alone(struct bpf_sock_ops *skops, struct tb
  *   1. TB_PARTING. This end redirects nothing any more; whoever sends at the other end sees that,
  *      and parts as well if it can do so in good order.
  *   2. TB_CLOSED. Whoever sends at the other end from now on goes by TCP, come what may.
- *   3. TB_PARTED, if this end's queue is empty.
+ *   3. TB_PARTED, out of the sockhash.
+ * Nothing may be unread in this end's queue for 2 either: RULE (edges), see tb_leave().
  * After 1 and after 2 there must be a moment in which no redirect by the other end can be on its
  * way: it has parted itself, or no thread is inside a call on it (each would hold its psock; the
  * one reference is the sockhash's). So those that had looked before a step are done before the

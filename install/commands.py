@@ -243,7 +243,8 @@ def resume(node: Node, pod: str | None = None) -> None:
             return
         if not _set_paused(node, False):
             raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
-        _change_paused_pods(node, lambda _: set())
+        for generation in node.generations.complete():
+            generation.set_paused_pods(set())
 
 
 def _ids_of(node: Node, pod: str) -> set[int]:

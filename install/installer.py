@@ -83,11 +83,12 @@ def install(places: Places, entry: Entry) -> Installed:
     places.bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with alone(places.bin_dir):
         files, conf = places.files, ConfDir(places.conf_dir)
-        if not files.is_intact():
+        intact = files.is_intact()  # reads 23 MB: once, when all is well
+        if not intact:
             _check_writable(places.bin_dir)
         if conf.lacks(entry):
             _check_writable(places.conf_dir)
-        changed = files.install()
+        changed = not intact and files.install()
         return Installed(changed, conf.put_in(entry))
 
 

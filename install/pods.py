@@ -15,6 +15,7 @@ from pathlib import Path
 from bpf import abi
 from cni_plugin import attachment, cgroup
 from cni_plugin.attachment import Attached
+from cni_plugin.state import Attachment
 from install import log
 
 
@@ -35,6 +36,15 @@ class AttachedCgroup:
     def take_out(self) -> None:
         for each in self.programs:
             attachment.detach(each, self.fd, self.inode)
+
+
+def programs_of(record: Attachment) -> list[int]:
+    """The IDs of our programs on the pod's cgroup that know it by this attachment."""
+    with attachment.open_cgroup(record.cgroup, record.inode) as fd:
+        if fd is None:
+            return []
+        with attachment.attached(fd, record.inode) as found:
+            return [each.program.id for each in found if each.record.id == record.pod_id]
 
 
 def attached_cgroups(program_ids: set[int]) -> Iterator[AttachedCgroup]:

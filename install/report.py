@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from bpf import abi, stats
 from bpf.stats import HopCounters
-from cni_plugin import attachment, bpfsys, names
+from cni_plugin import bpfsys, names
 from cni_plugin.state import Attachment
 from install.generations import Generation, opened
+from install.pods import programs_of
 
 if TYPE_CHECKING:
     from install.commands import Node
@@ -62,7 +63,7 @@ def facts(node: Node) -> Facts:
         mode=mode,
         reason=reason,
         attachments=attachments,
-        attached=frozenset(record.pod_id for record in attachments if _is_attached(record)),
+        attached=frozenset(record.pod_id for record in attachments if programs_of(record)),
         failures=_failures(node),
     )
 
@@ -82,15 +83,6 @@ def _paused_pods(generations: list[Generation]) -> frozenset[int]:
         with contextlib.suppress(FileNotFoundError):  # as above
             paused |= generation.paused_pods()
     return frozenset(paused)
-
-
-def _is_attached(record: Attachment) -> bool:
-    """Whether a program of ours is on the pod's cgroup and the kernel's record is this pod's."""
-    with attachment.open_cgroup(record.cgroup, record.inode) as fd:
-        if fd is None:
-            return False
-        with attachment.attached(fd, record.inode) as found:
-            return any(each.record.id == record.pod_id for each in found)
 
 
 def _failures(node: Node) -> list[Failure]:

@@ -33,7 +33,7 @@ from install.lock import FolderLock
 from install.plugin_files import InstallError
 
 LOOK_S = 60.0  # how often the loop comes round when nothing happens
-FILES_S = 300.0  # 30 ms each, to read the plugin's 23 MB
+FILES_S = 300.0  # 15 ms each, to read the plugin's 23 MB
 SANDBOXES_S = 900.0  # 300 ms each, for a child that asks the runtime
 SETTLE_S = 0.2  # events come in groups
 RUNTIME_SETTLE_S = 2.0  # a runtime that has just made its socket reads its own state first

@@ -26,6 +26,7 @@ from install.agent.cri import CriError, Network, Runtime, Sandbox, connected
 from install.commands import LOCK_PATIENCE_S, Node, NodeError
 from install.conf_dir import ConfDir
 from install.installer import Places
+from install.pods import programs_of
 
 IFNAME = "eth0"  # what every CRI runtime calls a pod's interface
 PLUGIN_TIMEOUT_S = 60
@@ -164,15 +165,7 @@ def _is_wanted(conf: NetConf, mode: tuple[str, str], sandbox: Sandbox) -> bool:
 def _is_attached(node: Node, sandbox: Sandbox, program_id: int) -> bool:
     """Whether this program is on the pod's cgroup, with this sandbox' record."""
     record = node.state.read(Key(sandbox.id, IFNAME))
-    if record is None:
-        return False
-    with attachment.open_cgroup(record.cgroup, record.inode) as fd:
-        if fd is None:
-            return False
-        with attachment.attached(fd, record.inode) as found:
-            return (program_id, record.pod_id) in [
-                (each.program.id, each.record.id) for each in found
-            ]
+    return record is not None and program_id in programs_of(record)
 
 
 def _add(plugin: Plugin, runtime: Runtime, sandbox: Sandbox) -> str:

@@ -10,16 +10,14 @@ import json
 import socket
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from tests.light import CLIENT_IP, SERVER_IP, LightPod, accelerated, away_from_pods
+from install.probes import connected
+from tests.light import SERVER_IP, LightPod, accelerated, away_from_pods
 
 SOL_TLS, TLS_TX, TLS_RX, TCP_ULP = 282, 1, 2, 31
 TLS_1_2, AES_GCM_128 = 0x0303, 51
 APPLICATION_DATA = b"\x17\x03\x03"  # how every record begins (RFC 5246, 6.2.1)
 ROUNDS = 50
-TIMEOUT_S = 10
 
 
 def keys(speaker: int) -> bytes:
@@ -69,23 +67,11 @@ def wrong_rounds(client: socket.socket, server: socket.socket) -> int:
     return wrong
 
 
-@contextmanager
-def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """(client, server) of a connection that is bypassed."""
-    with (
-        socket.create_server((SERVER_IP, 0)) as listener,
-        socket.create_connection(listener.getsockname(), TIMEOUT_S, (CLIENT_IP, 0)) as client,
-        listener.accept()[0] as server,
-    ):
-        server.settimeout(TIMEOUT_S)
-        yield client, server
-
-
 def try_it(pod: LightPod) -> dict[str, object]:
     """A kernel may refuse: then the application encrypts by itself, and the bytes stay right."""
     pod.enter()
     try:
-        with connected() as (client, server):
+        with connected(greet=False) as (client, server):
             wrong = wrong_rounds(client, server)
             try:
                 switch_on(client, 0, 1)
@@ -94,7 +80,7 @@ def try_it(pod: LightPod) -> dict[str, object]:
                 return {"wrong": wrong, "refused": error.strerror}
             switch_on(server, 1, 0)
             wrong += wrong_rounds(client, server)
-        with connected() as (client, server):
+        with connected(greet=False) as (client, server):
             wrong += wrong_rounds(client, server)
             switch_on(client, 0, None)
             client.sendall(b"secret")
