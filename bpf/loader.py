@@ -55,6 +55,10 @@ _OFFSETS = {
 }
 
 
+# What every message has to know of its peer's socket; copied at once, so not too far apart.
+_GLANCED_AT = ("__sk_common.skc_prot", "sk_rcvbuf", "sk_lock.owned")
+_GLANCE_LIMIT = 384  # bytes of the programs' stack, which has 512
+
 TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
@@ -92,7 +96,19 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
-    return flags
+    return flags + glance_flags([btf.member("sock", path).offset for path in _GLANCED_AT])
+
+
+def glance_flags(offsets: list[int]) -> list[str]:
+    """Where a glance at a socket begins, and how long it is: whole words."""
+    first = min(offsets) // 8 * 8
+    size = max(offsets) // 8 * 8 + 8 - first
+    if size > _GLANCE_LIMIT:
+        raise BTFError(
+            f"struct sock of this kernel has {', '.join(_GLANCED_AT)} {size} bytes apart, and"
+            f" {_GLANCE_LIMIT} fit the programs' stack; a debugging kernel (CONFIG_LOCKDEP)?"
+        )
+    return [f"-DTB_GLANCE_FIRST={first}", f"-DTB_GLANCE_SIZE={size}"]
 
 
 class Programs:

@@ -49,15 +49,17 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_MAX_WAITERS 8
 #define TB_MAX_PAUSED_PODS 4096
 /*
- * What TCP would coalesce: writes below TB_SMALL bytes, hundreds in a row while earlier ones lie
- * unread, as when both ends share a CPU. One that finds the peer's queue empty takes back as many
- * as TB_RELIEF. And what gains nothing: TB_STUCK messages in a row that the order rule keeps on
- * TCP.
+ * What TCP would coalesce: writes below TB_SMALL bytes, TB_CROWD of them while earlier ones lay
+ * unread, as when both ends share a CPU; one that finds the peer's queue moving makes up for
+ * TB_RELIEF. And what gains nothing: TB_STUCK more by TCP, by the order rule, than bypassed; see
+ * tb_weight().
  */
 #define TB_SMALL 8192
 #define TB_CROWD 256
 #define TB_RELIEF 32
-#define TB_STUCK 512
+#define TB_STUCK 4096
+/* A peer's queue that moves is looked at once in so many bytes, counted with what holds them. */
+#define TB_LOOK 16384
 /* Like TCP's own receive buffer (net.ipv4.tcp_rmem), the bound grows for who reads. */
 #define TB_MAX_BOUND (2 << 20)
 /* How long, in jiffies, a step of parting lasts at least: see tb_take_leave(). */
@@ -72,6 +74,7 @@ struct tb_end {
 	__u64 sk;    /* struct sock * */
 	__u64 psock; /* struct sk_psock * */
 	__u64 conn;  /* struct tb_conn * */
+	__u64 prot;  /* struct proto *, the one it has in the sockhash */
 	__u64 pod_id;
 	__u32 is_proxy;
 	__u32 reserved;
@@ -134,7 +137,7 @@ enum tb_parting {
 };
 
 /* One socket in the sockhash. Written by its owner alone, under its own socket lock; the
- * peer reads `rx_mark` and `parting`. */
+ * peer reads `rx_mark`, and `parting` when it has reason to. */
 struct tb_conn {
 	/*
 	 * "All my peer's TCP bytes below sequence number (u32)rx_mark were consumed, and nobody
@@ -145,6 +148,7 @@ struct tb_conn {
 	__u64 tx_mark;	/* the peer's rx_mark on which this end bypasses; 0: it sends by TCP */
 	__u64 tx_dead;	/* an rx_mark of the peer's that must not be believed any more */
 	__u64 queued;	/* bytes redirected since the peer's queue was last seen empty */
+	__u64 look_at;	/* at how many of them to look again */
 	__u64 writer;	/* the one thread that made all redirects since tb_alone(), or TB_MANY */
 	__u64 overdue;	/* how long it has been going on bypassing though it should not */
 	__u64 pressure; /* unsigned long *, set while TCP is short of memory */
@@ -153,10 +157,13 @@ struct tb_conn {
 	__u64 bytes;
 	__u64 tallied_at; /* jiffies */
 	__u64 stepped_at; /* jiffies of the last step of parting */
-	__u32 parting;	  /* enum tb_parting */
+	__u64 steps;	  /* all sockets' steps of parting, when this end last heard of one */
 	__u64 oldest;	  /* struct sk_msg * at the head of the peer's queue, as last seen */
+	__u32 parting;	  /* enum tb_parting */
+	__u32 wary;	  /* the peer has taken a step: look at each message */
+	__u32 small;	  /* messages that TCP might coalesce, since the last look */
 	__u32 crowd;	  /* how much this looks like a stream that TCP would do better */
-	__u32 stuck;	  /* how much, in a row, the order rule has kept on TCP */
+	__u32 stuck;	  /* how much more the order rule has kept on TCP than was bypassed */
 	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
@@ -180,7 +187,9 @@ BPF_F_TABLE("lru_hash", struct tb_dial, __u32, dials, TB_MAX_PENDING, 0);
 BPF_ARRAY(secret, struct tb_secret, 1); /* drawn anew by each load */
 BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, TB_MAX_COUNTERS,
 	    BPF_F_NO_PREALLOC);
+BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros, too many for the stack */
 BPF_ARRAY(control, struct tb_control, 1);
+BPF_ARRAY(steps, __u64, 1); /* of parting, that any socket has taken */
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PAUSED_PODS, BPF_F_NO_PREALLOC);
 
 /* ---- Reading kernel memory -------------------------------------------------------------- */
@@ -212,6 +221,16 @@ static __always_inline __u8 tb_read8(__u64 address)
 	tb_probe_read_kernel(&value, sizeof(value), (void *)address);
 	return value;
 }
+
+/*
+ * What every message has to know of the peer's socket, copied at once: a call of the helper costs
+ * 30 ns and more, a word of a longer copy less than one. All zero if the memory is gone.
+ */
+struct tb_glance {
+	__u64 word[TB_GLANCE_SIZE / sizeof(__u64)];
+};
+
+#define TB_GLANCED(type, glance, offset) (*(type *)((void *)(glance) + (offset)-TB_GLANCE_FIRST))
 
 /* The address of the socket that a callback is for, request sockets included, which skops->sk
  * hides: the kernel's own view of the context (struct bpf_sock_ops_kern) has it. */
@@ -381,11 +400,13 @@ static __always_inline struct tb_counters *tb_counters_of(__u64 pod_id, __u32 ho
 static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outcome)
 {
 	struct tb_counter_key key = {.pod_id = pod_id, .hop = hop};
-	struct tb_counters zero = {};
-	struct tb_counters *c = counters.lookup(&key);
+	struct tb_counters *c = counters.lookup(&key), *none;
+	int zero = 0;
 
 	if (!c) {
-		counters.insert(&key, &zero);
+		none = no_counters.lookup(&zero);
+		if (none)
+			counters.insert(&key, none);
 		c = counters.lookup(&key);
 	}
 	if (c && outcome < TB_OUTCOMES)
@@ -492,6 +513,7 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 	}
 	conn->me.id = id;
 	conn->me.psock = tb_read64(address + OFF_SOCK_USER_DATA) & ~7ULL;
+	conn->me.prot = tb_read64(address + OFF_SOCK_PROT);
 	conn->me.conn = (__u64)conn;
 	conn->me.pod_id = pod->id;
 	return conn;
@@ -840,6 +862,18 @@ static __always_inline void tb_leave_alone(struct bpf_sock_ops *skops, struct tb
 	tb_count_outcome(conn->me.pod_id, TB_HOP_NONE, TB_OUTCOME_NO_PEER);
 }
 
+/* The peer looks at the word when it sees the count changed, see tb_is_parting(). */
+static __always_inline void tb_step(struct tb_conn *conn, __u32 parting)
+{
+	int zero = 0;
+	__u64 *count = steps.lookup(&zero);
+
+	conn->parting = parting;
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	conn->stepped_at = bpf_jiffies64(); /* last: from here it takes TB_PARTING_STEP at least */
+}
+
 /*
  * A socket whose stream TCP does better leaves the sockhash, where it would be slower than TCP
  * even if it redirected nothing.
@@ -868,9 +902,8 @@ static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_
 		return;
 	if (tb_read64(head) != head)
 		return;
-	conn->stepped_at = now;
 	if (conn->parting == TB_PARTING) {
-		conn->parting = TB_CLOSED;
+		tb_step(conn, TB_CLOSED);
 		return;
 	}
 	tb_flush_tally(conn);
@@ -1065,9 +1098,10 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 	return conn->pressure && tb_read64(conn->pressure);
 }
 
-static __always_inline __u32 tb_bound(const struct tb_conn *conn)
+/* How much the peer may leave unread, more or less than its sk_rcvbuf. */
+static __always_inline __u32 tb_bound(const struct tb_conn *conn, __u32 rcvbuf)
 {
-	__u32 bound = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
+	__u32 bound = rcvbuf;
 
 	if (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
 		return bound;
@@ -1078,28 +1112,74 @@ static __always_inline __u32 tb_bound(const struct tb_conn *conn)
 	return bound < TB_MAX_BOUND ? bound : TB_MAX_BOUND;
 }
 
+/* The struct sk_msg * at the head of the peer's queue, or the queue itself if it is empty. */
+static __always_inline __u64 tb_oldest(const struct tb_conn *conn)
+{
+	return tb_read64(conn->peer.psock + OFF_PSOCK_INGRESS_MSG);
+}
+
+static __always_inline int tb_is_empty(const struct tb_conn *conn, __u64 oldest)
+{
+	return oldest == conn->peer.psock + OFF_PSOCK_INGRESS_MSG;
+}
+
+/*
+ * Looks at the peer's queue: is it empty, and does the peer read? One that does not seem to is
+ * looked at again at the next message: its head may just have the address that an earlier one had.
+ */
+static __always_inline int tb_look(struct tb_conn *conn)
+{
+	__u64 oldest = tb_oldest(conn);
+	int empty = tb_is_empty(conn, oldest), moves = empty || oldest != conn->oldest;
+	int was_empty = tb_is_empty(conn, conn->oldest);
+	__u32 relief = TB_RELIEF * (was_empty ? 1 : 1 + conn->small);
+
+	if (empty) {
+		if (conn->queued > conn->bound / 2 && conn->bound < TB_MAX_BOUND)
+			conn->bound = conn->queued * 2;
+		conn->queued = 0;
+	}
+	if (moves)
+		conn->crowd -= conn->crowd < relief ? conn->crowd : relief;
+	else
+		conn->crowd += conn->small;
+	conn->oldest = oldest;
+	conn->small = 0;
+	conn->look_at = conn->queued + (moves ? TB_LOOK : 0);
+	return empty;
+}
+
 /*
  * Why this message should leave the bypass, or TB_REASONS.
  *
  * RULE (backpressure). Nothing in the kernel stops a redirecting sender. Past the peer's own
  * receive buffer the bytes go by TCP, whose window does. Kernels before 6.13 do not charge
  * redirected bytes to the receiver, so they are counted here, from the last time the peer's
- * queue was seen empty: never less than what is unread. A message costs what it holds and what
- * holds it, or 1-byte messages would take a thousand times what they count.
+ * queue was seen empty: never less than what is unread. Looking costs, so one looks now and then,
+ * and at every message once this may be half of what is allowed. A message costs what it holds and
+ * what holds it, or 1-byte messages would take a thousand times what they count.
  */
-static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void *tp, __u32 cost,
-						int empty)
+static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void *tp,
+						const struct tb_glance *peer, __u32 size)
 {
+	__u32 rcvbuf = TB_GLANCED(__u32, peer, OFF_SOCK_RCVBUF), cost = size + TB_MESSAGE_COST;
+	__u32 surely = rcvbuf < TB_MAX_BOUND ? rcvbuf : TB_MAX_BOUND; /* at most tb_bound() */
+	int looks = conn->queued + cost > conn->look_at || conn->queued + cost > surely / 2;
+	int empty = looks && tb_look(conn);
+
+	conn->small += size < TB_SMALL;
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
-	if (tb_short_of_memory(conn))
+	if (looks && tb_short_of_memory(conn)) {
+		conn->look_at = 0; /* until it has room again */
 		return TB_REASON_MEMORY;
-	if (tb_busy(conn))
+	}
+	if (!conn->peer.is_proxy && TB_GLANCED(__u32, peer, OFF_SOCK_LOCK_OWNED))
 		return TB_REASON_BUSY;
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if (!empty && conn->queued + cost > tb_bound(conn))
+	if (!empty && conn->queued + cost > surely && conn->queued + cost > tb_bound(conn, rcvbuf))
 		return TB_REASON_BACKLOG;
 	conn->queued += cost;
 	conn->overdue = 0;
@@ -1110,8 +1190,7 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 static __always_inline void tb_part(struct tb_conn *conn)
 {
 	conn->writer = 0;
-	conn->parting = TB_PARTING;
-	conn->stepped_at = bpf_jiffies64();
+	tb_step(conn, TB_PARTING);
 }
 
 /*
@@ -1125,57 +1204,62 @@ static __always_inline void tb_part(struct tb_conn *conn)
  *
  * Until a message can leave in good order, messages go on bypassing; for a bounded time.
  */
-static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u32 size,
-				      __u64 thread)
+static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp,
+				      const struct tb_glance *peer, __u32 size, __u64 thread)
 {
-	__u64 list = conn->peer.psock + OFF_PSOCK_INGRESS_MSG, oldest = tb_read64(list);
-	int empty = oldest == list;
-	__u32 cost = size + TB_MESSAGE_COST, reason;
+	__u32 reason = tb_reason_to_leave(conn, tp, peer, size);
 	int clean;
 
-	conn->stuck = 0;
-	if (empty) {
-		if (conn->queued > conn->bound / 2 && conn->bound < TB_MAX_BOUND)
-			conn->bound = conn->queued * 2;
-		conn->queued = 0;
-	}
-	if (empty || oldest != conn->oldest)
-		conn->crowd -= conn->crowd < TB_RELIEF ? conn->crowd : TB_RELIEF;
-	else if (size < TB_SMALL)
-		conn->crowd++;
-	conn->oldest = oldest;
-	reason = tb_reason_to_leave(conn, tp, cost, empty);
 	if (reason == TB_REASONS && conn->crowd <= TB_CROWD)
 		return reason;
 	clean = tb_alone(conn, thread) &&
-		(empty || conn->peer.is_proxy ||
+		(conn->peer.is_proxy || tb_is_empty(conn, tb_oldest(conn)) ||
 		 (reason == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id));
 	if (reason == TB_REASONS) {
 		if (clean)
 			tb_part(conn);
 		return clean ? TB_REASON_STREAM : TB_REASONS;
 	}
-	conn->overdue += cost;
-	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE)
+	conn->overdue += size + TB_MESSAGE_COST;
+	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE) {
+		conn->queued += size + TB_MESSAGE_COST;
 		return TB_REASONS;
+	}
 	conn->writer = clean ? 0 : TB_MANY;
 	conn->overdue = 0;
 	return reason;
 }
 
-/* Must this message go by TCP, because one end is on its way out of the sockhash? */
+/*
+ * Must this message go by TCP, because one end is on its way out of the sockhash? The peer is asked
+ * only when somebody has taken a step: once, and always from its first one on. A CPU with weak
+ * ordering may show the count before the word; but at the second step it shows at least the first.
+ */
 static __always_inline int tb_is_parting(struct tb_conn *conn, __u64 thread)
 {
+	int zero = 0;
+	__u64 *count = steps.lookup(&zero);
 	__u32 peer;
 
 	if (conn->parting)
 		return 1;
+	if (!count || (*count == conn->steps && !conn->wary))
+		return 0;
+	conn->steps = *count;
 	peer = tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting));
-	if (peer)
+	if (peer) {
+		conn->wary = 1;
 		conn->crowd = TB_CROWD + 1; /* part as well, at the next good moment */
+	}
 	if (peer >= TB_CLOSED && tb_alone(conn, thread))
 		tb_part(conn);
 	return peer >= TB_CLOSED;
+}
+
+/* What a message counts where nothing is gained: TB_STUCK is 2,048 small ones, or 32 MB. */
+static __always_inline __u32 tb_weight(__u32 size)
+{
+	return 2 + size / TB_SMALL;
 }
 
 /* The order rule keeps this message on TCP. Where it does so all the time, as towards an
@@ -1184,8 +1268,7 @@ static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, __u32 size, __
 {
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
-	/* A blocking reader does not let it come back before it speaks; another one may. */
-	conn->stuck += tb_is_nonblocking(conn->peer.sk) ? 1 : 1 + size / TB_SMALL;
+	conn->stuck += tb_weight(size);
 	if ((conn->crowd > TB_CROWD || conn->stuck > TB_STUCK) && tb_alone(conn, thread))
 		tb_part(conn);
 	return TB_REASON_ORDER;
@@ -1195,7 +1278,8 @@ static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, __u32 size, __
 static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *conn,
 					 const void *tp)
 {
-	__u64 thread = bpf_get_current_pid_tgid();
+	__u64 thread = bpf_get_current_task();
+	struct tb_glance peer;
 	__u32 reason;
 
 	tb_mark_consumed(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_COPIED_SEQ));
@@ -1205,12 +1289,18 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 		return TB_REASON_STREAM;
 	if (!tb_may_bypass(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)))
 		return tb_kept_on_tcp(conn, msg->size, thread);
-	/* With kTLS at either end the bytes here are not the bytes on the wire; and for a
-	 * bypassed MSG_ZEROCOPY no completion comes. */
+	tb_probe_read_kernel(&peer, sizeof(peer), (void *)conn->peer.sk + TB_GLANCE_FIRST);
+	/* With kTLS at either end the bytes here are not the bytes on the wire. A peer that has got
+	 * it has another sk_prot since (tls_init), as has one that has left the sockhash, and one
+	 * whose bytes another program's sockmap takes. */
+	if (TB_GLANCED(__u64, &peer, OFF_SOCK_PROT) != conn->peer.prot)
+		return tb_read64(conn->peer.sk + OFF_ICSK_ULP_OPS) ? TB_REASON_INELIGIBLE
+								   : TB_REASON_GONE;
+	/* And for a bypassed MSG_ZEROCOPY no completion comes. */
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
-	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) || tb_read64(conn->peer.sk + OFF_ICSK_ULP_OPS))
+	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS))
 		return TB_REASON_INELIGIBLE;
-	reason = tb_leave(conn, tp, msg->size, thread);
+	reason = tb_leave(conn, tp, &peer, msg->size, thread);
 	if (reason != TB_REASONS)
 		return reason;
 	/* RULE (identity). The peer's memory may have been freed and reused while it was read
@@ -1218,6 +1308,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	if (sockhash.msg_redirect_hash(msg, &conn->peer.id, BPF_F_INGRESS) != SK_PASS)
 		return TB_REASON_GONE;
 	conn->writer = tb_alone(conn, thread) ? thread : TB_MANY;
+	conn->stuck -= conn->stuck < tb_weight(msg->size) ? conn->stuck : tb_weight(msg->size);
 	return TB_REASONS;
 }
 

@@ -82,7 +82,7 @@ enum tb_reason {
 	TB_REASON_BUSY,	      /* a thread of the peer's is inside a call on its socket */
 	TB_REASON_MEMORY,     /* the kernel is short of memory for TCP */
 	TB_REASON_CORKED,     /* TCP_CORK: the sender wants it held back */
-	TB_REASON_STREAM,     /* a stream of small writes: it is about to leave the sockhash */
+	TB_REASON_STREAM,     /* a stream that gains nothing: it is about to leave the sockhash */
 	TB_REASON_PAUSED,     /* the operator paused the bypass */
 	TB_REASON_INELIGIBLE, /* an end got a ULP or SO_ZEROCOPY after it joined */
 	TB_REASON_GONE,	      /* the peer has left the sockhash: it is closing */

@@ -162,7 +162,8 @@ class ConfDir:
         if as_list.exists() and not self._is_made_by_us(as_list, file.path):
             raise ConfError(f"it would become {as_list.name}, which is there already")
         if not dry:
-            # At any moment one of the two is there and valid: there is a network all the time.
+            # At any moment one of the two is there and valid. (A runtime that has listed the one
+            # before it goes, and reads it after, finds no network, and reads again at once.)
             _keep_aside(file.path)
             _write(as_list, text, file.path.stat())
             _check_unchanged(file)

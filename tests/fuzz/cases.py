@@ -198,7 +198,7 @@ def edge_triggered_reader_that_parts(_: LightPod) -> bool:
         edges = select.epoll()
         edges.register(app, select.EPOLLIN | select.EPOLLET)
         sidecar.sendall(b"first")
-        for _number in range(1000):
+        for _number in range(3000):
             app.send(b"x" * 100)
         sidecar.settimeout(0.02)
         for _number in range(6):

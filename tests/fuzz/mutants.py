@@ -67,7 +67,7 @@ REUSED_SOCKET = Mutant(
 
 BACKPRESSURE = Mutant(
     "backpressure: nothing stops a redirecting sender",
-    (Edit(r"if \(!empty && conn->queued \+ cost > [^\n]+\n", "if (0)\n"),),
+    (Edit(r"if \(!empty && conn->queued \+ cost > [^{;]+tb_bound\(conn, rcvbuf\)\)", "if (0)"),),
 )
 
 CONNTRACK = Mutant(
@@ -103,6 +103,11 @@ ANNOUNCED_ELSEWHERE = Mutant(
 LEAVING_BLINDLY = Mutant(
     "removal: a socket leaves while a redirect to it is on its way",
     (Edit(r" &&\n\t    tb_read32\(conn->peer\.psock \+ OFF_PSOCK_REFCNT\) != 1\)", " && 0)"),),
+)
+
+LEAVING_UNHEARD = Mutant(
+    "removal: nobody hears that a socket has announced to leave",
+    (Edit(r"\*count == conn->steps && !conn->wary", "1"),),
 )
 
 LEAVING_OPENLY = Mutant(

@@ -21,6 +21,7 @@ HOST = Path(__file__).with_name("host")
 WRAP = 2**32
 LARGEST = 17 * 32768  # bytes: what one sk_msg holds at most
 RCVBUF = 131_072
+LOOK = 16_384  # TB_LOOK
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
 LARGEST_BOUND = 2 << 20  # TB_MAX_BOUND: what RCVBUF grows to for a peer that reads
 
@@ -82,6 +83,7 @@ class Connection:
             End(isn[1], isn[0], nonblocking=nonblocking[1]),
         ]
         self.paused = False
+        self.addresses = 1  # that messages get in turn, as they are freed and made
         self.bounded = LARGEST_BOUND + OVERDUE + 2 * LARGEST
 
     def _tell(self, sender: int | None = None) -> None:
@@ -91,12 +93,21 @@ class Connection:
                 *(ctypes.c_uint32(end.write_seq), ctypes.c_uint32(end.copied_seq)),
                 # The sender of the moment holds its psock as well; see send().
                 *(end.lowat, int(end.locked), 1 + end.others_inside + (number == sender)),
-                *(int(bool(end.wants) or end.polling), int(not end.bypass_queue)),
+                *(int(bool(end.wants) or end.polling), self._oldest(end)),
             )
+
+    def _oldest(self, end: End) -> int:
+        """Where the head of the bypass queue lies: 1 or 2, 0 for an empty one."""
+        if not end.bypass_queue:
+            return 0
+        return 1 + end.bypass_queue[0][0] // 2 % self.addresses
 
     def pause(self, paused: bool) -> None:
         self.paused = paused
         self._rules.host_pause(int(paused))
+
+    def press_for_memory(self, pressed: bool) -> None:
+        self._rules.host_memory_pressure(int(pressed))
 
     def send(self, sender: int, size: int, thread: int = 1) -> bool:
         """One message, delivered at once; says whether it went by bypass."""

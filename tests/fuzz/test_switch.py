@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.fuzz import mutants, switch
 from tests.fuzz.mutants import Mutant
-from tests.fuzz.switch import LARGEST, OVERDUE, RCVBUF, WRAP, Broken, Connection
+from tests.fuzz.switch import LARGEST, LOOK, OVERDUE, RCVBUF, WRAP, Broken, Connection
 
 SIDE = st.sampled_from((0, 1))
 BOTH = st.tuples(st.booleans(), st.booleans())
@@ -130,6 +130,30 @@ def test_returns_to_the_bypass_once_the_peer_has_spoken() -> None:
     assert connection.send(0, 10)
 
 
+@pytest.mark.parametrize("addresses", [1, 2])
+@pytest.mark.parametrize("sizes", [(200, 5000), (200, 7000), (300, 12_000), (4096, 4096)])
+def test_answers_in_two_writes_stay(sizes: tuple[int, int], addresses: int) -> None:
+    """The second finds the first one unread, each time; but the reader does keep up."""
+    connection = fresh()
+    connection.addresses = addresses
+    for _ in range(3000):
+        for size in sizes:
+            assert connection.send(0, size)
+        while connection.read(1, 1 << 20):
+            pass
+
+
+def test_leaves_soon_when_memory_is_short() -> None:
+    connection = fresh()
+    for _ in range(100):
+        assert connection.send(0, 10)
+        connection.read(1, 10)
+    connection.press_for_memory(True)
+    bypassed = sum(connection.send(0, 1000) for _ in range(100))
+    assert bypassed * 1000 <= LOOK
+    assert not connection.send(0, 10)
+
+
 def unread_by_tcp(connection: Connection) -> None:
     """The peer has read half of what came by TCP and says so; then comes more."""
     connection.send_by_tcp(0, 20, 20)
@@ -169,7 +193,7 @@ def never_read(connection: Connection) -> None:
 def stream_until_parting(connection: Connection) -> None:
     """End 0 sends what TCP would coalesce, until it begins to leave the sockhash."""
     for _ in range(100):
-        for _ in range(100):
+        for _ in range(120):
             if not connection.send(0, 10):
                 return
         while connection.read(1, 10_000):
@@ -233,6 +257,7 @@ BREAKS = [
     (mutants.LEAVING_UNREAD, leaves_with_bytes_unread),
     (mutants.LEAVING_BLINDLY, leaves_with_a_redirect_on_its_way),
     (mutants.LEAVING_OPENLY, redirects_to_the_leaving),
+    (mutants.LEAVING_UNHEARD, redirects_to_the_leaving),
     (mutants.SILENT_ORDER, silent_with_bytes_unread),
 ]
 

@@ -76,6 +76,8 @@ struct request {
 #define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
 #define MASK_SOCK_RCVBUF_LOCK 2
 #define BIT_SOCK_ZEROCOPY 0
+#define TB_GLANCE_FIRST 0
+#define TB_GLANCE_SIZE sizeof(struct host_sock)
 #define OFF_SOCK_OPS_SK 0
 #define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
 #define OFF_PSOCK_INGRESS_MSG offsetof(struct psock, ingress)
@@ -128,7 +130,7 @@ static inline int host_probe_read_kernel(void *to, __u32 size, const void *from)
 	return 0;
 }
 
-static inline __u64 bpf_get_current_pid_tgid(void)
+static inline __u64 bpf_get_current_task(void)
 {
 	return host_thread;
 }

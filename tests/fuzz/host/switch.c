@@ -12,13 +12,14 @@ struct host_end {
 	struct waiter sleeper;
 	struct socket socket;
 	struct file file;
-	struct list unread; /* stands for whatever lies in the bypass queue */
+	struct list unread[2]; /* one stands for the oldest message in the bypass queue */
 	struct tb_conn conn;
 };
 
 static struct host_end ends[2];
 static struct proto proto;
 static struct tb_control switches;
+static __u64 steps_taken;
 static int redirected, removed;
 
 static struct tb_conn *storage_of(void *sk, void *value, int flags)
@@ -47,7 +48,13 @@ static struct tb_control *control_of(int *index)
 	return &switches;
 }
 
-static struct tb_counters *no_counters(struct tb_counter_key *key)
+static __u64 *steps_of(int *index)
+{
+	(void)index;
+	return &steps_taken;
+}
+
+static struct tb_counters *not_counted(struct tb_counter_key *key)
 {
 	(void)key;
 	return 0;
@@ -60,9 +67,11 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 	sockhash.msg_redirect_hash = redirect;
 	sockhash.delete = remove_from_sockhash;
 	control.lookup = control_of;
-	counters.lookup = no_counters;
+	steps.lookup = steps_of;
+	counters.lookup = not_counted;
 	memset(ends, 0, sizeof(ends));
 	memset(&switches, 0, sizeof(switches));
+	steps_taken = 0;
 	proto.memory_pressure = 0;
 	for (int i = 0; i < 2; i++) {
 		struct host_end *end = &ends[i];
@@ -79,10 +88,12 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.rcvlowat = 1;
 		end->sock.write_seq = isn[i];
 		end->sock.copied_seq = isn[!i];
+		end->conn.pressure = (__u64)&proto.memory_pressure;
 		end->conn.me = (struct tb_end){.id = i + 1,
 					       .sk = (__u64)&end->sock,
 					       .psock = (__u64)&end->psock,
 					       .conn = (__u64)&end->conn,
+					       .prot = (__u64)&proto,
 					       .is_proxy = is_proxy[i]};
 	}
 	for (int i = 0; i < 2; i++) {
@@ -113,8 +124,9 @@ int host_acknowledged(int end)
 	return removed;
 }
 
+/* oldest: 1 or 2, by where it lies in memory; 0: the bypass queue is empty. */
 void host_set(int end, __u32 write_seq, __u32 copied_seq, __u32 lowat, __u32 owned, __u32 refcnt,
-	      int asleep, int queue_empty)
+	      int asleep, int oldest)
 {
 	struct host_end *it = &ends[end];
 
@@ -123,7 +135,7 @@ void host_set(int end, __u32 write_seq, __u32 copied_seq, __u32 lowat, __u32 own
 	it->sock.rcvlowat = lowat;
 	it->sock.owned = owned;
 	it->psock.refcnt = refcnt;
-	it->psock.ingress.next = queue_empty ? &it->psock.ingress : &it->unread;
+	it->psock.ingress.next = oldest ? &it->unread[oldest - 1] : &it->psock.ingress;
 	it->sleeper.private = it;
 	it->sleeper.entry.next = &it->queue.head;
 	it->queue.head.next = asleep ? &it->sleeper.entry : &it->queue.head;
