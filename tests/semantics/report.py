@@ -49,6 +49,8 @@ UNSHOWN = """\
 - **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
+  Below that, an application that does not read holds up to its receive buffer and 512 KB more of
+  TCP's memory than over TCP (1.14 times with the usual buffers), for the sake of the rule above.
 - **Two threads that read one stream at the same moment.** One can fall asleep on the TCP queue
   while bytes for it come by bypass, until the next byte by TCP or the end of the stream.
 - **Kernel TLS switched on in the middle of a connection** (`TCP_ULP`, OpenSSL with `enable_ktls`):
