@@ -73,16 +73,18 @@ def selftest(mode: str) -> Outcome:
     return outcome("selftest", {"mode": mode, "checks": []})
 
 
-def semantics(*differing: str, troubles: tuple[str, ...] = ()) -> Outcome:
+def semantics(
+    *differing: str, undocumented: tuple[str, ...] = (), troubles: tuple[str, ...] = ()
+) -> Outcome:
     return outcome(
         "semantics",
         {
             "differing": {name: {} for name in differing},
             "scenarios": 9,
-            "undocumented": [],
+            "undocumented": undocumented,
             "troubles": troubles,
         },
-        int(bool(troubles)),
+        int(bool(undocumented or troubles)),
     )
 
 
@@ -105,6 +107,11 @@ def test_the_selftest_must_agree_with_the_semantics(
     mode: str, differing: list[str], agree: bool
 ) -> None:
     assert (problems(selftest(mode), semantics(*differing)) == []) is agree
+
+
+@pytest.mark.parametrize(("name", "agree"), [("zerocopy_set_late", True), ("recv", False)])
+def test_what_differs_must_be_documented(name: str, agree: bool) -> None:
+    assert (problems(selftest("full"), semantics(name, undocumented=(name,))) == []) is agree
 
 
 def test_no_bypassed_bytes_agree_with_off_only() -> None:

@@ -56,7 +56,8 @@ UNSHOWN = """\
 - **Kernel TLS switched on in the middle of a connection** (`TCP_ULP`, OpenSSL with `enable_ktls`):
   from then on its bytes go by TCP; bytes of the peer that lay unread at that moment are read as
   they were sent, undecrypted. A socket with kernel TLS before it is established is never bypassed.
-  Linux 6.12 refuses it on a bypassed connection (EINVAL); OpenSSL then encrypts by itself.
+  Linux 6.1, 6.12 and 7.2 refuse it on a bypassed connection (EINVAL), and OpenSSL then encrypts by
+  itself; 6.17 and 6.18 allow it.
 - **MSG_ZEROCOPY on Linux 5.10**, with SO_ZEROCOPY set after the connection was established: the
   bytes arrive, by TCP, and no completion comes.
 - **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
