@@ -160,6 +160,18 @@ class RuntimeBed:
         environment = ["env", "CNI_COMMAND=GC", f"CNI_PATH={bin_dir}"]
         self.node.run([*environment, bin_dir / "tcpip-bypass"], stdin=json.dumps(conf))
 
+    def remove_torn_results(self) -> None:
+        """Remove what libcni was writing when it was killed.
+
+        It writes a result in place (cacheAdd in libcni/api.go). While half of one is there, every
+        DEL of that sandbox fails before a plugin is called; without it they go on.
+        """
+        for path in (self.node.folder / inventory.CNI_RESULTS).glob("*"):
+            try:
+                json.loads(path.read_bytes())
+            except ValueError:
+                path.unlink()
+
     def remove_what_containerd_forgot(self) -> None:
         """Remove what a containerd that was killed has lost sight of; no sandbox may be left.
 

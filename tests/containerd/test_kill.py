@@ -102,6 +102,7 @@ def kill_amid(bed: RuntimeBed, calls: Calls, moment_s: float) -> int:
         bed.containerd.kill()
         errors = [each.exception() for each in running]
     wait_for_plugins(bed)
+    bed.remove_torn_results()
     bed.containerd.start()
     assert all(error is None or isinstance(error, CriError) for error in errors), errors
     return sum(error is not None for error in errors)
