@@ -54,9 +54,8 @@ _OFFSETS = {
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),
 }
 
-
 # What every message has to know of its peer's socket; copied at once, so not too far apart.
-_GLANCED_AT = ("__sk_common.skc_prot", "sk_rcvbuf", "sk_lock.owned")
+_GLANCED_AT = ("SOCK_PROT", "SOCK_RCVBUF", "SOCK_LOCK_OWNED")
 _GLANCE_LIMIT = 384  # bytes of the programs' stack, which has 512
 
 TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
@@ -78,10 +77,10 @@ class Limits:
 
 def kernel_flags(btf: KernelBTF) -> list[str]:
     """The compiler flags that specialise the programs to this kernel's struct layouts."""
-    flags = [
-        f"-DOFF_{name}={btf.member(struct, path).offset}"
-        for name, (struct, path) in sorted(_OFFSETS.items())
-    ]
+    offsets = {
+        name: btf.member(struct, path).offset for name, (struct, path) in sorted(_OFFSETS.items())
+    }
+    flags = [f"-DOFF_{name}={offset}" for name, offset in offsets.items()]
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
@@ -96,7 +95,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
-    return flags + glance_flags([btf.member("sock", path).offset for path in _GLANCED_AT])
+    return flags + glance_flags([offsets[name] for name in _GLANCED_AT])
 
 
 def glance_flags(offsets: list[int]) -> list[str]:
