@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 KIND_STRUCT, KIND_UNION, KIND_ENUM = 4, 5, 6
-KIND_TYPEDEF, KIND_VOLATILE, KIND_CONST, KIND_RESTRICT = 8, 9, 10, 11
+KIND_TYPEDEF, KIND_VOLATILE, KIND_CONST, KIND_RESTRICT, KIND_FUNC = 8, 9, 10, 11, 12
 _TRANSPARENT = (KIND_TYPEDEF, KIND_VOLATILE, KIND_CONST, KIND_RESTRICT)
 
 
@@ -82,7 +82,7 @@ class KernelBTF:
 
     def member(self, struct: str, path: str) -> Member:
         """The place of a member such as ``sk_backlog.rmem_alloc``; looks into anonymous members."""
-        type_id = self._find(struct, KIND_STRUCT)
+        type_id = self.struct(struct)
         bits, mask = 0, 0xFF
         for name in path.split("."):
             found = self._member(type_id, name)
@@ -95,8 +95,16 @@ class KernelBTF:
 
     def has_struct(self, name: str) -> bool:
         """Whether this kernel has a struct of this name."""
-        found: int = self._lib.btf__find_by_name_kind(self._btf, name.encode(), KIND_STRUCT)
-        return found > 0
+        return self._id(name, KIND_STRUCT) > 0
+
+    def struct(self, name: str) -> int:
+        """The BTF ID of a struct."""
+        return self._find(name, KIND_STRUCT)
+
+    def function(self, name: str) -> int | None:
+        """The BTF ID of a kernel function, None if this kernel has none of this name."""
+        found = self._id(name, KIND_FUNC)
+        return found if found > 0 else None
 
     def enumerator(self, enum: str, name: str) -> int:
         """The value of one enumerator."""
@@ -111,10 +119,14 @@ class KernelBTF:
         raise BTFError(f"enum {enum} of this kernel has no {name}")
 
     def _find(self, name: str, kind: int) -> int:
-        type_id: int = self._lib.btf__find_by_name_kind(self._btf, name.encode(), kind)
+        type_id = self._id(name, kind)
         if type_id < 0:
             raise BTFError(f"this kernel's BTF has no type {name}")
         return type_id
+
+    def _id(self, name: str, kind: int) -> int:
+        found: int = self._lib.btf__find_by_name_kind(self._btf, name.encode(), kind)
+        return found
 
     def _address(self, type_id: int) -> int:
         address: int | None = self._lib.btf__type_by_id(self._btf, type_id)

@@ -5,11 +5,14 @@ Only the node program imports this: libbcc brings 220 MB of compiler with it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from bpf.btf import BTFError, KernelBTF, Member
 from cni_plugin import bpfsys, names
@@ -54,10 +57,6 @@ _OFFSETS = {
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),
 }
 
-# What every message has to know of its peer's socket; copied at once, so not too far apart.
-_GLANCED_AT = ("SOCK_PROT", "SOCK_RCVBUF", "SOCK_LOCK_OWNED")
-_GLANCE_LIMIT = 384  # bytes of the programs' stack, which has 512
-
 TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
@@ -77,10 +76,10 @@ class Limits:
 
 def kernel_flags(btf: KernelBTF) -> list[str]:
     """The compiler flags that specialise the programs to this kernel's struct layouts."""
-    offsets = {
-        name: btf.member(struct, path).offset for name, (struct, path) in sorted(_OFFSETS.items())
-    }
-    flags = [f"-DOFF_{name}={offset}" for name, offset in offsets.items()]
+    flags = [
+        f"-DOFF_{name}={btf.member(struct, path).offset}"
+        for name, (struct, path) in sorted(_OFFSETS.items())
+    ]
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
@@ -95,19 +94,47 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
-    return flags + glance_flags([offsets[name] for name in _GLANCED_AT])
+    return flags
 
 
-def glance_flags(offsets: list[int]) -> list[str]:
-    """Where a glance at a socket begins, and how long it is: whole words."""
-    first = min(offsets) // 8 * 8
-    size = max(offsets) // 8 * 8 + 8 - first
-    if size > _GLANCE_LIMIT:
-        raise BTFError(
-            f"struct sock of this kernel has {', '.join(_GLANCED_AT)} {size} bytes apart, and"
-            f" {_GLANCE_LIMIT} fit the programs' stack; a debugging kernel (CONFIG_LOCKDEP)?"
-        )
-    return [f"-DTB_GLANCE_FIRST={first}", f"-DTB_GLANCE_SIZE={size}"]
+Instructions = ctypes.Array[ctypes.c_uint64]  # struct bpf_insn, little-endian
+
+
+@dataclass(frozen=True)
+class KernelFunction:
+    """A kernel function that the programs call, for which bcc has no syntax.
+
+    The compiler is made to call a helper that no kernel has, and link() mends that, before the
+    program is loaded (struct bpf_insn, BPF_PSEUDO_KFUNC_CALL: linux/bpf.h).
+    """
+
+    btf_id: int
+    flags: list[str]  # for the compiler
+
+    PLACEHOLDER: ClassVar = 0x7FFFFFFF  # for the ID of a helper
+
+    def link(self, instructions: Instructions) -> None:
+        call_helper, call_kernel_function = 0x0085, 0x2085  # the code, and who is called
+        for index, instruction in enumerate(instructions):
+            if instruction == self.PLACEHOLDER << 32 | call_helper:
+                instructions[index] = self.btf_id << 32 | call_kernel_function
+
+
+def rdonly_cast(btf: KernelBTF) -> KernelFunction | None:
+    """bpf_rdonly_cast(), with which kernel memory is read at a tenth of the cost; Linux 6.2.
+
+    On x86-64 only: before 6.9 other JITs let such a load reach user addresses
+    (commit 66e13b615a0c of Linux), and memory that is another's by now may hold one.
+    """
+    btf_id = btf.function("bpf_rdonly_cast")
+    if btf_id is None or platform.machine() != "x86_64":
+        return None
+    flags = [
+        f"-DTB_RDONLY_CAST={KernelFunction.PLACEHOLDER}",
+        f"-DTB_ID_TIMESPEC64={btf.struct('timespec64')}",
+        f"-DTB_ID_TCP_SOCK={btf.struct('tcp_sock')}",
+    ]
+    return KernelFunction(btf_id, flags)
 
 
 class Programs:
@@ -116,13 +143,13 @@ class Programs:
     def __init__(self, limits: Limits = Limits(), extra_flags: tuple[str, ...] = ()) -> None:
         os.environ["BCC_KERNEL_SOURCE"] = str(_HERE / "kernel")
         try:
-            from bcc import BPF, lib  # noqa: PLC0415 - loads libbcc and LLVM
+            import bcc  # noqa: PLC0415 - loads libbcc and LLVM
         except ImportError as error:
             raise LoadError(
                 f"cannot import bcc: {error}; install python3-bpfcc, and run under the"
                 " distribution's own Python"
             ) from error
-        self._lib = lib
+        self._bcc, self._lib = bcc.BPF, bcc.lib
         flags = [
             f"-I{_HERE}",
             "-idirafter",
@@ -134,12 +161,9 @@ class Programs:
             *extra_flags,
         ]
         try:
-            flags += kernel_flags(KernelBTF())
-            self._bpf = BPF(text=SOURCE.read_text().encode(), cflags=flags)
-            self.fds = {
-                "tb_sock_ops": self._bpf.load_func(b"tb_sock_ops", BPF.SOCK_OPS).fd,
-                "tb_sk_msg": self._bpf.load_func(b"tb_sk_msg", BPF.SK_MSG).fd,
-            }
+            btf = KernelBTF()
+            flags += kernel_flags(btf)
+            self._build(flags, rdonly_cast(btf))
         except BTFError as error:
             raise LoadError(str(error)) from error
         except Exception as error:  # bcc raises bare Exception
@@ -147,6 +171,31 @@ class Programs:
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
         self._draw_secret()
         self._attach_sk_msg()
+
+    def _build(self, flags: list[str], cast: KernelFunction | None) -> None:
+        """Compiles and loads; without the kernel function where this kernel's JIT calls none."""
+        more = cast.flags if cast else []
+        self._bpf = self._bcc(text=SOURCE.read_text().encode(), cflags=flags + more)
+        if cast:
+            for name in PROGRAM_PINS:
+                cast.link(self._instructions(name))
+        try:
+            self.fds = {
+                "tb_sock_ops": self._bpf.load_func(b"tb_sock_ops", self._bcc.SOCK_OPS).fd,
+                "tb_sk_msg": self._bpf.load_func(b"tb_sk_msg", self._bcc.SK_MSG).fd,
+            }
+        except Exception:  # bcc raises bare Exception
+            if not cast:
+                raise
+            self._bpf.cleanup()
+            self._build(flags, None)
+
+    def _instructions(self, program: str) -> Instructions:
+        """The compiled program where bcc holds it until it is loaded."""
+        module, name = self._bpf.module, program.encode()
+        size: int = self._lib.bpf_function_size(module, name)
+        start: int = self._lib.bpf_function_start(module, name)
+        return (ctypes.c_uint64 * (size // 8)).from_address(start)
 
     def _map_fd(self, name: str) -> int:
         fd: int = self._lib.bpf_table_fd(self._bpf.module, name.encode())

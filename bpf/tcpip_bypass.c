@@ -164,9 +164,11 @@ struct tb_conn {
 	__u32 small;	  /* messages that TCP might coalesce, since the last look */
 	__u32 crowd;	  /* how much this looks like a stream that TCP would do better */
 	__u32 stuck;	  /* how much more the order rule has kept on TCP than was bypassed */
+	__u32 rcvbuf;	  /* the peer's sk_rcvbuf, at the last look */
 	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
+	__u32 called;  /* the flags of TB_WHILE_JOINED that no other program had set */
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;
@@ -192,45 +194,49 @@ BPF_ARRAY(control, struct tb_control, 1);
 BPF_ARRAY(steps, __u64, 1); /* of parting, that any socket has taken */
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PAUSED_PODS, BPF_F_NO_PREALLOC);
 
+static __always_inline __u32 tb_min(__u32 a, __u32 b)
+{
+	return a < b ? a : b;
+}
+
 /* ---- Reading kernel memory -------------------------------------------------------------- */
 
 /* A member of the socket that this program runs for, from its struct tcp_sock pointer: a plain
- * load, a tenth of what the helper costs. Other memory goes through tb_read*. */
+ * load on any kernel. Other memory goes through tb_read*, which costs 33 ns before 6.2. */
 #define TB_OWN(type, tp, offset) (*(volatile type *)((tp) + (offset)))
+
+#ifdef TB_RDONLY_CAST
+/* bpf_rdonly_cast(), of Linux 6.2: through what it returns any kernel memory is read by a plain
+ * load, whose fault reads as zero. The type only says how far it may reach, and the call itself
+ * costs nothing. */
+static const void *(*tb_rdonly_cast)(__u64 address, __u32 type) = (void *)TB_RDONLY_CAST;
+
+#define TB_TCP_SOCK(sk, address) tb_rdonly_cast(address, TB_ID_TCP_SOCK)
+#define TB_READ(type, address) (*(const volatile type *)tb_rdonly_cast(address, TB_ID_TIMESPEC64))
+#else
+#define TB_TCP_SOCK(sk, address) bpf_skc_to_tcp_sock(sk)
+#define TB_READ(type, address)                                                                     \
+	({                                                                                         \
+		type value = 0;                                                                    \
+		tb_probe_read_kernel(&value, sizeof(value), (void *)(address));                    \
+		value;                                                                             \
+	})
+#endif
 
 static __always_inline __u64 tb_read64(__u64 address)
 {
-	__u64 value = 0;
-
-	tb_probe_read_kernel(&value, sizeof(value), (void *)address);
-	return value;
+	return TB_READ(__u64, address);
 }
 
 static __always_inline __u32 tb_read32(__u64 address)
 {
-	__u32 value = 0;
-
-	tb_probe_read_kernel(&value, sizeof(value), (void *)address);
-	return value;
+	return TB_READ(__u32, address);
 }
 
 static __always_inline __u8 tb_read8(__u64 address)
 {
-	__u8 value = 0;
-
-	tb_probe_read_kernel(&value, sizeof(value), (void *)address);
-	return value;
+	return TB_READ(__u8, address);
 }
-
-/*
- * What every message has to know of the peer's socket, copied at once: a call of the helper costs
- * 30 ns and more, a word of a longer copy less than one. All zero if the memory is gone.
- */
-struct tb_glance {
-	__u64 word[TB_GLANCE_SIZE / sizeof(__u64)];
-};
-
-#define TB_GLANCED(type, glance, offset) (*(type *)((void *)(glance) + (offset)-TB_GLANCE_FIRST))
 
 /* The address of the socket that a callback is for, request sockets included, which skops->sk
  * hides: the kernel's own view of the context (struct bpf_sock_ops_kern) has it. */
@@ -276,6 +282,17 @@ static __always_inline int tb_has_sleeper(__u64 sk)
 		entry = tb_read64(entry);
 	}
 	return 1;
+}
+
+/* The struct sk_msg * at the head of an end's bypass queue, or the queue itself if it is empty. */
+static __always_inline __u64 tb_oldest(const struct tb_end *end)
+{
+	return tb_read64(end->psock + OFF_PSOCK_INGRESS_MSG);
+}
+
+static __always_inline int tb_is_empty(const struct tb_end *end, __u64 oldest)
+{
+	return oldest == end->psock + OFF_PSOCK_INGRESS_MSG;
 }
 
 /* ---- Addresses and policy --------------------------------------------------------------- */
@@ -475,8 +492,8 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 {
 	struct bpf_sock *sk = skops->sk;
 	struct tb_conn *conn;
-	__u64 id;
-	int err;
+	__u64 id, *count;
+	int err, zero = 0;
 
 	*outcome = TB_OUTCOME_FULL;
 	if (!sk)
@@ -489,6 +506,8 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 		return NULL;
 	__builtin_memset(conn, 0, sizeof(*conn));
 	conn->last_id = id;
+	count = steps.lookup(&zero);
+	conn->steps = count ? *count : 0;
 	conn->me.sk = address;
 	conn->pressure = tb_read64(tb_read64(address + OFF_SOCK_PROT) + OFF_PROTO_MEMORY_PRESSURE);
 	if (tb_ineligible(address)) {
@@ -517,6 +536,23 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 	conn->me.conn = (__u64)conn;
 	conn->me.pod_id = pod->id;
 	return conn;
+}
+
+/* What a socket is called for while it is in the sockhash, and bytes of its go by TCP: when some
+ * are acknowledged, and when it sends a packet. */
+#define TB_WHILE_JOINED (BPF_SOCK_OPS_RTT_CB_FLAG | BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+
+static __always_inline void tb_call_on(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	conn->called = TB_WHILE_JOINED & ~skops->bpf_sock_ops_cb_flags;
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | TB_WHILE_JOINED |
+						 BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void tb_call_no_more(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~conn->called);
+	conn->called = 0;
 }
 
 /*
@@ -763,8 +799,7 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 	conn->seeking = !halves.update(&key, &half);
 	tb_mark_consumed(conn, skops->rcv_nxt);
 	tb_keep_alive(skops, pod, conn->me.sk);
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
-						 BPF_SOCK_OPS_RTT_CB_FLAG);
+	tb_call_on(skops, conn);
 	return TB_OUTCOMES; /* none yet: counted when the server has joined as well */
 }
 
@@ -821,8 +856,7 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	/* copied_seq is set a moment later (tcp_rcv_state_process); nobody can be reading. */
 	tb_mark_consumed(conn, skops->rcv_nxt);
 	tb_keep_alive(skops, pod, conn->me.sk);
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG |
-						 BPF_SOCK_OPS_RTT_CB_FLAG);
+	tb_call_on(skops, conn);
 	half.server = conn->me;
 	halves.update(&key, &half);
 	return TB_OUTCOME_PAIRED;
@@ -859,127 +893,9 @@ static __always_inline void tb_leave_alone(struct bpf_sock_ops *skops, struct tb
 	conn->seeking = 0;
 	halves.delete(&conn->half);
 	sockhash.delete(&conn->me.id);
+	tb_call_no_more(skops, conn);
 	tb_count_outcome(conn->me.pod_id, TB_HOP_NONE, TB_OUTCOME_NO_PEER);
 }
-
-/* The peer looks at the word when it sees the count changed, see tb_is_parting(). */
-static __always_inline void tb_step(struct tb_conn *conn, __u32 parting)
-{
-	int zero = 0;
-	__u64 *count = steps.lookup(&zero);
-
-	conn->parting = parting;
-	if (count)
-		__sync_fetch_and_add(count, 1);
-	conn->stepped_at = bpf_jiffies64(); /* last: from here it takes TB_PARTING_STEP at least */
-}
-
-/*
- * A socket whose stream TCP does better leaves the sockhash, where it would be slower than TCP
- * even if it redirected nothing.
- *
- * RULE (removal), as above: nothing may be unread in this socket's queue, and no redirect to it on
- * its way, now or later. It goes in steps, each a while after the one before, long enough for every
- * CPU to see what was written:
- *   1. TB_PARTING. This end redirects nothing any more; whoever sends at the other end sees that,
- *      and parts as well if it can do so in good order.
- *   2. TB_CLOSED. Whoever sends at the other end from now on goes by TCP, come what may.
- *   3. TB_PARTED, out of the sockhash.
- * Nothing may be unread in this end's queue for 2 either: RULE (edges), see tb_leave().
- * After 1 and after 2 there must be a moment in which no redirect by the other end can be on its
- * way: it has parted itself, or no thread is inside a call on it (each would hold its psock; the
- * one reference is the sockhash's). So those that had looked before a step are done before the
- * next.
- */
-static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_conn *conn)
-{
-	__u64 now = bpf_jiffies64(), head = conn->me.psock + OFF_PSOCK_INGRESS_MSG;
-
-	if (now - conn->stepped_at < TB_PARTING_STEP)
-		return;
-	if (tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting)) == TB_STAYING &&
-	    tb_read32(conn->peer.psock + OFF_PSOCK_REFCNT) != 1)
-		return;
-	if (tb_read64(head) != head)
-		return;
-	if (conn->parting == TB_PARTING) {
-		tb_step(conn, TB_CLOSED);
-		return;
-	}
-	tb_flush_tally(conn);
-	conn->parting = TB_PARTED;
-	sockhash.delete(&conn->me.id);
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_RTT_CB_FLAG);
-}
-
-/* Only bytes that went by TCP are acknowledged: while a connection bypasses, this never runs. */
-static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, struct tb_conn *conn)
-{
-	if (conn->seeking)
-		tb_leave_alone(skops, conn);
-	else if (conn->parting)
-		tb_take_leave(skops, conn);
-}
-
-/*
- * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its
- * bypass queue belongs to the old connection, and the old peer may not have heard of the end: out
- * of the sockhash, which throws the queue away and makes the old id unreachable. Nobody can be
- * asleep in a read: the socket was closed.
- */
-static __always_inline void tb_used_again(struct tb_conn *conn)
-{
-	if (conn->me.id)
-		sockhash.delete(&conn->me.id);
-	conn->me.id = 0;
-}
-
-/* Later callbacks of a socket that has joined. */
-static __always_inline void tb_socket_lives_on(struct bpf_sock_ops *skops)
-{
-	struct bpf_sock *sk = skops->sk;
-	struct tb_conn *conn;
-
-	if (!sk)
-		return;
-	conn = conns.sk_storage_get(sk, 0, 0);
-	if (!conn)
-		return;
-	if (skops->op == BPF_SOCK_OPS_RTT_CB)
-		tb_data_acknowledged(skops, conn);
-	else if (skops->op == BPF_SOCK_OPS_STATE_CB)
-		tb_state_changed(skops, conn);
-	else
-		tb_used_again(conn);
-}
-
-/* Attached to the pod's cgroup. Must return 1, and must not touch skops->reply: other
- * programs on the same cgroup answer RWND_INIT and the like with it. */
-int tb_sock_ops(struct bpf_sock_ops *skops)
-{
-	struct tb_pod *pod = (struct tb_pod *)(long)pods.get_local_storage(0);
-	__u32 outcome, hop = TB_HOP_NONE;
-
-	if (skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
-	    skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB || skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
-		tb_socket_lives_on(skops);
-	if (!pod || !pod->id)
-		return 1;
-	if (pod->flags & TB_POD_SERVICES)
-		tb_reaches_services(skops, pod);
-	if (skops->op == BPF_SOCK_OPS_RWND_INIT && !skops->is_fullsock)
-		tb_announce(skops, pod);
-	if (skops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
-		outcome = tb_client_established(skops, pod);
-	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
-		outcome = tb_server_established(skops, pod, &hop);
-	else
-		return 1;
-	tb_count_outcome(pod->id, hop, outcome);
-	return 1;
-}
-
-/* ---- Sending: tb_sk_msg ------------------------------------------------------------------- */
 
 /* Does this end know its peer? The server does from the start; the client asks here. */
 static __always_inline int tb_paired(struct tb_conn *conn)
@@ -1004,6 +920,168 @@ static __always_inline int tb_paired(struct tb_conn *conn)
 	tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
 	return 1;
 }
+
+/* The peer looks at the word when it sees the count changed, see tb_peers_parting(). */
+static __always_inline void tb_step(struct tb_conn *conn, __u32 parting)
+{
+	int zero = 0;
+	__u64 *count = steps.lookup(&zero);
+
+	conn->parting = parting;
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	conn->stepped_at = bpf_jiffies64(); /* last: from here it takes TB_PARTING_STEP at least */
+}
+
+/*
+ * How far the peer is on its way out of the sockhash. It is asked only when somebody has taken a
+ * step: once, and always from its first one on. A CPU with weak ordering may show the count before
+ * the word; but at the second step it shows at least the first.
+ */
+static __always_inline __u32 tb_peers_parting(struct tb_conn *conn)
+{
+	int zero = 0;
+	__u64 *count = steps.lookup(&zero);
+	__u32 parting;
+
+	if (!count || (*count == conn->steps && !conn->wary) || !tb_paired(conn))
+		return TB_STAYING;
+	conn->steps = *count;
+	parting = tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting));
+	if (parting) {
+		conn->wary = 1;
+		conn->crowd = TB_CROWD + 1; /* part as well, at the next good moment */
+	}
+	return parting;
+}
+
+static __always_inline void tb_depart(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	tb_flush_tally(conn);
+	conn->parting = TB_PARTED;
+	sockhash.delete(&conn->me.id);
+	tb_call_no_more(skops, conn);
+}
+
+/*
+ * A socket whose stream TCP does better leaves the sockhash, where it would be slower than TCP
+ * even if it redirected nothing.
+ *
+ * RULE (removal), as above: nothing may be unread in this socket's queue, and no redirect to it on
+ * its way, now or later. It goes in steps, each a while after the one before, long enough for every
+ * CPU to see what was written:
+ *   1. TB_PARTING. This end redirects nothing any more; whoever sends at the other end sees that,
+ *      and parts as well if it can do so in good order.
+ *   2. TB_CLOSED. Whoever sends at the other end from now on goes by TCP, come what may.
+ *   3. TB_PARTED, out of the sockhash.
+ * Nothing may be unread in this end's queue for 2 either: RULE (edges), see tb_leave().
+ * After 1 and after 2 there must be a moment in which no redirect by the other end can be on its
+ * way: it has parted itself, or no thread is inside a call on it (each would hold its psock; the
+ * one reference is the sockhash's). So those that had looked before a step are done before the
+ * next.
+ */
+static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (bpf_jiffies64() - conn->stepped_at < TB_PARTING_STEP)
+		return;
+	if (tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting)) == TB_STAYING &&
+	    tb_read32(conn->peer.psock + OFF_PSOCK_REFCNT) != 1)
+		return;
+	if (!tb_is_empty(&conn->me, tb_oldest(&conn->me)))
+		return;
+	if (conn->parting == TB_PARTING)
+		tb_step(conn, TB_CLOSED);
+	else
+		tb_depart(skops, conn);
+}
+
+/*
+ * This socket sends a packet by TCP. One that only reads sends acknowledgements, and gets none by
+ * which it could leave: when its peer has left, it follows, or its reads would cost more for good.
+ *
+ * RULE (removal), as above. The peer redirects nothing since its first step, when none of its
+ * redirects was on its way. So nothing can come into this queue once it is empty. And what this end
+ * ever redirected has arrived, or the peer would not have left. (If the peer's memory is another's
+ * by now, the peer is closed, and all that holds as well.)
+ */
+static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (tb_peers_parting(conn) == TB_PARTED && tb_is_empty(&conn->me, tb_oldest(&conn->me)))
+		tb_depart(skops, conn);
+}
+
+/* Only bytes that went by TCP are acknowledged: while a connection bypasses, this never runs. */
+static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (conn->seeking)
+		tb_leave_alone(skops, conn);
+	else if (conn->parting)
+		tb_take_leave(skops, conn);
+}
+
+/*
+ * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its
+ * bypass queue belongs to the old connection, and the old peer may not have heard of the end: out
+ * of the sockhash, which throws the queue away and makes the old id unreachable. Nobody can be
+ * asleep in a read: the socket was closed.
+ */
+static __always_inline void tb_used_again(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (conn->me.id)
+		sockhash.delete(&conn->me.id);
+	conn->me.id = 0;
+	tb_call_no_more(skops, conn);
+}
+
+/* Later callbacks of a socket that has joined. */
+static __always_inline void tb_socket_lives_on(struct bpf_sock_ops *skops)
+{
+	struct bpf_sock *sk = skops->sk;
+	struct tb_conn *conn;
+
+	if (!sk)
+		return;
+	conn = conns.sk_storage_get(sk, 0, 0);
+	if (!conn)
+		return;
+	if (skops->op == BPF_SOCK_OPS_RTT_CB)
+		tb_data_acknowledged(skops, conn);
+	else if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		tb_follow(skops, conn);
+	else if (skops->op == BPF_SOCK_OPS_STATE_CB)
+		tb_state_changed(skops, conn);
+	else
+		tb_used_again(skops, conn);
+}
+
+/* Attached to the pod's cgroup. Must return 1, and must not touch skops->reply: other
+ * programs on the same cgroup answer RWND_INIT and the like with it. */
+int tb_sock_ops(struct bpf_sock_ops *skops)
+{
+	struct tb_pod *pod = (struct tb_pod *)(long)pods.get_local_storage(0);
+	__u32 outcome, hop = TB_HOP_NONE;
+
+	if (skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
+	    skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB || skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB ||
+	    skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+		tb_socket_lives_on(skops);
+	if (!pod || !pod->id)
+		return 1;
+	if (pod->flags & TB_POD_SERVICES)
+		tb_reaches_services(skops, pod);
+	if (skops->op == BPF_SOCK_OPS_RWND_INIT && !skops->is_fullsock)
+		tb_announce(skops, pod);
+	if (skops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+		outcome = tb_client_established(skops, pod);
+	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		outcome = tb_server_established(skops, pod, &hop);
+	else
+		return 1;
+	tb_count_outcome(pod->id, hop, outcome);
+	return 1;
+}
+
+/* ---- Sending: tb_sk_msg ------------------------------------------------------------------- */
 
 /*
  * A redirect takes the peer's socket lock, and waits for it in a sleep that no signal ends. An
@@ -1099,9 +1177,9 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 }
 
 /* How much the peer may leave unread, more or less than its sk_rcvbuf. */
-static __always_inline __u32 tb_bound(const struct tb_conn *conn, __u32 rcvbuf)
+static __always_inline __u32 tb_bound(const struct tb_conn *conn)
 {
-	__u32 bound = rcvbuf;
+	__u32 bound = conn->rcvbuf;
 
 	if (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
 		return bound;
@@ -1109,18 +1187,7 @@ static __always_inline __u32 tb_bound(const struct tb_conn *conn, __u32 rcvbuf)
 	 * received (tcp_clamp_window), up to 32 MB: hence the limit holds for both. */
 	if (bound < conn->bound)
 		bound = conn->bound;
-	return bound < TB_MAX_BOUND ? bound : TB_MAX_BOUND;
-}
-
-/* The struct sk_msg * at the head of the peer's queue, or the queue itself if it is empty. */
-static __always_inline __u64 tb_oldest(const struct tb_conn *conn)
-{
-	return tb_read64(conn->peer.psock + OFF_PSOCK_INGRESS_MSG);
-}
-
-static __always_inline int tb_is_empty(const struct tb_conn *conn, __u64 oldest)
-{
-	return oldest == conn->peer.psock + OFF_PSOCK_INGRESS_MSG;
+	return tb_min(bound, TB_MAX_BOUND);
 }
 
 /*
@@ -1129,9 +1196,9 @@ static __always_inline int tb_is_empty(const struct tb_conn *conn, __u64 oldest)
  */
 static __always_inline int tb_look(struct tb_conn *conn)
 {
-	__u64 oldest = tb_oldest(conn);
-	int empty = tb_is_empty(conn, oldest), moves = empty || oldest != conn->oldest;
-	int was_empty = tb_is_empty(conn, conn->oldest);
+	__u64 oldest = tb_oldest(&conn->peer);
+	int empty = tb_is_empty(&conn->peer, oldest), moves = empty || oldest != conn->oldest;
+	int was_empty = tb_is_empty(&conn->peer, conn->oldest);
 	__u32 relief = TB_RELIEF * (was_empty ? 1 : 1 + conn->small);
 
 	if (empty) {
@@ -1140,13 +1207,20 @@ static __always_inline int tb_look(struct tb_conn *conn)
 		conn->queued = 0;
 	}
 	if (moves)
-		conn->crowd -= conn->crowd < relief ? conn->crowd : relief;
+		conn->crowd -= tb_min(conn->crowd, relief);
 	else
 		conn->crowd += conn->small;
+	conn->rcvbuf = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
 	conn->oldest = oldest;
 	conn->small = 0;
 	conn->look_at = conn->queued + (moves ? TB_LOOK : 0);
 	return empty;
+}
+
+/* What a message takes of the node's memory: a 1-byte message a thousand times what it holds. */
+static __always_inline __u32 tb_cost(__u32 size)
+{
+	return size + TB_MESSAGE_COST;
 }
 
 /*
@@ -1156,15 +1230,13 @@ static __always_inline int tb_look(struct tb_conn *conn)
  * receive buffer the bytes go by TCP, whose window does. Kernels before 6.13 do not charge
  * redirected bytes to the receiver, so they are counted here, from the last time the peer's
  * queue was seen empty: never less than what is unread. Looking costs, so one looks now and then,
- * and at every message once this may be half of what is allowed. A message costs what it holds and
- * what holds it, or 1-byte messages would take a thousand times what they count.
+ * and at every message once this may be half of what is allowed.
  */
-static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void *tp,
-						const struct tb_glance *peer, __u32 size)
+static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void *tp, __u32 size)
 {
-	__u32 rcvbuf = TB_GLANCED(__u32, peer, OFF_SOCK_RCVBUF), cost = size + TB_MESSAGE_COST;
-	__u32 surely = rcvbuf < TB_MAX_BOUND ? rcvbuf : TB_MAX_BOUND; /* at most tb_bound() */
-	int looks = conn->queued + cost > conn->look_at || conn->queued + cost > surely / 2;
+	__u64 unread = conn->queued + tb_cost(size);
+	__u32 surely = tb_min(conn->rcvbuf, TB_MAX_BOUND); /* at most tb_bound() */
+	int looks = unread > conn->look_at || unread > surely / 2;
 	int empty = looks && tb_look(conn);
 
 	conn->small += size < TB_SMALL;
@@ -1174,15 +1246,13 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 		conn->look_at = 0; /* until it has room again */
 		return TB_REASON_MEMORY;
 	}
-	if (!conn->peer.is_proxy && TB_GLANCED(__u32, peer, OFF_SOCK_LOCK_OWNED))
+	if (tb_busy(conn))
 		return TB_REASON_BUSY;
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if (!empty && conn->queued + cost > surely && conn->queued + cost > tb_bound(conn, rcvbuf))
+	if (looks && !empty && unread > tb_bound(conn))
 		return TB_REASON_BACKLOG;
-	conn->queued += cost;
-	conn->overdue = 0;
 	return TB_REASONS;
 }
 
@@ -1204,56 +1274,40 @@ static __always_inline void tb_part(struct tb_conn *conn)
  *
  * Until a message can leave in good order, messages go on bypassing; for a bounded time.
  */
-static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp,
-				      const struct tb_glance *peer, __u32 size, __u64 thread)
+static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u32 size,
+				      __u64 thread)
 {
-	__u32 reason = tb_reason_to_leave(conn, tp, peer, size);
+	__u32 reason = tb_reason_to_leave(conn, tp, size);
 	int clean;
 
+	if (reason == TB_REASONS)
+		conn->overdue = 0;
 	if (reason == TB_REASONS && conn->crowd <= TB_CROWD)
 		return reason;
 	clean = tb_alone(conn, thread) &&
-		(conn->peer.is_proxy || tb_is_empty(conn, tb_oldest(conn)) ||
+		(conn->peer.is_proxy || tb_is_empty(&conn->peer, tb_oldest(&conn->peer)) ||
 		 (reason == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id));
 	if (reason == TB_REASONS) {
 		if (clean)
 			tb_part(conn);
 		return clean ? TB_REASON_STREAM : TB_REASONS;
 	}
-	conn->overdue += size + TB_MESSAGE_COST;
-	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE) {
-		conn->queued += size + TB_MESSAGE_COST;
+	conn->overdue += tb_cost(size);
+	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE)
 		return TB_REASONS;
-	}
 	conn->writer = clean ? 0 : TB_MANY;
 	conn->overdue = 0;
 	return reason;
 }
 
-/*
- * Must this message go by TCP, because one end is on its way out of the sockhash? The peer is asked
- * only when somebody has taken a step: once, and always from its first one on. A CPU with weak
- * ordering may show the count before the word; but at the second step it shows at least the first.
- */
+/* Must this message go by TCP, because one end is on its way out of the sockhash? */
 static __always_inline int tb_is_parting(struct tb_conn *conn, __u64 thread)
 {
-	int zero = 0;
-	__u64 *count = steps.lookup(&zero);
-	__u32 peer;
+	int closed = !conn->parting && tb_peers_parting(conn) >= TB_CLOSED;
 
-	if (conn->parting)
-		return 1;
-	if (!count || (*count == conn->steps && !conn->wary))
-		return 0;
-	conn->steps = *count;
-	peer = tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting));
-	if (peer) {
-		conn->wary = 1;
-		conn->crowd = TB_CROWD + 1; /* part as well, at the next good moment */
-	}
-	if (peer >= TB_CLOSED && tb_alone(conn, thread))
+	if (closed && tb_alone(conn, thread))
 		tb_part(conn);
-	return peer >= TB_CLOSED;
+	return conn->parting || closed;
 }
 
 /* What a message counts where nothing is gained: TB_STUCK is 2,048 small ones, or 32 MB. */
@@ -1279,7 +1333,6 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 					 const void *tp)
 {
 	__u64 thread = bpf_get_current_task();
-	struct tb_glance peer;
 	__u32 reason;
 
 	tb_mark_consumed(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_COPIED_SEQ));
@@ -1289,26 +1342,26 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 		return TB_REASON_STREAM;
 	if (!tb_may_bypass(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)))
 		return tb_kept_on_tcp(conn, msg->size, thread);
-	tb_probe_read_kernel(&peer, sizeof(peer), (void *)conn->peer.sk + TB_GLANCE_FIRST);
 	/* With kTLS at either end the bytes here are not the bytes on the wire. A peer that has got
 	 * it has another sk_prot since (tls_init), as has one that has left the sockhash, and one
 	 * whose bytes another program's sockmap takes. */
-	if (TB_GLANCED(__u64, &peer, OFF_SOCK_PROT) != conn->peer.prot)
+	if (tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->peer.prot)
 		return tb_read64(conn->peer.sk + OFF_ICSK_ULP_OPS) ? TB_REASON_INELIGIBLE
 								   : TB_REASON_GONE;
 	/* And for a bypassed MSG_ZEROCOPY no completion comes. */
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
 	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS))
 		return TB_REASON_INELIGIBLE;
-	reason = tb_leave(conn, tp, &peer, msg->size, thread);
+	reason = tb_leave(conn, tp, msg->size, thread);
 	if (reason != TB_REASONS)
 		return reason;
+	conn->queued += tb_cost(msg->size);
 	/* RULE (identity). The peer's memory may have been freed and reused while it was read
 	 * above. The id proves it was not: only the very same connection is found by it. */
 	if (sockhash.msg_redirect_hash(msg, &conn->peer.id, BPF_F_INGRESS) != SK_PASS)
 		return TB_REASON_GONE;
 	conn->writer = tb_alone(conn, thread) ? thread : TB_MANY;
-	conn->stuck -= conn->stuck < tb_weight(msg->size) ? conn->stuck : tb_weight(msg->size);
+	conn->stuck -= tb_min(conn->stuck, tb_weight(msg->size));
 	return TB_REASONS;
 }
 
@@ -1345,8 +1398,10 @@ int tb_sk_msg(struct sk_msg_md *msg)
 	if (!sk)
 		return SK_PASS;
 	conn = conns.sk_storage_get(sk, 0, 0);
-	tp = bpf_skc_to_tcp_sock(sk);
-	if (!conn || !tp)
+	if (!conn)
+		return SK_PASS;
+	tp = TB_TCP_SOCK(sk, conn->me.sk);
+	if (!tp)
 		return SK_PASS;
 	reason = tb_redirect(msg, conn, tp);
 	if (reason < TB_REASONS)

@@ -67,7 +67,7 @@ REUSED_SOCKET = Mutant(
 
 BACKPRESSURE = Mutant(
     "backpressure: nothing stops a redirecting sender",
-    (Edit(r"if \(!empty && conn->queued \+ cost > [^{;]+tb_bound\(conn, rcvbuf\)\)", "if (0)"),),
+    (Edit(r"if \(looks && !empty && unread > tb_bound\(conn\)\)", "if (0)"),),
 )
 
 CONNTRACK = Mutant(
@@ -92,12 +92,22 @@ OVERTAKING = Mutant(
 
 LEAVING_UNREAD = Mutant(
     "removal: a socket leaves with bypassed bytes unread",
-    (Edit(r"if \(tb_read64\(head\) != head\)\n\t\treturn;", ""),),
+    (Edit(r"if \(!tb_is_empty\(&conn->me, [^;]+\n\t\treturn;", ""),),
 )
 
 ANNOUNCED_ELSEWHERE = Mutant(
     "identity: a server joins what another namespace's listener has announced",
     (Edit(r" \|\| half->server_netns != netns\)", ")"),),
+)
+
+FOLLOWING_UNREAD = Mutant(
+    "removal: a reader follows its peer with bypassed bytes unread",
+    (Edit(r"(?<=== TB_PARTED) && tb_is_empty\(&conn->me, tb_oldest\(&conn->me\)\)", ""),),
+)
+
+FOLLOWING_TOO_SOON = Mutant(
+    "removal: a reader follows a peer that has not left",
+    (Edit(r"tb_peers_parting\(conn\) == TB_PARTED", "tb_peers_parting(conn)"),),
 )
 
 LEAVING_BLINDLY = Mutant(
@@ -112,7 +122,7 @@ LEAVING_UNHEARD = Mutant(
 
 LEAVING_OPENLY = Mutant(
     "removal: redirects go on to a socket that has announced to leave",
-    (Edit(r"return peer >= TB_CLOSED;", "return 0;"),),
+    (Edit(r"tb_peers_parting\(conn\) >= TB_CLOSED", "0"),),
 )
 
 SILENT_ORDER = Mutant(

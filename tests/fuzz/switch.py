@@ -62,6 +62,7 @@ class End:
     others_inside: int = 0  # threads in send or recv, besides the one that sends now
     on_its_way: int | None = None  # size of a redirect by another thread: decided, not yet queued
     left: bool = False  # the sockhash: plain TCP from here on
+    encrypted: bool = False  # it has got kTLS
 
 
 class Connection:
@@ -136,6 +137,8 @@ class Connection:
         bypassed = bool(self._rules.host_send(sender, size, ctypes.c_uint64(thread)))
         if bypassed and self.ends[1 - sender].left:
             raise Broken("a redirect to a socket that has left the sockhash: the send fails")
+        if bypassed and any(end.encrypted for end in self.ends):
+            raise Broken("a redirect past kTLS")
         return bypassed
 
     def start_redirect(self, sender: int, size: int, thread: int) -> bool:
@@ -161,17 +164,33 @@ class Connection:
         end.others_inside -= 1
         end.on_its_way = None
 
+    def encrypt(self, number: int) -> None:
+        """An end gets kTLS."""
+        self.ends[number].encrypted = True
+        self._rules.host_encrypt(number)
+
     def acknowledge(self, speaker: int, times: int = 1) -> bool:
         """The peer's TCP acknowledges bytes; says whether the speaker has left the sockhash."""
-        end = self.ends[speaker]
-        for _ in range(0 if end.left else times):
+        for _ in range(times):
             self._tell()
-            end.left = bool(self._rules.host_acknowledged(speaker))
-            if end.left:
-                if end.bypass_queue:
-                    raise Broken(f"{len(end.bypass_queue)} unread messages are thrown away")
-                break
-        return end.left
+            self._rules.host_transmits(1 - speaker)
+            self._look_who_left(1 - speaker)
+            self._tell()
+            self._rules.host_acknowledged(speaker)
+            self._look_who_left(speaker)
+        return self.ends[speaker].left
+
+    def _look_who_left(self, number: int) -> None:
+        end = self.ends[number]
+        if end.left or self._rules.host_is_in_sockhash(number):
+            return
+        end.left = True
+        if end.bypass_queue:
+            raise Broken(f"{len(end.bypass_queue)} unread messages are thrown away")
+
+    def is_called(self) -> bool:
+        """Whether the programs are still to be called for packets of either end."""
+        return any(self._rules.host_is_called(number) for number in range(len(self.ends)))
 
     def send_by_tcp(self, sender: int, total: int, unread: int) -> None:
         """Many messages while the bypass is paused, all but the last bytes read at once.

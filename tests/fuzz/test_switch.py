@@ -80,6 +80,10 @@ class Machine(RuleBasedStateMachine):
                 self.connection.send(sender, 10)
             self.read_everything(1 - sender)
 
+    @rule(number=SIDE)
+    def encrypt(self, number: int) -> None:
+        self.connection.encrypt(number)
+
     @rule(reader=SIDE, locked=st.booleans())
     def lock(self, reader: int, locked: bool) -> None:
         self.connection.ends[reader].locked = locked
@@ -110,9 +114,11 @@ TestSwitch.settings = settings(
 )
 
 
-def fresh(mutant: Mutant | None = None, *, nonblocking: bool = False) -> Connection:
-    """A connection between two applications; end 1 may be non-blocking."""
-    return Connection(rules(mutant), (1000, 2000), (False, False), (False, nonblocking))
+def fresh(
+    mutant: Mutant | None = None, *, nonblocking: bool = False, sidecar: bool = False
+) -> Connection:
+    """A connection between two applications; end 1 may be non-blocking, or a sidecar."""
+    return Connection(rules(mutant), (1000, 2000), (False, sidecar), (False, nonblocking))
 
 
 def test_bypasses_from_the_first_byte() -> None:
@@ -229,12 +235,49 @@ def redirects_to_the_leaving(connection: Connection) -> None:
         raise Broken("a redirect to a socket that may leave at any moment")
 
 
-def test_both_ends_of_a_stream_leave_and_go_on() -> None:
+def follows_with_bytes_unread(connection: Connection) -> None:
+    """A sidecar, which may be left with bytes unread, has not read the stream's end."""
+    stream_until_parting(connection)
+    assert connection.ends[1].bypass_queue
+    assert connection.acknowledge(0, 20)
+    assert not connection.ends[1].left
+    connection.read(1, 100_000)
+    connection.acknowledge(0)
+    assert connection.ends[1].left
+
+
+def follows_too_soon(connection: Connection) -> None:
+    """A thread of the reader's has decided on a redirect to a sender that is about to leave."""
+    stream_until_parting(connection)
+    connection.read(1, 100_000)
+    connection.start_redirect(1, 10, thread=2)
+    connection.acknowledge(0, 20)
+    connection.arrive(1)
+
+
+def parts_with_a_redirect_on_its_way(connection: Connection) -> None:
+    """One thread streams, while another's redirect is decided upon and not yet queued."""
+    connection.start_redirect(0, 10, thread=2)
+    for _ in range(100):
+        for _ in range(120):
+            connection.send(0, 10, thread=1)
+        while connection.read(1, 10_000):
+            pass
+        connection.acknowledge(0, 2)
+    connection.arrive(0)
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_both_ends_of_a_stream_leave_and_go_on(*, speaks: bool) -> None:
     connection = fresh()
     stream_until_parting(connection)
-    assert connection.acknowledge(0, 10)
-    assert not connection.send(1, 10)
-    assert connection.acknowledge(1, 10)
+    assert not connection.acknowledge(0, 3)
+    if speaks:
+        assert not connection.send(1, 10)
+    assert connection.is_called()
+    assert connection.acknowledge(0, 20)
+    assert connection.ends[1].left
+    assert not connection.is_called()
     for sender in (0, 1, 0, 1):
         assert not connection.send(sender, 10)
         connection.read(1 - sender, 10_000)
@@ -255,6 +298,9 @@ BREAKS = [
     (mutants.STALE_MARK, unread_after_wrap),
     (mutants.BACKPRESSURE, never_read),
     (mutants.LEAVING_UNREAD, leaves_with_bytes_unread),
+    (mutants.FOLLOWING_UNREAD, follows_with_bytes_unread),
+    (mutants.FOLLOWING_TOO_SOON, follows_too_soon),
+    (mutants.OVERTAKING, parts_with_a_redirect_on_its_way),
     (mutants.LEAVING_BLINDLY, leaves_with_a_redirect_on_its_way),
     (mutants.LEAVING_OPENLY, redirects_to_the_leaving),
     (mutants.LEAVING_UNHEARD, redirects_to_the_leaving),
@@ -265,7 +311,7 @@ BREAKS = [
 @pytest.mark.parametrize(("mutant", "story"), BREAKS, ids=lambda value: getattr(value, "rule", ""))
 def test_stories_break_without_their_rule(mutant: Mutant, story: object) -> None:
     assert callable(story)
-    nonblocking = mutant is mutants.SILENT_ORDER
-    story(fresh(nonblocking=nonblocking))
+    nonblocking, sidecar = mutant is mutants.SILENT_ORDER, mutant is mutants.FOLLOWING_UNREAD
+    story(fresh(nonblocking=nonblocking, sidecar=sidecar))
     with pytest.raises(Broken):
-        story(fresh(mutant, nonblocking=nonblocking))
+        story(fresh(mutant, nonblocking=nonblocking, sidecar=sidecar))

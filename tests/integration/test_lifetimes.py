@@ -533,3 +533,25 @@ def test_load_and_unload_during_transfers() -> None:
 def close(pair: tuple[socket.socket, socket.socket]) -> None:
     for sock in pair:
         sock.close()
+
+
+# ---- Streams ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("speaks", ["client", "server"])
+def test_a_stream_of_small_writes_leaves_at_both_ends(node: LightNode, speaks: str) -> None:
+    """The end that only reads as well, though it has never said anything; no byte is lost."""
+    with node.pod(A) as client, node.pod(B) as server, connected(client, server) as ends:
+        sender, reader = ends if speaks == "client" else reversed(ends)
+
+        def has_left() -> bool:
+            data = os.urandom(40_000)  # 400 unread writes are a crowd: TB_CROWD
+            for start in range(0, len(data), 100):
+                sender.sendall(data[start : start + 100])
+            assert receive(reader, len(data)) == data
+            return node.sockets() == 0
+
+        assert node.sockets() == 2
+        assert eventually(has_left)
+        assert exchange(*ends)
+        assert eventually(lambda: outcomes(client, server) == {"paired": 2})

@@ -76,8 +76,6 @@ struct request {
 #define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
 #define MASK_SOCK_RCVBUF_LOCK 2
 #define BIT_SOCK_ZEROCOPY 0
-#define TB_GLANCE_FIRST 0
-#define TB_GLANCE_SIZE sizeof(struct host_sock)
 #define OFF_SOCK_OPS_SK 0
 #define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
 #define OFF_PSOCK_INGRESS_MSG offsetof(struct psock, ingress)
@@ -177,9 +175,9 @@ static inline int bpf_load_hdr_opt(void *context, void *option, __u32 size, __u6
 	return -1;
 }
 
-static inline int bpf_sock_ops_cb_flags_set(void *context, int flags)
+static inline int bpf_sock_ops_cb_flags_set(struct bpf_sock_ops *context, int flags)
 {
-	(void)context, (void)flags;
+	context->bpf_sock_ops_cb_flags = flags;
 	return 0;
 }
 

@@ -14,13 +14,14 @@ struct host_end {
 	struct file file;
 	struct list unread[2]; /* one stands for the oldest message in the bypass queue */
 	struct tb_conn conn;
+	__u32 callbacks;
 };
 
 static struct host_end ends[2];
-static struct proto proto;
+static struct proto proto, tls_proto;
 static struct tb_control switches;
 static __u64 steps_taken;
-static int redirected, removed;
+static int redirected;
 
 static struct tb_conn *storage_of(void *sk, void *value, int flags)
 {
@@ -37,8 +38,9 @@ static int redirect(void *msg, __u64 *id, int flags)
 
 static int remove_from_sockhash(__u64 *id)
 {
-	(void)id;
-	removed = 1;
+	for (int i = 0; i < 2; i++)
+		if (ends[i].conn.me.id == *id)
+			ends[i].sock.prot = ends[i].sock.user_data = 0;
 	return 0;
 }
 
@@ -83,6 +85,8 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->psock.ingress.next = &end->psock.ingress;
 		end->psock.refcnt = 2;
 		end->sock.prot = (__u64)&proto;
+		end->sock.user_data = (__u64)&end->psock;
+		end->callbacks = end->conn.called = TB_WHILE_JOINED;
 		end->sock.rcvbuf = rcvbuf;
 		end->file.flags = flags[i];
 		end->sock.rcvlowat = 1;
@@ -114,14 +118,42 @@ int host_send(int end, __u32 size, __u64 thread)
 	return redirected;
 }
 
-/* Bytes of an end's were acknowledged; 1: it has left the sockhash. */
-int host_acknowledged(int end)
+static void called_for(int end, int flag, void (*program)(struct bpf_sock_ops *, struct tb_conn *))
 {
-	struct bpf_sock_ops context = {0};
+	struct bpf_sock_ops context = {.bpf_sock_ops_cb_flags = ends[end].callbacks};
 
-	removed = 0;
-	tb_data_acknowledged(&context, &ends[end].conn);
-	return removed;
+	if (context.bpf_sock_ops_cb_flags & flag)
+		program(&context, &ends[end].conn);
+	ends[end].callbacks = context.bpf_sock_ops_cb_flags;
+}
+
+/* An end sends a packet by TCP. */
+void host_transmits(int end)
+{
+	called_for(end, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, tb_follow);
+}
+
+/* Bytes of an end's were acknowledged. */
+void host_acknowledged(int end)
+{
+	called_for(end, BPF_SOCK_OPS_RTT_CB_FLAG, tb_data_acknowledged);
+}
+
+int host_is_called(int end)
+{
+	return ends[end].callbacks != 0;
+}
+
+int host_is_in_sockhash(int end)
+{
+	return ends[end].sock.user_data != 0;
+}
+
+/* setsockopt(TCP_ULP, "tls"), which some kernels allow in a sockhash. */
+void host_encrypt(int end)
+{
+	ends[end].sock.ulp = 1;
+	ends[end].sock.prot = (__u64)&tls_proto;
 }
 
 /* oldest: 1 or 2, by where it lies in memory; 0: the bypass queue is empty. */

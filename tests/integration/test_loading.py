@@ -1,0 +1,55 @@
+"""The programs read kernel memory by a kernel function, or by a helper where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bpf import loader
+from bpf.btf import KernelBTF
+from bpf.loader import Instructions, KernelFunction
+from tests.bed import PROXY_UID
+from tests.integration import traffic_pods
+from tests.integration.traffic_pods import bypassed, connected, eventually, exchange
+
+A, B = "10.244.0.11", "10.244.0.12"
+NO_FUNCTION = 1  # a BTF ID: the kernel's first type is a plain one
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_helper_does_as_well(monkeypatch: pytest.MonkeyPatch, *, refused: bool) -> None:
+    """As on 6.1, which has no such function; and where the kernel refuses to have it called."""
+    function = loader.rdonly_cast(KernelBTF())
+    if function is not None:
+        function = replace(function, btf_id=NO_FUNCTION) if refused else None
+    monkeypatch.setattr(loader, "rdonly_cast", lambda _: function)
+    with traffic_pods.node() as node, node.pod(A) as client, node.pod(B) as server:
+        with connected(client, server, server_uid=PROXY_UID) as (ours, theirs):
+            sent = exchange(ours, theirs)
+        assert eventually(lambda: bypassed(client, server) == sent)
+
+
+def test_a_refused_function_leaves_no_map_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_files()
+    programs = loader.Programs(traffic_pods.LIMITS)
+    once = open_files() - before
+    function = loader.rdonly_cast(KernelBTF())
+    if function is not None:
+        function = replace(function, btf_id=NO_FUNCTION)
+    monkeypatch.setattr(loader, "rdonly_cast", lambda _: function)
+    again = loader.Programs(traffic_pods.LIMITS)
+    assert open_files() - before == 2 * once, (programs, again)
+
+
+def test_only_the_placeholder_is_linked() -> None:
+    call, placeholder = 0x0085, KernelFunction.PLACEHOLDER << 32
+    code: Instructions = (ctypes.c_uint64 * 3)(placeholder | call, 4 << 32 | call, placeholder)
+    KernelFunction(77, []).link(code)
+    assert list(code) == [77 << 32 | 0x2085, 4 << 32 | call, placeholder]
