@@ -17,7 +17,7 @@ HEAD = """\
 # Benchmarks
 
 Written by `python -m tests.bench --report`; do not edit. To run it again, as root:
-`make bench` (35 minutes; `make bench BENCH=--quick`: two minutes).
+`make bench` (45 minutes; `make bench BENCH=--quick`: two minutes).
 
 Everything is measured over TCP/IP and bypassed in turn, within seconds of each other, every other
 pair in reverse order, on pinned CPUs, after a warm-up. The plain pods stand on the same node and
