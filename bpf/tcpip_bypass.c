@@ -1006,7 +1006,8 @@ static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_
  */
 static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	if (tb_peers_parting(conn) == TB_PARTED && tb_is_empty(&conn->me, tb_oldest(&conn->me)))
+	if (conn->parting != TB_PARTED && tb_peers_parting(conn) == TB_PARTED &&
+	    tb_is_empty(&conn->me, tb_oldest(&conn->me)))
 		tb_depart(skops, conn);
 }
 
@@ -1015,7 +1016,7 @@ static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, str
 {
 	if (conn->seeking)
 		tb_leave_alone(skops, conn);
-	else if (conn->parting)
+	else if (conn->parting == TB_PARTING || conn->parting == TB_CLOSED)
 		tb_take_leave(skops, conn);
 }
 
@@ -1058,13 +1059,19 @@ static __always_inline void tb_socket_lives_on(struct bpf_sock_ops *skops)
  * programs on the same cgroup answer RWND_INIT and the like with it. */
 int tb_sock_ops(struct bpf_sock_ops *skops)
 {
-	struct tb_pod *pod = (struct tb_pod *)(long)pods.get_local_storage(0);
+	int of_joined = skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
+			(skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB && skops->is_fullsock);
 	__u32 outcome, hop = TB_HOP_NONE;
+	struct tb_pod *pod;
 
-	if (skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
-	    skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB || skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB ||
+	if (of_joined || skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB ||
 	    skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
 		tb_socket_lives_on(skops);
+	/* Those that come for each packet end here: in early 5.10 a softirq can put another pod's
+	 * record, or none, in the place of the one that the next line gets. */
+	if (of_joined)
+		return 1;
+	pod = (struct tb_pod *)(long)pods.get_local_storage(0);
 	if (!pod || !pod->id)
 		return 1;
 	if (pod->flags & TB_POD_SERVICES)

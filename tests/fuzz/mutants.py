@@ -102,7 +102,12 @@ ANNOUNCED_ELSEWHERE = Mutant(
 
 FOLLOWING_UNREAD = Mutant(
     "removal: a reader follows its peer with bypassed bytes unread",
-    (Edit(r"(?<=== TB_PARTED) && tb_is_empty\(&conn->me, tb_oldest\(&conn->me\)\)", ""),),
+    (Edit(r"(?<=== TB_PARTED) &&\s+tb_is_empty\(&conn->me, tb_oldest\(&conn->me\)\)", ""),),
+)
+
+PARTING_BLINDLY = Mutant(
+    "removal: a socket parts while its own redirect is on its way",
+    (Edit(r"conn->stuck > TB_STUCK\) && tb_alone\(conn, thread\)\)", "conn->stuck > TB_STUCK))"),),
 )
 
 FOLLOWING_TOO_SOON = Mutant(

@@ -267,6 +267,20 @@ def parts_with_a_redirect_on_its_way(connection: Connection) -> None:
     connection.arrive(0)
 
 
+def parts_on_tcp_with_a_redirect_on_its_way(connection: Connection) -> None:
+    """The same, but the streaming thread has been thrown back to TCP for want of memory."""
+    assert connection.send(0, 10, thread=1)
+    connection.read(1, 10)
+    connection.start_redirect(0, 10, thread=2)
+    connection.press_for_memory(True)
+    for _ in range(3000):
+        connection.send(0, 10, thread=1)
+        while connection.read(1, 100_000):
+            pass
+    connection.acknowledge(0, 20)
+    connection.arrive(0)
+
+
 @pytest.mark.parametrize("speaks", [True, False])
 def test_both_ends_of_a_stream_leave_and_go_on(*, speaks: bool) -> None:
     connection = fresh()
@@ -300,6 +314,7 @@ BREAKS = [
     (mutants.LEAVING_UNREAD, leaves_with_bytes_unread),
     (mutants.FOLLOWING_UNREAD, follows_with_bytes_unread),
     (mutants.FOLLOWING_TOO_SOON, follows_too_soon),
+    (mutants.PARTING_BLINDLY, parts_on_tcp_with_a_redirect_on_its_way),
     (mutants.OVERTAKING, parts_with_a_redirect_on_its_way),
     (mutants.LEAVING_BLINDLY, leaves_with_a_redirect_on_its_way),
     (mutants.LEAVING_OPENLY, redirects_to_the_leaving),
