@@ -61,14 +61,15 @@ def remove(folder: Path, patience_s: float = 10) -> None:
                 time.sleep(0.01)
 
 
-def cpu_seconds(folder: Path) -> float:
+def cpu_seconds(folder: Path, mode: str = "usage") -> float:
     """CPU time that a cgroup and its children have used since they were made.
 
-    From cpu.stat, which every cgroup2 has, also where the cpu controller is bound to v1. The
-    scheduler keeps it in nanoseconds. Softirq work counts for the task on whose time it ran.
+    mode is "usage", or "user" or "system" for a part. From cpu.stat, which every cgroup2 has, also
+    where the cpu controller is bound to v1. The scheduler keeps it in nanoseconds. Softirq work
+    counts for the task on whose time it ran.
     """
     for line in (folder / "cpu.stat").read_text().splitlines():
         key, value = line.split()
-        if key == "usage_usec":
+        if key == f"{mode}_usec":
             return int(value) / 1e6
-    raise RuntimeError(f"{folder}/cpu.stat has no usage_usec")
+    raise RuntimeError(f"{folder}/cpu.stat has no {mode}_usec")

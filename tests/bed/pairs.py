@@ -26,8 +26,8 @@ class Pair:
     client: Pod
     server: Pod
 
-    def cpu_seconds(self) -> float:
-        return self.client.cpu_seconds() + self.server.cpu_seconds()
+    def cpu_seconds(self, mode: str = "usage") -> float:
+        return self.client.cpu_seconds(mode) + self.server.cpu_seconds(mode)
 
     def links(self, ifname: str) -> LinkCounters:
         """The counters of one interface, both pods' added up."""
@@ -56,6 +56,7 @@ class Cost:
     """CPU time and packets of both pods of a pair while something ran."""
 
     cpu_s: float
+    user_s: float  # of it in user mode
     foreign_s: float  # CPU time that anybody else took on the CPU meanwhile
     veth: LinkCounters
     loopback: LinkCounters
@@ -89,11 +90,12 @@ def alternated(things: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
 def measured(pair: Pair, cpu: str, run: Callable[[], T]) -> tuple[T, Cost]:
     """What a run over this pair gave, and what it cost; everything of it is on one CPU."""
     veth, loopback = pair.links("eth0"), pair.links("lo")
-    busy_s, cpu_s = cpus.busy_seconds(cpu), pair.cpu_seconds()
+    busy_s, cpu_s, user_s = cpus.busy_seconds(cpu), pair.cpu_seconds(), pair.cpu_seconds("user")
     result = run()
     busy_s, cpu_s = cpus.busy_seconds(cpu) - busy_s, pair.cpu_seconds() - cpu_s
-    foreign_s = max(0.0, busy_s - cpu_s)
-    return result, Cost(cpu_s, foreign_s, pair.links("eth0") - veth, pair.links("lo") - loopback)
+    user_s = pair.cpu_seconds("user") - user_s
+    links = pair.links("eth0") - veth, pair.links("lo") - loopback
+    return result, Cost(cpu_s, user_s, max(0.0, busy_s - cpu_s), *links)
 
 
 def payload(bed: Bed, accelerated: Pair) -> dict[str, Bytes]:

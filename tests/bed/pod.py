@@ -153,9 +153,9 @@ class Pod:
         """What went over the pod's interface."""
         return self.netns.link_counters(self.attachment.ifname)
 
-    def cpu_seconds(self) -> float:
+    def cpu_seconds(self, mode: str = "usage") -> float:
         """CPU time its containers have used."""
-        return cgroups.cpu_seconds(self.cgroup)
+        return cgroups.cpu_seconds(self.cgroup, mode)
 
     def kill(self) -> None:
         """Kill every process of the pod and wait for those that were started from here."""
