@@ -222,6 +222,11 @@ class Connection:
             end.wants = size - got
         return got
 
+    def read_everything(self, reader: int) -> None:
+        """recv(2) until there is nothing more."""
+        while self.read(reader, 2**30):
+            pass
+
     def _take(self, end: End, queue: deque[tuple[int, int]], size: int) -> int:
         taken = 0
         while queue and taken < size:

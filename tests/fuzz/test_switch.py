@@ -52,8 +52,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(reader=SIDE)
     def read_everything(self, reader: int) -> None:
-        while self.connection.read(reader, 2**30):
-            pass
+        self.connection.read_everything(reader)
 
     @rule(reader=SIDE, size=SIZE)
     def read_and_wait_for_all(self, reader: int, size: int) -> None:
@@ -145,8 +144,7 @@ def test_answers_in_two_writes_stay(sizes: tuple[int, int], addresses: int) -> N
     for _ in range(3000):
         for size in sizes:
             assert connection.send(0, size)
-        while connection.read(1, 1 << 20):
-            pass
+        connection.read_everything(1)
 
 
 def test_leaves_soon_when_memory_is_short() -> None:
@@ -202,8 +200,7 @@ def stream_until_parting(connection: Connection) -> None:
         for _ in range(120):
             if not connection.send(0, 10):
                 return
-        while connection.read(1, 10_000):
-            pass
+        connection.read_everything(1)
     raise AssertionError("a stream of small writes goes on bypassing")
 
 
@@ -261,8 +258,7 @@ def parts_with_a_redirect_on_its_way(connection: Connection) -> None:
     for _ in range(100):
         for _ in range(120):
             connection.send(0, 10, thread=1)
-        while connection.read(1, 10_000):
-            pass
+        connection.read_everything(1)
         connection.acknowledge(0, 2)
     connection.arrive(0)
 
@@ -275,8 +271,7 @@ def parts_on_tcp_with_a_redirect_on_its_way(connection: Connection) -> None:
     connection.press_for_memory(True)
     for _ in range(3000):
         connection.send(0, 10, thread=1)
-        while connection.read(1, 100_000):
-            pass
+        connection.read_everything(1)
     connection.acknowledge(0, 20)
     connection.arrive(0)
 

@@ -19,16 +19,20 @@ A, B = "10.244.0.11", "10.244.0.12"
 NO_FUNCTION = 1  # a BTF ID: the kernel's first type is a plain one
 
 
+def refused() -> KernelFunction | None:
+    """The kernel function, with an ID that cannot be called; None where there is no function."""
+    function = loader.rdonly_cast(KernelBTF())
+    return function and replace(function, btf_id=NO_FUNCTION)
+
+
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-@pytest.mark.parametrize("refused", [False, True])
-def test_the_helper_does_as_well(monkeypatch: pytest.MonkeyPatch, *, refused: bool) -> None:
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_helper_does_as_well(monkeypatch: pytest.MonkeyPatch, *, is_there: bool) -> None:
     """As on 6.1, which has no such function; and where the kernel refuses to have it called."""
-    function = loader.rdonly_cast(KernelBTF())
-    if function is not None:
-        function = replace(function, btf_id=NO_FUNCTION) if refused else None
+    function = refused() if is_there else None
     monkeypatch.setattr(loader, "rdonly_cast", lambda _: function)
     with traffic_pods.node() as node, node.pod(A) as client, node.pod(B) as server:
         with connected(client, server, server_uid=PROXY_UID) as (ours, theirs):
@@ -40,9 +44,7 @@ def test_a_refused_function_leaves_no_map_behind(monkeypatch: pytest.MonkeyPatch
     before = open_files()
     programs = loader.Programs(traffic_pods.LIMITS)
     once = open_files() - before
-    function = loader.rdonly_cast(KernelBTF())
-    if function is not None:
-        function = replace(function, btf_id=NO_FUNCTION)
+    function = refused()
     monkeypatch.setattr(loader, "rdonly_cast", lambda _: function)
     again = loader.Programs(traffic_pods.LIMITS)
     assert open_files() - before == 2 * once, (programs, again)

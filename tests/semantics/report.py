@@ -51,6 +51,11 @@ UNSHOWN = """\
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
   Below that, an application that does not read holds up to its receive buffer and 512 KB more of
   TCP's memory than over TCP (1.14 times with the usual buffers), for the sake of the rule above.
+- **Another sock_ops program on the same cgroup or above it.** The callbacks that a socket asks for
+  are shared by all programs. Ours add those for RTT, state and header options to accelerated
+  sockets, so the other is called as well; and when a stream leaves, those that nobody had asked
+  for before are switched off, though the other may have asked since. Programs that write header
+  options themselves are the ones to look at.
 - **Two threads that read one stream at the same moment.** One can fall asleep on the TCP queue
   while bytes for it come by bypass, until the next byte by TCP or the end of the stream.
 - **Kernel TLS switched on in the middle of a connection** (`TCP_ULP`, OpenSSL with `enable_ktls`):
