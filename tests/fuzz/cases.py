@@ -147,7 +147,8 @@ def two_writers(pod: LightPod) -> bool:
     """Two threads' messages stay whole when the bypass is left between them.
 
     The receiver's lock is held while one thread's redirect waits for it; the other thread sends
-    after the bypass was paused.
+    after the bypass was paused. The writers have idle priority, so that the receiver is at its
+    next two reads before the redirect that it woke has the lock.
     """
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     page = FaultingPage()
@@ -157,9 +158,13 @@ def two_writers(pod: LightPod) -> bool:
     client.sendall(b"f" * 10)
     parts: list[bytes] = []
 
+    def write(letter: bytes) -> None:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        client.sendall(letter * 100)
+
     def read() -> None:
-        libc.recv(server.fileno(), ctypes.c_void_p(page.address), 10, 0)
         buffers = [ctypes.create_string_buffer(30) for _ in range(2)]
+        libc.recv(server.fileno(), ctypes.c_void_p(page.address), 10, 0)
         sizes = [libc.recv(server.fileno(), buffer, 30, 0) for buffer in buffers]
         parts.extend(buffer.raw[:size] for buffer, size in zip(buffers, sizes))
 
@@ -167,7 +172,7 @@ def two_writers(pod: LightPod) -> bool:
     threads[0].start()
     time.sleep(0.2)
     for letter in (b"A", b"B"):
-        threads.append(threading.Thread(target=client.sendall, args=(letter * 100,)))
+        threads.append(threading.Thread(target=write, args=(letter,)))
         threads[-1].start()
         time.sleep(0.2)
         pod.pause()
