@@ -32,9 +32,11 @@ def mount_point(text: str) -> Path | None:
     """
     best: tuple[str, str] | None = None
     for line in text.splitlines():
-        before, separator, after = line.partition(" - ")
+        before, separator, _ = line.partition(" - cgroup2 ")
+        if not separator:
+            continue  # most of a node's many mounts are its pods'
         fields = before.split()
-        if separator and after.split(" ", 1)[0] == "cgroup2" and len(fields) > 4:
+        if len(fields) > 4:
             found = (fields[3], fields[4])
             if best is None or len(found[0]) < len(best[0]):
                 best = found
