@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tests.bed import OPTED_OUT, Bed, Pod, cpus
+from tests.bed.cgroups import CpuSeconds
 from tests.bed.netns import LinkCounters
 from tests.bed.pingpong import HOPS
 
@@ -26,8 +27,8 @@ class Pair:
     client: Pod
     server: Pod
 
-    def cpu_seconds(self, mode: str = "usage") -> float:
-        return self.client.cpu_seconds(mode) + self.server.cpu_seconds(mode)
+    def cpu_seconds(self) -> CpuSeconds:
+        return self.client.cpu_seconds() + self.server.cpu_seconds()
 
     def links(self, ifname: str) -> LinkCounters:
         """The counters of one interface, both pods' added up."""
@@ -90,12 +91,11 @@ def alternated(things: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
 def measured(pair: Pair, cpu: str, run: Callable[[], T]) -> tuple[T, Cost]:
     """What a run over this pair gave, and what it cost; everything of it is on one CPU."""
     veth, loopback = pair.links("eth0"), pair.links("lo")
-    busy_s, cpu_s, user_s = cpus.busy_seconds(cpu), pair.cpu_seconds(), pair.cpu_seconds("user")
+    busy_s, before = cpus.busy_seconds(cpu), pair.cpu_seconds()
     result = run()
-    busy_s, cpu_s = cpus.busy_seconds(cpu) - busy_s, pair.cpu_seconds() - cpu_s
-    user_s = pair.cpu_seconds("user") - user_s
+    busy_s, used = cpus.busy_seconds(cpu) - busy_s, pair.cpu_seconds() - before
     links = pair.links("eth0") - veth, pair.links("lo") - loopback
-    return result, Cost(cpu_s, user_s, max(0.0, busy_s - cpu_s), *links)
+    return result, Cost(used.all, used.user, max(0.0, busy_s - used.all), *links)
 
 
 def payload(bed: Bed, accelerated: Pair) -> dict[str, Bytes]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.bed import cgroups, istio, netns
 from tests.bed.addresses import MAPPED, Family, family_of, on_the_wire
+from tests.bed.cgroups import CpuSeconds
 from tests.bed.cni import Attachment, Chain
 from tests.bed.istio import Interception
 from tests.bed.netns import LinkCounters, NetNamespace
@@ -153,9 +154,9 @@ class Pod:
         """What went over the pod's interface."""
         return self.netns.link_counters(self.attachment.ifname)
 
-    def cpu_seconds(self, mode: str = "usage") -> float:
+    def cpu_seconds(self) -> CpuSeconds:
         """CPU time its containers have used."""
-        return cgroups.cpu_seconds(self.cgroup, mode)
+        return cgroups.cpu_seconds(self.cgroup)
 
     def kill(self) -> None:
         """Kill every process of the pod and wait for those that were started from here."""
