@@ -41,6 +41,7 @@ _OFFSETS = {
     "SOCK_LOCK_OWNED": ("sock", "sk_lock.owned"),
     "SOCK_NET": ("sock", "__sk_common.skc_net.net"),
     "SOCK_OPS_SK": ("bpf_sock_ops_kern", "sk"),
+    "SOCK_PACING_STATUS": ("sock", "sk_pacing_status"),
     "SOCK_PROT": ("sock", "__sk_common.skc_prot"),
     "SOCK_RCVBUF": ("sock", "sk_rcvbuf"),
     "SOCK_RCVLOWAT": ("sock", "sk_rcvlowat"),
@@ -57,7 +58,8 @@ _OFFSETS = {
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),
 }
 
-TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
+TCP_NAGLE_OFF = 1  # in tcp_sock.nonagle, include/net/tcp.h: TCP_NODELAY
+TCP_NAGLE_CORK = 2  # there as well
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
 
@@ -89,6 +91,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
         f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
         f"-DOFF_TCP_SOCK_NONAGLE={nonagle.offset}",
+        f"-DMASK_TCP_NAGLE_OFF={TCP_NAGLE_OFF * nonagle.lowest_bit:#x}",
         f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * nonagle.lowest_bit:#x}",
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",

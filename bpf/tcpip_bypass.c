@@ -49,15 +49,16 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_MAX_WAITERS 8
 #define TB_MAX_PAUSED_PODS 4096
 /*
- * What TCP would coalesce: writes below TB_SMALL bytes, TB_CROWD of them while earlier ones lay
+ * What TCP would gather: writes below TB_SMALL bytes, TB_CROWD of them while earlier ones lay
  * unread, as when both ends share a CPU; one that finds the peer's queue moving makes up for
- * TB_RELIEF. And what gains nothing: TB_STUCK more by TCP, by the order rule, than bypassed; see
- * tb_weight().
+ * TB_RELIEF. And what gains nothing: TB_STUCK more by TCP, by the order rule, than bypassed; where
+ * TCP may be the faster one for a while only, TB_STUCK_LONG. See tb_should_part(), tb_weight().
  */
 #define TB_SMALL 8192
 #define TB_CROWD 256
 #define TB_RELIEF 32
 #define TB_STUCK 4096
+#define TB_STUCK_LONG (128 * TB_STUCK)
 /* A peer's queue that moves is looked at once in so many bytes, counted with what holds them. */
 #define TB_LOOK 16384
 /* Like TCP's own receive buffer (net.ipv4.tcp_rmem), the bound grows for who reads. */
@@ -68,7 +69,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 /* ---- What the two ends of one connection know of each other ---------------------------- */
 
 /* One end. Kernel addresses are numbers here: they are only ever read through
- * bpf_probe_read_kernel, which cannot fault. */
+ * tb_read*, which cannot fault. */
 struct tb_end {
 	__u64 id;    /* key of the sockhash, see tb_new_id(); 0: nobody */
 	__u64 sk;    /* struct sock * */
@@ -160,10 +161,11 @@ struct tb_conn {
 	__u64 steps;	  /* all sockets' steps of parting, when this end last heard of one */
 	__u64 oldest;	  /* struct sk_msg * at the head of the peer's queue, as last seen */
 	__u32 parting;	  /* enum tb_parting */
-	__u32 wary;	  /* the peer has taken a step: look at each message */
+	__u32 wary;	  /* the peer has taken a step: look at each message, and part as well */
 	__u32 small;	  /* messages that TCP might coalesce, since the last look */
-	__u32 crowd;	  /* how much this looks like a stream that TCP would do better */
+	__u32 crowd;	  /* how much this looks like a stream that TCP would gather */
 	__u32 stuck;	  /* how much more the order rule has kept on TCP than was bypassed */
+	__u32 waiting;	  /* the same, of what may be bypassed once TCP gathers no more */
 	__u32 rcvbuf;	  /* the peer's sk_rcvbuf, at the last look */
 	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
@@ -295,6 +297,12 @@ static __always_inline int tb_is_empty(const struct tb_end *end, __u64 oldest)
 	return oldest == end->psock + OFF_PSOCK_INGRESS_MSG;
 }
 
+/* Does nothing that came by bypass lie unread at this end? */
+static __always_inline int tb_has_read_all(const struct tb_end *end)
+{
+	return tb_is_empty(end, tb_oldest(end));
+}
+
 /* ---- Addresses and policy --------------------------------------------------------------- */
 
 static __always_inline int tb_addr_equal(const struct tb_addr *a, const struct tb_addr *b)
@@ -361,33 +369,19 @@ static __always_inline int tb_addr_select(__u32 family, __u32 v4, __u32 w0, __u3
 	return family == AF_INET || family == AF_INET6;
 }
 
-static __always_inline int tb_local_addr(struct bpf_sock_ops *skops, struct tb_addr *addr)
-{
-	__u32 v4 = skops->local_ip4;
-	__u32 w0 = skops->local_ip6[0], w1 = skops->local_ip6[1];
-	__u32 w2 = skops->local_ip6[2], w3 = skops->local_ip6[3];
-
-	TB_PIN(v4);
-	TB_PIN(w0);
-	TB_PIN(w1);
-	TB_PIN(w2);
-	TB_PIN(w3);
-	return tb_addr_select(skops->family, v4, w0, w1, w2, w3, addr);
-}
-
-static __always_inline int tb_remote_addr(struct bpf_sock_ops *skops, struct tb_addr *addr)
-{
-	__u32 v4 = skops->remote_ip4;
-	__u32 w0 = skops->remote_ip6[0], w1 = skops->remote_ip6[1];
-	__u32 w2 = skops->remote_ip6[2], w3 = skops->remote_ip6[3];
-
-	TB_PIN(v4);
-	TB_PIN(w0);
-	TB_PIN(w1);
-	TB_PIN(w2);
-	TB_PIN(w3);
-	return tb_addr_select(skops->family, v4, w0, w1, w2, w3, addr);
-}
+/* The address of one end, `local` or `remote`, of the socket that a callback is for. */
+#define TB_ADDR(skops, end, addr)                                                                  \
+	({                                                                                         \
+		__u32 v4 = (skops)->end##_ip4;                                                     \
+		__u32 w0 = (skops)->end##_ip6[0], w1 = (skops)->end##_ip6[1];                      \
+		__u32 w2 = (skops)->end##_ip6[2], w3 = (skops)->end##_ip6[3];                      \
+		TB_PIN(v4);                                                                        \
+		TB_PIN(w0);                                                                        \
+		TB_PIN(w1);                                                                        \
+		TB_PIN(w2);                                                                        \
+		TB_PIN(w3);                                                                        \
+		tb_addr_select((skops)->family, v4, w0, w1, w2, w3, addr);                         \
+	})
 
 /* The namespace part of a key, see struct tb_half_key; sk may be a request socket. */
 static __always_inline __u64 tb_netns(const struct tb_addr *client, __u64 sk)
@@ -482,6 +476,14 @@ static __always_inline __u64 tb_new_id(struct bpf_sock_ops *skops, const struct 
 	return next >> TB_ID_SHIFT == first >> TB_ID_SHIFT ? next : 0;
 }
 
+/* The count of `steps`, which the verifier wants to see tested. */
+static __always_inline __u64 *tb_steps(void)
+{
+	int zero = 0;
+
+	return steps.lookup(&zero);
+}
+
 /*
  * Puts the socket of this callback, which lies at `address`, into the sockhash. Returns its
  * tb_conn with `me` filled in, or NULL with the reason in *outcome, and then the socket is what
@@ -493,7 +495,7 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 	struct bpf_sock *sk = skops->sk;
 	struct tb_conn *conn;
 	__u64 id, *count;
-	int err, zero = 0;
+	int err;
 
 	*outcome = TB_OUTCOME_FULL;
 	if (!sk)
@@ -506,7 +508,7 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 		return NULL;
 	__builtin_memset(conn, 0, sizeof(*conn));
 	conn->last_id = id;
-	count = steps.lookup(&zero);
+	count = tb_steps();
 	conn->steps = count ? *count : 0;
 	conn->me.sk = address;
 	conn->pressure = tb_read64(tb_read64(address + OFF_SOCK_PROT) + OFF_PROTO_MEMORY_PRESSURE);
@@ -574,6 +576,15 @@ static __always_inline void tb_mark_consumed(struct tb_conn *conn, __u32 seq)
 	conn->rx_mark = (epoch + 1 < TB_SEEN ? epoch + 1 : 1) << 32 | seq;
 }
 
+/* What a request socket and its SYN tell of the key; `netns` is not in it. */
+static __always_inline int tb_requested(struct bpf_sock_ops *skops, __u64 request,
+					struct tb_half_key *key)
+{
+	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
+	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
+	return TB_ADDR(skops, remote, &key->client);
+}
+
 /*
  * A SYN has reached a listener of this pod, and the SYN-ACK is about to go out. What the two ends
  * will know of each other is known already, so the connection is announced to its client, which
@@ -594,11 +605,9 @@ static __always_inline void tb_announce(struct bpf_sock_ops *skops, const struct
 		return;
 	if ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(listener, pod))
 		return;
-	if (!tb_remote_addr(skops, &key.client))
+	if (!tb_requested(skops, request, &key))
 		return;
 	key.netns = tb_netns(&key.client, request);
-	key.client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
-	key.server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
 	half.server.pod_id = pod->id;
 	half.server_netns = tb_read64(request + OFF_SOCK_NET);
 	halves.insert(&key, &half);
@@ -683,7 +692,7 @@ static __always_inline void tb_dials(struct bpf_sock_ops *skops)
 	struct tb_dial dial = {};
 	__u32 one = 1;
 
-	if (!tb_local_addr(skops, &dial.client))
+	if (!TB_ADDR(skops, local, &dial.client))
 		return;
 	dial.client_isn = tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ) + 1;
 	dials.update(&dial, &one);
@@ -698,10 +707,8 @@ static __always_inline int tb_is_vouched_for(struct bpf_sock_ops *skops, const s
 	struct tb_dial dial = {};
 	struct tb_half *half;
 
-	if (skops->is_fullsock || !tb_remote_addr(skops, &key->client))
+	if (skops->is_fullsock || !tb_requested(skops, request, key))
 		return 0;
-	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
-	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
 	dial.client = key->client;
 	dial.client_isn = key->client_isn;
 	if (!dials.lookup(&dial))
@@ -768,7 +775,7 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 	struct tb_conn *conn;
 	__u32 outcome;
 
-	if (!tb_local_addr(skops, &key.client) || !tb_remote_addr(skops, &half.dialled))
+	if (!TB_ADDR(skops, local, &key.client) || !TB_ADDR(skops, remote, &half.dialled))
 		return TB_OUTCOME_NO_PEER;
 	key.netns = tb_netns(&key.client, sk);
 	key.client_isn = skops->snd_nxt;
@@ -830,7 +837,7 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	struct tb_conn *conn;
 	__u32 outcome;
 
-	if (!tb_remote_addr(skops, &key.client) || !tb_local_addr(skops, &local))
+	if (!TB_ADDR(skops, remote, &key.client) || !TB_ADDR(skops, local, &local))
 		return TB_OUTCOME_NO_PEER;
 	key.netns = tb_netns(&key.client, sk);
 	key.client_isn = skops->rcv_nxt;
@@ -924,8 +931,7 @@ static __always_inline int tb_paired(struct tb_conn *conn)
 /* The peer looks at the word when it sees the count changed, see tb_peers_parting(). */
 static __always_inline void tb_step(struct tb_conn *conn, __u32 parting)
 {
-	int zero = 0;
-	__u64 *count = steps.lookup(&zero);
+	__u64 *count = tb_steps();
 
 	conn->parting = parting;
 	if (count)
@@ -940,18 +946,15 @@ static __always_inline void tb_step(struct tb_conn *conn, __u32 parting)
  */
 static __always_inline __u32 tb_peers_parting(struct tb_conn *conn)
 {
-	int zero = 0;
-	__u64 *count = steps.lookup(&zero);
+	__u64 *count = tb_steps();
 	__u32 parting;
 
 	if (!count || (*count == conn->steps && !conn->wary) || !tb_paired(conn))
 		return TB_STAYING;
 	conn->steps = *count;
 	parting = tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting));
-	if (parting) {
+	if (parting)
 		conn->wary = 1;
-		conn->crowd = TB_CROWD + 1; /* part as well, at the next good moment */
-	}
 	return parting;
 }
 
@@ -987,7 +990,7 @@ static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_
 	if (tb_read32(conn->peer.conn + offsetof(struct tb_conn, parting)) == TB_STAYING &&
 	    tb_read32(conn->peer.psock + OFF_PSOCK_REFCNT) != 1)
 		return;
-	if (!tb_is_empty(&conn->me, tb_oldest(&conn->me)))
+	if (!tb_has_read_all(&conn->me))
 		return;
 	if (conn->parting == TB_PARTING)
 		tb_step(conn, TB_CLOSED);
@@ -1007,7 +1010,7 @@ static __always_inline void tb_take_leave(struct bpf_sock_ops *skops, struct tb_
 static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	if (conn->parting != TB_PARTED && tb_peers_parting(conn) == TB_PARTED &&
-	    tb_is_empty(&conn->me, tb_oldest(&conn->me)))
+	    tb_has_read_all(&conn->me))
 		tb_depart(skops, conn);
 }
 
@@ -1108,6 +1111,12 @@ static __always_inline int tb_is_nonblocking(__u64 sk)
 	return (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) != 0;
 }
 
+static __always_inline int tb_never_sleeps(__u64 sk)
+{
+	return tb_is_nonblocking(sk) && (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) <= 1 &&
+	       !tb_has_sleeper(sk);
+}
+
 /*
  * Has the peer consumed everything up to `seq`, and cannot it sleep on a part of what it waits for?
  * Then it need not declare anything. Reads from a non-blocking file never sleep, whatever their
@@ -1115,11 +1124,8 @@ static __always_inline int tb_is_nonblocking(__u64 sk)
  */
 static __always_inline int tb_has_consumed(const struct tb_conn *conn, __u32 seq)
 {
-	__u64 sk = conn->peer.sk;
-
-	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == seq && tb_is_nonblocking(sk) &&
-	       (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) <= 1 && !tb_busy(conn) &&
-	       !tb_has_sleeper(sk) && !tb_busy(conn);
+	return tb_read32(conn->peer.sk + OFF_TCP_SOCK_COPIED_SEQ) == seq && !tb_busy(conn) &&
+	       tb_never_sleeps(conn->peer.sk) && !tb_busy(conn);
 }
 
 /*
@@ -1216,7 +1222,7 @@ static __always_inline int tb_look(struct tb_conn *conn)
 	if (moves)
 		conn->crowd -= tb_min(conn->crowd, relief);
 	else
-		conn->crowd += conn->small;
+		conn->crowd = tb_min(conn->crowd + conn->small, 2 * TB_CROWD);
 	conn->rcvbuf = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
 	conn->oldest = oldest;
 	conn->small = 0;
@@ -1271,6 +1277,24 @@ static __always_inline void tb_part(struct tb_conn *conn)
 }
 
 /*
+ * Does TCP gather small writes for good, so that it is faster than one redirect for each? It does
+ * without TCP_NODELAY, and if it paces what it sends, as BBR has it. Otherwise, as with CUBIC, it
+ * sends each at once as soon as its window has grown, some tenths of a second into a stream, and is
+ * two to four times as slow.
+ */
+static __always_inline int tb_gathers(const void *tp)
+{
+	return !(TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF) ||
+	       TB_OWN(__u32, tp, OFF_SOCK_PACING_STATUS);
+}
+
+/* Would TCP do this stream better, or is the peer leaving the sockhash? */
+static __always_inline int tb_should_part(const struct tb_conn *conn, const void *tp)
+{
+	return conn->wary || (conn->crowd > TB_CROWD && tb_gathers(tp));
+}
+
+/*
  * Why this message leaves the bypass, or TB_REASONS.
  *
  * RULE (edges). While bypassed and TCP bytes both lie unread, a recv returns the bypassed ones
@@ -1289,10 +1313,10 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 
 	if (reason == TB_REASONS)
 		conn->overdue = 0;
-	if (reason == TB_REASONS && conn->crowd <= TB_CROWD)
+	if (reason == TB_REASONS && !tb_should_part(conn, tp))
 		return reason;
 	clean = tb_alone(conn, thread) &&
-		(conn->peer.is_proxy || tb_is_empty(&conn->peer, tb_oldest(&conn->peer)) ||
+		(conn->peer.is_proxy || tb_has_read_all(&conn->peer) ||
 		 (reason == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id));
 	if (reason == TB_REASONS) {
 		if (clean)
@@ -1323,14 +1347,24 @@ static __always_inline __u32 tb_weight(__u32 size)
 	return 2 + size / TB_SMALL;
 }
 
-/* The order rule keeps this message on TCP. Where it does so all the time, as towards an
- * application that never answers, the socket is better off outside the sockhash. */
-static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, __u32 size, __u64 thread)
+/*
+ * The order rule keeps this message on TCP. Where it does so all the time, as towards an
+ * application that never answers, the socket is better off outside the sockhash. But small writes
+ * to a reader that lets them return to the bypass by itself do, once TCP gathers them no more.
+ */
+static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, const void *tp, __u32 size,
+					    __u64 thread)
 {
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
 	conn->stuck += tb_weight(size);
-	if ((conn->crowd > TB_CROWD || conn->stuck > TB_STUCK) && tb_alone(conn, thread))
+	if (conn->stuck > TB_STUCK && size < TB_SMALL && !tb_gathers(tp) &&
+	    tb_never_sleeps(conn->peer.sk)) {
+		conn->waiting += conn->stuck;
+		conn->stuck = 0;
+	}
+	if ((conn->stuck > TB_STUCK || conn->waiting > TB_STUCK_LONG || tb_should_part(conn, tp)) &&
+	    tb_alone(conn, thread))
 		tb_part(conn);
 	return TB_REASON_ORDER;
 }
@@ -1348,7 +1382,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	if (tb_is_parting(conn, thread))
 		return TB_REASON_STREAM;
 	if (!tb_may_bypass(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)))
-		return tb_kept_on_tcp(conn, msg->size, thread);
+		return tb_kept_on_tcp(conn, tp, msg->size, thread);
 	/* With kTLS at either end the bytes here are not the bytes on the wire. A peer that has got
 	 * it has another sk_prot since (tls_init), as has one that has left the sockhash, and one
 	 * whose bytes another program's sockmap takes. */
@@ -1369,6 +1403,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 		return TB_REASON_GONE;
 	conn->writer = tb_alone(conn, thread) ? thread : TB_MANY;
 	conn->stuck -= tb_min(conn->stuck, tb_weight(msg->size));
+	conn->waiting -= tb_min(conn->waiting, tb_weight(msg->size));
 	return TB_REASONS;
 }
 

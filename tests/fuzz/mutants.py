@@ -52,8 +52,8 @@ IDENTITY = Mutant(
     "identity: paired by addresses, not by sequence numbers",
     (
         *ORDER.edits,
-        Edit(r"key\.client_isn = [^;]+;", "key.client_isn = 0;", 3),
-        Edit(r"key\.server_isn = [^;]+;", "key.server_isn = 0;", 3),
+        Edit(r"(?<!dial\.)client_isn = [^;]+;", "client_isn = 0;", 3),
+        Edit(r"server_isn = [^;]+;", "server_isn = 0;", 3),
         Edit(r"if \(found->client\.id \|\| ", "if ("),
         Edit(r"half->server\.id \|\| half->server_netns != netns", "0"),
         Edit(r"if \(half && half->client\.id != conn->me\.id\)", "if (0)"),
@@ -92,7 +92,7 @@ OVERTAKING = Mutant(
 
 LEAVING_UNREAD = Mutant(
     "removal: a socket leaves with bypassed bytes unread",
-    (Edit(r"if \(!tb_is_empty\(&conn->me, [^;]+\n\t\treturn;", ""),),
+    (Edit(r"if \(!tb_has_read_all\(&conn->me\)\)\n\t\treturn;", ""),),
 )
 
 ANNOUNCED_ELSEWHERE = Mutant(
@@ -102,12 +102,12 @@ ANNOUNCED_ELSEWHERE = Mutant(
 
 FOLLOWING_UNREAD = Mutant(
     "removal: a reader follows its peer with bypassed bytes unread",
-    (Edit(r"(?<=== TB_PARTED) &&\s+tb_is_empty\(&conn->me, tb_oldest\(&conn->me\)\)", ""),),
+    (Edit(r"(?<=== TB_PARTED) &&\s+tb_has_read_all\(&conn->me\)", ""),),
 )
 
 PARTING_BLINDLY = Mutant(
     "removal: a socket parts while its own redirect is on its way",
-    (Edit(r"conn->stuck > TB_STUCK\) && tb_alone\(conn, thread\)\)", "conn->stuck > TB_STUCK))"),),
+    (Edit(r"(?<=tb_should_part\(conn, tp\)\)) &&\s+tb_alone\(conn, thread\)", ""),),
 )
 
 FOLLOWING_TOO_SOON = Mutant(
@@ -132,5 +132,5 @@ LEAVING_OPENLY = Mutant(
 
 SILENT_ORDER = Mutant(
     "order: to the bypass although TCP bytes lie unread at a non-blocking reader",
-    (Edit(r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == seq", "1"),),
+    (Edit(r"tb_read32\(conn->peer\.sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == seq", "1"),),
 )

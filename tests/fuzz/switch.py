@@ -74,11 +74,12 @@ class Connection:
         isn: tuple[int, int],
         proxies: tuple[bool, bool],
         nonblocking: tuple[bool, bool],
+        paced: tuple[bool, bool] = (True, True),
     ) -> None:
         self._rules = rules
         two = ctypes.c_uint32 * 2
         flags = (os.O_NONBLOCK if each else 0 for each in nonblocking)
-        rules.host_connect(two(*isn), two(*proxies), two(*flags), RCVBUF)
+        rules.host_connect(two(*isn), two(*proxies), two(*flags), two(*paced), RCVBUF)
         self.ends = [
             End(isn[0], isn[1], nonblocking=nonblocking[0]),
             End(isn[1], isn[0], nonblocking=nonblocking[1]),

@@ -35,11 +35,15 @@ class Machine(RuleBasedStateMachine):
 
     mutant: Mutant | None = None
 
-    @initialize(isn=st.tuples(ISN, ISN), proxies=BOTH, nonblocking=BOTH)
+    @initialize(isn=st.tuples(ISN, ISN), proxies=BOTH, nonblocking=BOTH, paced=BOTH)
     def connect(
-        self, isn: tuple[int, int], proxies: tuple[bool, bool], nonblocking: tuple[bool, bool]
+        self,
+        isn: tuple[int, int],
+        proxies: tuple[bool, bool],
+        nonblocking: tuple[bool, bool],
+        paced: tuple[bool, bool],
     ) -> None:
-        self.connection = Connection(rules(self.mutant), isn, proxies, nonblocking)
+        self.connection = Connection(rules(self.mutant), isn, proxies, nonblocking, paced)
 
     @rule(sender=SIDE, size=SIZE, times=st.integers(1, 4))
     def send(self, sender: int, size: int, times: int) -> None:
@@ -158,6 +162,52 @@ def test_leaves_soon_when_memory_is_short() -> None:
     assert not connection.send(0, 10)
 
 
+def test_a_crowd_of_small_writes_stays_where_nothing_paces_them() -> None:
+    connection = Connection(rules(), (1000, 2000), (False, False), (False, True), (False, False))
+    for _ in range(1000):
+        assert all(connection.send(0, 10) for _ in range(60))
+        connection.read_everything(1)
+
+
+@pytest.mark.parametrize(
+    ("size", "paced", "polling", "lowat", "soon"),
+    [
+        (100, False, False, 1, False),
+        (100, True, False, 1, True),
+        (20_000, False, False, 1, True),
+        # Who sleeps does not let them return to the bypass, however soon it has read everything.
+        (100, False, True, 1, True),
+        (100, False, False, 2, True),
+    ],
+)
+def test_what_never_drains_leaves(
+    size: int, lowat: int, *, paced: bool, polling: bool, soon: bool
+) -> None:
+    """Small writes without pacing only after a long while: TCP is the faster one for a moment."""
+    connection = Connection(rules(), (1000, 2000), (False, False), (False, True), (paced, paced))
+    connection.ends[1].polling, connection.ends[1].lowat = polling, lowat
+    connection.send_by_tcp(0, 100, 100)
+    messages = 0
+    while not connection.acknowledge(0, 2):
+        connection.send(0, size)
+        connection.read(1, size)
+        messages += 1
+        assert messages < 300_000
+    assert (messages < 3_000) is soon
+
+
+def test_large_bursts_do_not_outweigh_many_requests() -> None:
+    connection = Connection(rules(), (1000, 2000), (False, True), (False, True), (False, False))
+    for _ in range(20):
+        for _ in range(160):
+            connection.send(0, 65_536)
+        connection.read_everything(1)
+        for _ in range(1500):
+            assert connection.send(0, 100)
+            connection.read_everything(1)
+    assert not connection.acknowledge(0, 2)
+
+
 def unread_by_tcp(connection: Connection) -> None:
     """The peer has read half of what came by TCP and says so; then comes more."""
     connection.send_by_tcp(0, 20, 20)
@@ -225,6 +275,8 @@ def leaves_with_a_redirect_on_its_way(connection: Connection) -> None:
 
 def redirects_to_the_leaving(connection: Connection) -> None:
     """Nobody is inside a call at the other end; then two threads are, and know nothing of it."""
+    assert connection.send(1, 10, thread=5)  # so that thread 7 is in no position to part
+    connection.read(0, 10)
     stream_until_parting(connection)
     assert not connection.acknowledge(0, 3)
     connection.ends[1].others_inside = 2
@@ -245,9 +297,11 @@ def follows_with_bytes_unread(connection: Connection) -> None:
 
 def follows_too_soon(connection: Connection) -> None:
     """A thread of the reader's has decided on a redirect to a sender that is about to leave."""
+    connection.send(1, 10)  # unread: the next one must not part
     stream_until_parting(connection)
     connection.read(1, 100_000)
-    connection.start_redirect(1, 10, thread=2)
+    assert connection.start_redirect(1, 10, thread=1)
+    connection.read(0, 10)
     connection.acknowledge(0, 20)
     connection.arrive(1)
 

@@ -65,6 +65,7 @@ UNSHOWN = """\
   itself; 6.17 and 6.18 allow it.
 - **MSG_ZEROCOPY on Linux 5.10**, with SO_ZEROCOPY set after the connection was established: the
   bytes arrive, by TCP, and no completion comes.
+- **SO_MAX_PACING_RATE** slows down packets: bypassed bytes are none.
 - **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
 
 ## What is the same

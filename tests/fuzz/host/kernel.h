@@ -28,7 +28,7 @@ struct psock {
 
 struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket;
-	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned;
+	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing;
 	__u8 is_mptcp, nonagle, userlocks;
 };
 
@@ -62,6 +62,7 @@ struct request {
 #define OFF_SOCKET_FILE offsetof(struct socket, file)
 #define OFF_FILE_FLAGS offsetof(struct file, flags)
 #define OFF_SOCK_NET offsetof(struct host_sock, net)
+#define OFF_SOCK_PACING_STATUS offsetof(struct host_sock, pacing)
 #define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
 #define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
 #define OFF_SOCK_UID offsetof(struct host_sock, uid)
@@ -72,6 +73,7 @@ struct request {
 #define OFF_TCP_SOCK_IS_MPTCP offsetof(struct host_sock, is_mptcp)
 #define OFF_TCP_SOCK_NONAGLE offsetof(struct host_sock, nonagle)
 #define MASK_TCP_SOCK_IS_MPTCP 1
+#define MASK_TCP_NAGLE_OFF 1
 #define MASK_TCP_NAGLE_CORK 2
 #define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
 #define MASK_SOCK_RCVBUF_LOCK 2

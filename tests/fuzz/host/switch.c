@@ -63,7 +63,8 @@ static struct tb_counters *not_counted(struct tb_counter_key *key)
 }
 
 /* An established connection; the sequence number of the first byte that end i says is isn[i]. */
-void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags[2], __u32 rcvbuf)
+void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags[2],
+		  const __u32 paced[2], __u32 rcvbuf)
 {
 	conns.sk_storage_get = storage_of;
 	sockhash.msg_redirect_hash = redirect;
@@ -90,6 +91,8 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.rcvbuf = rcvbuf;
 		end->file.flags = flags[i];
 		end->sock.rcvlowat = 1;
+		end->sock.pacing = paced[i];
+		end->sock.nonagle = MASK_TCP_NAGLE_OFF;
 		end->sock.write_seq = isn[i];
 		end->sock.copied_seq = isn[!i];
 		end->conn.pressure = (__u64)&proto.memory_pressure;
