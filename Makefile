@@ -25,7 +25,7 @@ freeze: .venv/.ready
 demo: build
 	$(PY) -m tests.demo
 
-# Plain TCP against the bypass, in 45 minutes; `BENCH=--quick`: two minutes. docs/benchmarks.md
+# Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. docs/benchmarks.md
 # is rendered by `BENCH=--report`.
 bench: build
 	$(PY) -m tests.bench $(BENCH)

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -31,7 +32,8 @@ from tests.bench.results import Results, Section, load
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "hops": hops.run,
-    "streaming": streaming.run,
+    "streaming": partial(streaming.run, control="cubic"),
+    "streaming-bbr": partial(streaming.run, control="bbr"),
     "mesh": meshes.run,
     "churn": churn.run,
     "others": others.run,

@@ -54,6 +54,13 @@ class Limit:
         assert self.at_least is not None
         return ratio.middle >= self.at_least and not (self.clear and ratio.low <= 1)
 
+    def is_surely_broken(self, ratio: Interval) -> bool:
+        """Whether the case's whole interval is on the wrong side of the bound."""
+        if self.at_most is not None:
+            return ratio.low > self.at_most
+        assert self.at_least is not None
+        return ratio.high < self.at_least
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -65,6 +72,7 @@ class Verdict:
     ratio: Interval | None = None
     cases: int = 0
     broken: int = 0
+    surely: int = 0  # of them with the whole interval on the wrong side of the bound
 
 
 def verdicts(results: Results, wanted: Sequence[Limit] | None = None) -> list[Verdict]:
@@ -80,7 +88,8 @@ def _judge(limit: Limit, results: Results) -> Verdict:
     # Of equally bad ones that which breaks the limit, if only by its interval.
     case, worst = max(found, key=lambda each: (not limit.keeps(each[1]), sign * each[1].middle))
     broken = sum(not limit.keeps(ratio) for _, ratio in found)
-    return Verdict(limit, not broken, case, worst, len(found), broken)
+    surely = sum(limit.is_surely_broken(ratio) for _, ratio in found)
+    return Verdict(limit, not broken, case, worst, len(found), broken, surely)
 
 
 def _ratios(limit: Limit, results: Results) -> Iterator[tuple[str, Interval]]:
@@ -119,18 +128,13 @@ def _mesh() -> Iterator[Limit]:
             yield Limit(claim, "mesh", cases, metric, at_most=bound, clear=True)
 
 
-def _streaming() -> Iterator[Limit]:
-    claims = {
-        "fast": "Streaming",
-        "slow": "Streaming, slow reader",
-        "duplex": "Duplex",
-        "blocking": "Streaming, blocking reader",
-    }
-    for mode, claim in claims.items():
-        yield Limit(claim, "streaming", (f"*/{mode}/*",), "bytes_per_s", at_least=1.0)
+def _streaming(section: str, control: str, modes: Sequence[str]) -> Iterator[Limit]:
+    for mode in modes:
+        claim = f"Stream, {control}, {mode}"
+        yield Limit(claim, section, (f"*/{mode}/*",), "bytes_per_s", at_least=1.0)
     large = tuple(f"*/fast/*/{size}" for size in (65_536, 262_144, 1_048_576))
-    claim = "Streaming, writes of 64 KB and more"
-    yield Limit(claim, "streaming", large, "bytes_per_s", at_least=2.0)
+    claim = f"Stream, {control}, writes of 64 KB and more"
+    yield Limit(claim, section, large, "bytes_per_s", at_least=2.0)
 
 
 def _others() -> Iterator[Limit]:
@@ -154,4 +158,12 @@ def _scale() -> Iterator[Limit]:
     yield Limit(claim, "scale", crowd, "median_us", at_most, to=ONE_CONNECTION)
 
 
-LIMITS = [*_round_trips(), *_mesh(), *_streaming(), *_others(), *_scale()]
+READERS = ("fast", "slow", "duplex", "blocking")
+LIMITS = [
+    *_round_trips(),
+    *_mesh(),
+    *_streaming("streaming", "CUBIC", (*READERS, "settled")),
+    *_streaming("streaming-bbr", "BBR", READERS),
+    *_others(),
+    *_scale(),
+]

@@ -16,6 +16,7 @@ from typing import Any
 from tests.bed import cpus
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
+from tests.bench import congestion
 
 LOOK_S = 0.5
 BUSY_LIMIT = 0.05  # of a CPU, by others; kernel threads and the ticks of /proc/stat are below it
@@ -39,6 +40,7 @@ def facts(measuring: Cpus) -> dict[str, Any]:
         "cpu": cpus.model(),
         "cpus": os.cpu_count(),
         "measuring_cpu": measuring.measured,
+        "congestion_control": congestion.current(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "versions": {
             "python": platform.python_version(),

@@ -17,7 +17,7 @@ HEAD = """\
 # Benchmarks
 
 Written by `python -m tests.bench --report`; do not edit. To run it again, as root:
-`make bench` (45 minutes; `make bench BENCH=--quick`: two minutes).
+`make bench` (an hour; `make bench BENCH=--quick`: two minutes).
 
 Everything is measured over TCP/IP and bypassed in turn, within seconds of each other, every other
 pair in reverse order, on pinned CPUs, after a warm-up. The plain pods stand on the same node and
@@ -117,7 +117,10 @@ def _kept(verdict: Verdict) -> str:
         return NOT_MEASURED
     if verdict.kept:
         return "yes"
-    return "**no**" if verdict.cases == 1 else f"**no**, {verdict.broken} of {verdict.cases} cases"
+    surely = f"surely {verdict.surely}" if verdict.surely else "none surely"
+    if verdict.cases == 1:
+        return "**no**" if verdict.surely else "**no**, not surely"
+    return f"**no**, {verdict.broken} of {verdict.cases} cases, {surely}"
 
 
 def _not_faster(results: Results) -> Iterator[str]:

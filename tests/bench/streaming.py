@@ -1,5 +1,8 @@
 """One-way and duplex streams by the size of the writes, on one CPU and on two.
 
+Under CUBIC, which nearly every node has, and under BBR, which paces what it sends: small writes
+then gather, and TCP is another opponent.
+
 The reader takes up to 256 KB at a time, in an event loop; one blocks in recv. A slow one works 2 ns
 on every byte, so that the writer of all but the smallest messages is the faster one and
 backpressure decides.
@@ -10,19 +13,20 @@ from __future__ import annotations
 import statistics
 import subprocess
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from tests.bed import cc, ends, open_bed, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop, HopName
-from tests.bench import hops
+from tests.bench import congestion, hops
 from tests.bench.bench import Bench, Effort
 
 SOURCE = Path(__file__).with_name("stream.c")
 SLOW_PS = 2_000  # what a slow reader does with a byte
-Mode = Literal["fast", "slow", "duplex", "blocking"]
+Mode = Literal["fast", "settled", "slow", "duplex", "blocking"]
+Control = Literal["cubic", "bbr"]
 SIZES = (64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 EVERYTHING: tuple[tuple[HopName, Mode], ...] = (
     ("inbound", "fast"),
@@ -32,6 +36,7 @@ EVERYTHING: tuple[tuple[HopName, Mode], ...] = (
     ("inbound", "duplex"),
     ("inbound", "blocking"),
 )
+LATER: tuple[tuple[HopName, Mode], ...] = (("inbound", "settled"), ("sidecars", "settled"))
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class Times:
     warmup: int
     measured: int
     connections: int
+
+
+SETTLED = Times(600, 200, 1)  # CUBIC's window grows for so long
 
 
 @dataclass(frozen=True)
@@ -90,10 +98,15 @@ class End:
         return End(nanoseconds / 1e9, received, cpu_ns / 1e9)
 
 
-def run(bench: Bench) -> None:
-    """Measure everything that the plan says."""
+def run(bench: Bench, control: Control) -> None:
+    """Measure everything that the plan says, under one congestion control."""
     plan = PLANS[bench.effort]
+    if bench.effort == "full" and control == "cubic":
+        plan = replace(plan, streams=plan.streams + LATER)
     with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
+        stack.enter_context(congestion.allowed(control))
+        for pod in (pod for pair in both for pod in (pair.client, pair.server)):
+            congestion.choose(pod.netns, control)
         program = cc.compiled(SOURCE, bed.folder)
         streams = _streams(stack, bench, plan, program, both)
         for pinning, reader in _pinnings(bench, plan):
@@ -141,6 +154,8 @@ def measure(
     writer and reader are CPUs.
     """
     work = SLOW_PS if stream.mode == "slow" else 0
+    if stream.mode == "settled":
+        times = SETTLED
     how = {"duplex": 1, "blocking": 2}.get(stream.mode, 0)  # enum how of stream.c
     what = (size, how, work, reader, times.warmup, times.measured)
     rates, costs = [], []

@@ -183,7 +183,7 @@ def test_report(tmp_path: Path) -> None:
     report.write(canned(), document, pictures)
     text = document.read_text()
     assert "| Round trip of 64 B, inbound, to TCP | median, us | <= 0.57 | 0.510" in text
-    assert "| Streaming | MB/s | >= 1 | 0.525 [0.500, 0.550] | **no** |" in text
+    assert "| Stream, CUBIC, fast | MB/s | >= 1 | 0.525 [0.500, 0.550] | **no** |" in text
     assert "| streaming | inbound/fast/same/64 | MB/s | 0.525 [0.500, 0.550] |" in text
     assert "10.0 ±0.10 → 5.10 ±0.05: **0.51** [0.50, 0.52]" in text
     assert "other programs kept this machine busy (CPU 0 20%)" in text
