@@ -165,7 +165,7 @@ struct tb_conn {
 	__u32 small;	  /* messages that TCP might coalesce, since the last look */
 	__u32 crowd;	  /* how much this looks like a stream that TCP would gather */
 	__u32 stuck;	  /* how much more the order rule has kept on TCP than was bypassed */
-	__u32 waiting;	  /* the same, of what may be bypassed once TCP gathers no more */
+	__u32 waiting;	  /* the same of small messages */
 	__u32 rcvbuf;	  /* the peer's sk_rcvbuf, at the last look */
 	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
@@ -1111,10 +1111,10 @@ static __always_inline int tb_is_nonblocking(__u64 sk)
 	return (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) != 0;
 }
 
-static __always_inline int tb_never_sleeps(__u64 sk)
+/* Does whoever reads take what is there, and not wait for more? */
+static __always_inline int tb_takes_what_comes(__u64 sk)
 {
-	return tb_is_nonblocking(sk) && (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) <= 1 &&
-	       !tb_has_sleeper(sk);
+	return tb_is_nonblocking(sk) && (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) <= 1;
 }
 
 /*
@@ -1124,8 +1124,10 @@ static __always_inline int tb_never_sleeps(__u64 sk)
  */
 static __always_inline int tb_has_consumed(const struct tb_conn *conn, __u32 seq)
 {
-	return tb_read32(conn->peer.sk + OFF_TCP_SOCK_COPIED_SEQ) == seq && !tb_busy(conn) &&
-	       tb_never_sleeps(conn->peer.sk) && !tb_busy(conn);
+	__u64 sk = conn->peer.sk;
+
+	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == seq && tb_takes_what_comes(sk) &&
+	       !tb_busy(conn) && !tb_has_sleeper(sk) && !tb_busy(conn);
 }
 
 /*
@@ -1348,25 +1350,45 @@ static __always_inline __u32 tb_weight(__u32 size)
 }
 
 /*
+ * Small writes may be bypassed again once TCP gathers them no more: if it ever does so, and if
+ * their reader lets them return by itself. To ask costs, so one asks now and then.
+ */
+static __always_inline int tb_waits_in_vain(const struct tb_conn *conn, const void *tp)
+{
+	__u64 sk = conn->peer.sk;
+
+	if (conn->waiting < TB_STUCK || conn->waiting % TB_STUCK >= tb_weight(0))
+		return 0;
+	return tb_gathers(tp) || !tb_takes_what_comes(sk) || tb_has_sleeper(sk);
+}
+
+/*
  * The order rule keeps this message on TCP. Where it does so all the time, as towards an
- * application that never answers, the socket is better off outside the sockhash. But small writes
- * to a reader that lets them return to the bypass by itself do, once TCP gathers them no more.
+ * application that never answers, the socket is better off outside the sockhash.
  */
 static __always_inline __u32 tb_kept_on_tcp(struct tb_conn *conn, const void *tp, __u32 size,
 					    __u64 thread)
 {
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
-	conn->stuck += tb_weight(size);
-	if (conn->stuck > TB_STUCK && size < TB_SMALL && !tb_gathers(tp) &&
-	    tb_never_sleeps(conn->peer.sk)) {
-		conn->waiting += conn->stuck;
-		conn->stuck = 0;
-	}
+	if (size < TB_SMALL)
+		conn->waiting += tb_weight(size);
+	else
+		conn->stuck += tb_weight(size);
+	if (tb_waits_in_vain(conn, tp))
+		conn->stuck = TB_STUCK + 1;
 	if ((conn->stuck > TB_STUCK || conn->waiting > TB_STUCK_LONG || tb_should_part(conn, tp)) &&
 	    tb_alone(conn, thread))
 		tb_part(conn);
 	return TB_REASON_ORDER;
+}
+
+static __always_inline void tb_gained(struct tb_conn *conn, __u32 weight)
+{
+	__u32 of_stuck = tb_min(conn->stuck, weight);
+
+	conn->stuck -= of_stuck;
+	conn->waiting -= tb_min(conn->waiting, weight - of_stuck);
 }
 
 /* Redirects the message and returns TB_REASONS, or returns why it must go by TCP. */
@@ -1402,8 +1424,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	if (sockhash.msg_redirect_hash(msg, &conn->peer.id, BPF_F_INGRESS) != SK_PASS)
 		return TB_REASON_GONE;
 	conn->writer = tb_alone(conn, thread) ? thread : TB_MANY;
-	conn->stuck -= tb_min(conn->stuck, tb_weight(msg->size));
-	conn->waiting -= tb_min(conn->waiting, tb_weight(msg->size));
+	tb_gained(conn, tb_weight(msg->size));
 	return TB_REASONS;
 }
 

@@ -32,11 +32,11 @@ def mount_point(text: str) -> Path | None:
     """
     best: tuple[str, str] | None = None
     for line in text.splitlines():
-        before, separator, _ = line.partition(" - cgroup2 ")
-        if not separator:
+        if " - cgroup2 " not in line:
             continue  # most of a node's many mounts are its pods'
+        before, _, after = line.partition(" - ")
         fields = before.split()
-        if len(fields) > 4:
+        if after.startswith("cgroup2 ") and len(fields) > 4:
             found = (fields[3], fields[4])
             if best is None or len(found[0]) < len(best[0]):
                 best = found

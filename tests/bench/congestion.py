@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,16 @@ def allowed(name: str) -> Iterator[None]:
     Raises:
         OSError: this kernel has no such congestion control.
     """
-    before = ALLOWED.read_text()
-    ALLOWED.write_text(f"{before.strip()} {name}")
+    with socket.socket() as loads_its_module:
+        loads_its_module.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+    before = ALLOWED.read_text().split()
     try:
+        if name not in before:
+            ALLOWED.write_text(" ".join([*before, name]))
         yield
     finally:
-        ALLOWED.write_text(before)
+        if name not in before:
+            ALLOWED.write_text(" ".join(set(ALLOWED.read_text().split()) - {name}))
 
 
 def choose(netns: NetNamespace, name: str) -> None:

@@ -55,15 +55,18 @@ def _header(titles: list[str]) -> list[str]:
 def _machine(results: Results) -> Iterator[str]:
     """One line per distinct machine, and a warning where it was busy."""
     yield "## The machine\n"
-    yield from _header(["section", "date", "kernel", "CPU", "memory", "busy before", "stolen"])
+    titles = ["section", "date", "kernel", "CPU", "memory", "congestion control"]
+    yield from _header([*titles, "busy before", "stolen"])
     for name, section in results.sections.items():
         found = section.machine
         busy = ", ".join(f"CPU {cpu}: {share:.0%}" for cpu, share in found["busy_before"].items())
         cpu = f"{found['cpus']} x {found['cpu']}, measuring on {found['measuring_cpu']}"
         stolen = f"{found.get('stolen_share', 0):.1%}"
-        yield _row(
-            [name, found["date"], found["kernel"], cpu, f"{found['memory_gib']} GiB", busy, stolen]
+        memory, control = (
+            f"{found['memory_gib']} GiB",
+            found.get("congestion_control", NOT_MEASURED),
         )
+        yield _row([name, found["date"], found["kernel"], cpu, memory, control, busy, stolen])
     yield ""
     for name, section in results.sections.items():
         if (warning := machine.disturbance(section.machine)) is not None:

@@ -51,7 +51,7 @@ class Times:
     connections: int
 
 
-SETTLED = Times(600, 200, 1)  # CUBIC's window grows for so long
+SETTLED = Times(500, 150, 1)  # CUBIC's window grows for so long
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class End:
 def run(bench: Bench, control: Control) -> None:
     """Measure everything that the plan says, under one congestion control."""
     plan = PLANS[bench.effort]
+    bench.section.machine["congestion_control"] = control
     if bench.effort == "full" and control == "cubic":
         plan = replace(plan, streams=plan.streams + LATER)
     with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:

@@ -139,7 +139,7 @@ CHAPTERS = {
         "One connection; the writer writes as fast as it can, the reader takes up to 256 KB at a "
         "time. A slow reader works 2 ns on each byte. Duplex: both ends read and write, in one "
         "event loop each. The ends share a CPU or have one each. Measured from 40 to 120 ms after "
-        "the connection was made, the mean of three; settled: a fast reader from 600 to 800 ms.\n\n"
+        "the connection was made, the mean of three; settled: a fast reader from 500 to 650 ms.\n\n"
         "Nothing stops a redirecting sender but the bound on what its peer may leave unread. On "
         "one CPU it gets there in every time slice, while TCP blocks it and lets the reader run. "
         "TCP gathers small writes as long as its congestion window is small, and is faster then: "

@@ -132,5 +132,10 @@ LEAVING_OPENLY = Mutant(
 
 SILENT_ORDER = Mutant(
     "order: to the bypass although TCP bytes lie unread at a non-blocking reader",
-    (Edit(r"tb_read32\(conn->peer\.sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == seq", "1"),),
+    (Edit(r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == seq", "1"),),
+)
+
+SILENT_WAKE_UP = Mutant(
+    "wake-up: to the bypass although a non-blocking reader still sleeps on the TCP queue",
+    (Edit(r"!tb_has_sleeper\(sk\) && !tb_busy\(conn\)", "1"),),
 )

@@ -23,6 +23,7 @@ LARGEST = 17 * 32768  # bytes: what one sk_msg holds at most
 RCVBUF = 131_072
 LOOK = 16_384  # TB_LOOK
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
+NOTHING, PACING, NAGLE = range(3)  # that makes an end's small writes gather, see host_connect()
 LARGEST_BOUND = 2 << 20  # TB_MAX_BOUND: what RCVBUF grows to for a peer that reads
 
 
@@ -74,12 +75,12 @@ class Connection:
         isn: tuple[int, int],
         proxies: tuple[bool, bool],
         nonblocking: tuple[bool, bool],
-        paced: tuple[bool, bool] = (True, True),
+        gathers: tuple[int, int] = (PACING, PACING),
     ) -> None:
         self._rules = rules
         two = ctypes.c_uint32 * 2
         flags = (os.O_NONBLOCK if each else 0 for each in nonblocking)
-        rules.host_connect(two(*isn), two(*proxies), two(*flags), two(*paced), RCVBUF)
+        rules.host_connect(two(*isn), two(*proxies), two(*flags), two(*gathers), RCVBUF)
         self.ends = [
             End(isn[0], isn[1], nonblocking=nonblocking[0]),
             End(isn[1], isn[0], nonblocking=nonblocking[1]),
@@ -164,6 +165,11 @@ class Connection:
         end.said += 1
         end.others_inside -= 1
         end.on_its_way = None
+
+    def make_nonblocking(self, number: int) -> None:
+        """fcntl(O_NONBLOCK), also while a thread sleeps in recv."""
+        self.ends[number].nonblocking = True
+        self._rules.host_make_nonblocking(number)
 
     def encrypt(self, number: int) -> None:
         """An end gets kTLS."""

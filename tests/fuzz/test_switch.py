@@ -14,10 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.fuzz import mutants, switch
 from tests.fuzz.mutants import Mutant
-from tests.fuzz.switch import LARGEST, LOOK, OVERDUE, RCVBUF, WRAP, Broken, Connection
+from tests.fuzz.switch import (
+    LARGEST,
+    LOOK,
+    NAGLE,
+    NOTHING,
+    OVERDUE,
+    PACING,
+    RCVBUF,
+    WRAP,
+    Broken,
+    Connection,
+)
 
 SIDE = st.sampled_from((0, 1))
 BOTH = st.tuples(st.booleans(), st.booleans())
+GATHERS = st.tuples(st.integers(NOTHING, NAGLE), st.integers(NOTHING, NAGLE))
 SIZE = st.one_of(st.integers(1, 64), st.integers(1, LARGEST))
 # Near the wrap, and anywhere.
 ISN = st.one_of(st.integers(WRAP - 5000, WRAP - 1), st.integers(0, WRAP - 1))
@@ -35,15 +47,15 @@ class Machine(RuleBasedStateMachine):
 
     mutant: Mutant | None = None
 
-    @initialize(isn=st.tuples(ISN, ISN), proxies=BOTH, nonblocking=BOTH, paced=BOTH)
+    @initialize(isn=st.tuples(ISN, ISN), proxies=BOTH, nonblocking=BOTH, gathers=GATHERS)
     def connect(
         self,
         isn: tuple[int, int],
         proxies: tuple[bool, bool],
         nonblocking: tuple[bool, bool],
-        paced: tuple[bool, bool],
+        gathers: tuple[int, int],
     ) -> None:
-        self.connection = Connection(rules(self.mutant), isn, proxies, nonblocking, paced)
+        self.connection = Connection(rules(self.mutant), isn, proxies, nonblocking, gathers)
 
     @rule(sender=SIDE, size=SIZE, times=st.integers(1, 4))
     def send(self, sender: int, size: int, times: int) -> None:
@@ -82,6 +94,10 @@ class Machine(RuleBasedStateMachine):
             for _ in range(60):
                 self.connection.send(sender, 10)
             self.read_everything(1 - sender)
+
+    @rule(number=SIDE)
+    def make_nonblocking(self, number: int) -> None:
+        self.connection.make_nonblocking(number)
 
     @rule(number=SIDE)
     def encrypt(self, number: int) -> None:
@@ -162,42 +178,55 @@ def test_leaves_soon_when_memory_is_short() -> None:
     assert not connection.send(0, 10)
 
 
-def test_a_crowd_of_small_writes_stays_where_nothing_paces_them() -> None:
-    connection = Connection(rules(), (1000, 2000), (False, False), (False, True), (False, False))
+def quick(gathers: int = NOTHING, *, sidecar: bool = False) -> Connection:
+    """A connection to an end 1 that is non-blocking, with what makes small writes gather."""
+    return Connection(rules(), (1000, 2000), (False, sidecar), (False, True), (gathers, gathers))
+
+
+def test_a_crowd_of_small_writes_stays_where_nothing_gathers_them() -> None:
+    connection = quick()
     for _ in range(1000):
         assert all(connection.send(0, 10) for _ in range(60))
         connection.read_everything(1)
 
 
+SOON = 3_000  # messages
+LATE = 300_000
+
+
 @pytest.mark.parametrize(
-    ("size", "paced", "polling", "lowat", "soon"),
+    ("sizes", "gathers", "polling", "lowat", "soon"),
     [
-        (100, False, False, 1, False),
-        (100, True, False, 1, True),
-        (20_000, False, False, 1, True),
+        ([100], NOTHING, False, 1, False),
+        ([100], PACING, False, 1, True),
+        ([100], NAGLE, False, 1, True),
+        ([20_000], NOTHING, False, 1, True),
+        ([16_384, 100], NOTHING, False, 1, True),
+        ([100, 16_384], NOTHING, False, 1, True),
         # Who sleeps does not let them return to the bypass, however soon it has read everything.
-        (100, False, True, 1, True),
-        (100, False, False, 2, True),
+        ([100], NOTHING, True, 1, True),
+        ([100], NOTHING, False, 2, True),
     ],
 )
 def test_what_never_drains_leaves(
-    size: int, lowat: int, *, paced: bool, polling: bool, soon: bool
+    sizes: list[int], gathers: int, lowat: int, *, polling: bool, soon: bool
 ) -> None:
-    """Small writes without pacing only after a long while: TCP is the faster one for a moment."""
-    connection = Connection(rules(), (1000, 2000), (False, False), (False, True), (paced, paced))
+    """Small writes that do not gather for good only after a while: TCP may be faster so long."""
+    connection = quick(gathers)
     connection.ends[1].polling, connection.ends[1].lowat = polling, lowat
     connection.send_by_tcp(0, 100, 100)
     messages = 0
     while not connection.acknowledge(0, 2):
+        size = sizes[messages % len(sizes)]
         connection.send(0, size)
         connection.read(1, size)
         messages += 1
-        assert messages < 300_000
-    assert (messages < 3_000) is soon
+        assert messages < LATE
+    assert (messages < SOON) is soon
 
 
 def test_large_bursts_do_not_outweigh_many_requests() -> None:
-    connection = Connection(rules(), (1000, 2000), (False, True), (False, True), (False, False))
+    connection = quick(sidecar=True)
     for _ in range(20):
         for _ in range(160):
             connection.send(0, 65_536)
@@ -355,6 +384,14 @@ def silent_with_bytes_unread(connection: Connection) -> None:
     assert connection.send(0, 10)
 
 
+def asleep_before_it_was_nonblocking(connection: Connection) -> None:
+    """A reader that waits for all has part by TCP; then its file is made non-blocking."""
+    connection.send_by_tcp(0, 10, 10)
+    connection.read(1, 20, wait_for_all=True)
+    connection.make_nonblocking(1)
+    connection.send(0, 10)
+
+
 BREAKS = [
     (mutants.ORDER, unread_by_tcp),
     (mutants.WAKE_UP, asleep_on_tcp),
@@ -368,6 +405,7 @@ BREAKS = [
     (mutants.LEAVING_BLINDLY, leaves_with_a_redirect_on_its_way),
     (mutants.LEAVING_OPENLY, redirects_to_the_leaving),
     (mutants.LEAVING_UNHEARD, redirects_to_the_leaving),
+    (mutants.SILENT_WAKE_UP, asleep_before_it_was_nonblocking),
     (mutants.SILENT_ORDER, silent_with_bytes_unread),
 ]
 

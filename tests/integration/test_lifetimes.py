@@ -539,22 +539,50 @@ def close(pair: tuple[socket.socket, socket.socket]) -> None:
 # ---- Streams ---------------------------------------------------------------------------------
 
 
+def without_pacing(pod: LightPod) -> None:
+    """Whatever the machine's own congestion control is: BBR paces what it sends."""
+    pod.sysctl("net.ipv4.tcp_congestion_control", "reno")
+
+
+def stream(sender: socket.socket, reader: socket.socket) -> None:
+    """400 writes, read in one go: a crowd, see TB_CROWD."""
+    data = os.urandom(40_000)
+    for start in range(0, len(data), 100):
+        sender.sendall(data[start : start + 100])
+    assert receive(reader, len(data)) == data
+
+
+@pytest.mark.parametrize("gathered_by", ["pacing", "Nagle"])
 @pytest.mark.parametrize("speaks", ["client", "server"])
-def test_a_stream_of_small_writes_leaves_at_both_ends(node: LightNode, speaks: str) -> None:
+def test_a_stream_that_tcp_gathers_leaves_at_both_ends(
+    node: LightNode, speaks: str, gathered_by: str
+) -> None:
     """The end that only reads as well, though it has never said anything; no byte is lost."""
-    with node.pod(A) as client, node.pod(B) as server, connected(client, server) as ends:
-        sender, reader = ends if speaks == "client" else reversed(ends)
-        # What paces small writes makes them gather in TCP: BBR, or this.
-        sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**31 - 1)
+    with node.pod(A) as client, node.pod(B) as server:
+        without_pacing(client)
+        without_pacing(server)
+        with connected(client, server) as ends:
+            sender, reader = ends if speaks == "client" else reversed(ends)
+            if gathered_by == "pacing":
+                sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**31 - 1)
 
-        def has_left() -> bool:
-            data = os.urandom(40_000)  # 400 unread writes are a crowd: TB_CROWD
-            for start in range(0, len(data), 100):
-                sender.sendall(data[start : start + 100])
-            assert receive(reader, len(data)) == data
-            return node.sockets() == 0
+            def has_left() -> bool:
+                stream(sender, reader)
+                return node.sockets() == 0
 
-        assert node.sockets() == 2
-        assert eventually(has_left)
-        assert exchange(*ends)
-        assert eventually(lambda: outcomes(client, server) == {"paired": 2})
+            assert node.sockets() == 2
+            assert eventually(has_left)
+            assert exchange(*ends)
+            assert eventually(lambda: outcomes(client, server) == {"paired": 2})
+
+
+def test_a_stream_that_tcp_would_send_write_by_write_stays(node: LightNode) -> None:
+    with node.pod(A) as client, node.pod(B) as server:
+        without_pacing(client)
+        with connected(client, server) as (sender, reader):
+            sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(20):
+                stream(sender, reader)
+            assert node.sockets() == 2
+            assert bypassed(client, server) == 20 * 40_000

@@ -24,6 +24,7 @@ MACHINE = {
     "cpus": 2,
     "measuring_cpu": "1",
     "memory_gib": 23.4,
+    "congestion_control": "cubic",
     "versions": {"envoy": "1.40.0"},
     "busy_before": {"1": 0.01, "0": 0.2},
     "stolen_share": 0.0,

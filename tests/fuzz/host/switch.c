@@ -62,9 +62,10 @@ static struct tb_counters *not_counted(struct tb_counter_key *key)
 	return 0;
 }
 
-/* An established connection; the sequence number of the first byte that end i says is isn[i]. */
+/* An established connection; the sequence number of the first byte that end i says is isn[i].
+ * gathers: what makes its small writes gather. 1: pacing; 2: Nagle's algorithm; 0: nothing. */
 void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags[2],
-		  const __u32 paced[2], __u32 rcvbuf)
+		  const __u32 gathers[2], __u32 rcvbuf)
 {
 	conns.sk_storage_get = storage_of;
 	sockhash.msg_redirect_hash = redirect;
@@ -91,8 +92,8 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.rcvbuf = rcvbuf;
 		end->file.flags = flags[i];
 		end->sock.rcvlowat = 1;
-		end->sock.pacing = paced[i];
-		end->sock.nonagle = MASK_TCP_NAGLE_OFF;
+		end->sock.pacing = gathers[i] == 1;
+		end->sock.nonagle = gathers[i] == 2 ? 0 : MASK_TCP_NAGLE_OFF;
 		end->sock.write_seq = isn[i];
 		end->sock.copied_seq = isn[!i];
 		end->conn.pressure = (__u64)&proto.memory_pressure;
@@ -150,6 +151,12 @@ int host_is_called(int end)
 int host_is_in_sockhash(int end)
 {
 	return ends[end].sock.user_data != 0;
+}
+
+/* fcntl(O_NONBLOCK), also while a thread sleeps in recv. */
+void host_make_nonblocking(int end)
+{
+	ends[end].file.flags = O_NONBLOCK;
 }
 
 /* setsockopt(TCP_ULP, "tls"), which some kernels allow in a sockhash. */
