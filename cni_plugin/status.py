@@ -35,7 +35,7 @@ def status(request: Request) -> None:
 def _problems(bpffs: str) -> list[str]:
     problems = []
     try:
-        if cgroup.mount_point(cgroup.mountinfo()) is None:
+        if cgroup.mount() is None:
             problems.append("no cgroup2 file system is mounted")
     except OSError as error:
         problems.append(str(error))

@@ -49,7 +49,7 @@ def programs_of(record: Attachment) -> list[int]:
 
 def attached_cgroups(program_ids: set[int]) -> Iterator[AttachedCgroup]:
     """Every cgroup to which one of these programs is attached."""
-    mount = cgroup.mount_point(cgroup.mountinfo())
+    mount = cgroup.mount()
     if mount is None:
         return
     for name, _, _ in os.walk(mount):

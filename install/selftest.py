@@ -166,7 +166,7 @@ def _probe(folder: Path | None, *only: str) -> dict[str, dict[str, Any]]:
 
 
 def _mount() -> Path:
-    mount = cgroup.mount_point(cgroup.mountinfo())
+    mount = cgroup.mount()
     if mount is None:
         raise LoadError("no cgroup2 file system is mounted")
     return mount

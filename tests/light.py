@@ -18,8 +18,7 @@ from unittest import mock
 
 from bpf import abi, loader, stats
 from bpf.loader import Limits, Programs
-from cni_plugin import bpfsys, names
-from cni_plugin.cgroup import mount_point, mountinfo
+from cni_plugin import bpfsys, cgroup, names
 
 CLIENT_IP = "127.0.0.6"
 SERVER_IP = "127.0.0.1"
@@ -43,14 +42,14 @@ class LightPod:
         pod.ip_count = 1
         pod.ip[0].word[3] = self.id & 0xFFFFFFFF
         key = abi.CgroupStorageKey(self.folder.stat().st_ino, bpfsys.CGROUP_SOCK_OPS, 0)
-        with bpfsys.closing(os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)) as cgroup:
-            bpfsys.prog_attach(self.programs.fds["tb_sock_ops"], cgroup)
+        with bpfsys.closing(os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)) as folder:
+            bpfsys.prog_attach(self.programs.fds["tb_sock_ops"], folder)
         bpfsys.map_update(self.programs.fds[names.PODS], bytes(key), bytes(pod))
 
     def detach(self) -> None:
         """New connections are left alone; open ones stay as they are."""
-        with bpfsys.closing(os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)) as cgroup:
-            bpfsys.prog_detach(self.programs.fds["tb_sock_ops"], cgroup)
+        with bpfsys.closing(os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)) as folder:
+            bpfsys.prog_detach(self.programs.fds["tb_sock_ops"], folder)
 
     def reload(self, programs: Programs) -> None:
         """New programs take over from the running ones, as `load` does on a node."""
@@ -99,7 +98,7 @@ def away_from_pods() -> None:
 
 
 def _mount() -> Path:
-    mount = mount_point(mountinfo())
+    mount = cgroup.mount()
     if mount is None:
         raise RuntimeError("no cgroup2 file system is mounted")
     return mount

@@ -90,8 +90,24 @@ def test_search_finds_no_pod_of_a_longer_uid(tmp_path: Path) -> None:
 def mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for the cgroup2 mount."""
     text = f"30 23 0:26 / {tmp_path} rw - cgroup2 cgroup2 rw\n"
+    monkeypatch.setattr(cgroup, "USUAL_PLACES", ())
     monkeypatch.setattr(cgroup, "mountinfo", lambda: text)
     return tmp_path
+
+
+def test_the_root_in_its_usual_place_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, below, absent = (tmp_path / name for name in ("root", "below", "absent"))
+    for folder, files in {root: ["controllers"], below: ["controllers", "type"]}.items():
+        folder.mkdir()
+        for name in files:
+            (folder / f"cgroup.{name}").touch()
+    monkeypatch.setattr(cgroup, "mountinfo", lambda: UNIFIED)
+    monkeypatch.setattr(cgroup, "USUAL_PLACES", (absent, below, root))
+    assert cgroup.mount() == root
+    monkeypatch.setattr(cgroup, "USUAL_PLACES", (absent, below))
+    assert cgroup.mount() == Path("/sys/fs/cgroup")
 
 
 def test_find_by_path(mounted: Path) -> None:
@@ -129,5 +145,6 @@ def test_strange_uids_find_nothing(mounted: Path, uid: str) -> None:
 
 
 def test_without_cgroup2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "USUAL_PLACES", ())
     monkeypatch.setattr(cgroup, "mountinfo", lambda: "")
     assert cgroup.find("/kubepods/pod1", "1") == (None, "no cgroup2 file system is mounted")
