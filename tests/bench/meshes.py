@@ -59,7 +59,7 @@ PLANS: dict[Effort, Plan] = {
         rules=100_000,
         rate_ms=2_500,  # a stall of 20 ms, as a shared machine has them, is then below 1 %
         pairs=5,
-        rate_pairs=9,
+        rate_pairs=7,
     ),
     "quick": Plan(("http1",), (1, 32), 1, (1_000,), (SMALL,), ("none",), 0, 800, 3, 3),
     "smoke": Plan(("http2",), (2,), 0.1, (100,), (SMALL,), ("filter",), 100, 50, 1, 1),

