@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -62,26 +61,15 @@ def remove(folder: Path, patience_s: float = 10) -> None:
                 time.sleep(0.01)
 
 
-@dataclass(frozen=True)
-class CpuSeconds:
-    """CPU time: all of it, and the part in user mode."""
-
-    all: float
-    user: float
-
-    def __add__(self, other: CpuSeconds) -> CpuSeconds:
-        return CpuSeconds(self.all + other.all, self.user + other.user)
-
-    def __sub__(self, earlier: CpuSeconds) -> CpuSeconds:
-        return CpuSeconds(self.all - earlier.all, self.user - earlier.user)
-
-
-def cpu_seconds(folder: Path) -> CpuSeconds:
+def cpu_seconds(folder: Path) -> float:
     """CPU time that a cgroup and its children have used since they were made.
 
     From cpu.stat, which every cgroup2 has, also where the cpu controller is bound to v1. The
-    scheduler keeps it in nanoseconds. Softirq work counts for the task on whose time it ran.
+    scheduler keeps it in nanoseconds (its split into user and system is a guess by ticks). Softirq
+    work counts for the task on whose time it ran.
     """
-    lines = (folder / "cpu.stat").read_text().splitlines()
-    microseconds = {key: int(value) for key, value in (line.split() for line in lines)}
-    return CpuSeconds(microseconds["usage_usec"] / 1e6, microseconds["user_usec"] / 1e6)
+    for line in (folder / "cpu.stat").read_text().splitlines():
+        key, value = line.split()
+        if key == "usage_usec":
+            return int(value) / 1e6
+    raise RuntimeError(f"{folder}/cpu.stat has no usage_usec")

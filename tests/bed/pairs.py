@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from tests.bed import OPTED_OUT, Bed, Pod, cpus
-from tests.bed.cgroups import CpuSeconds
 from tests.bed.netns import LinkCounters
 from tests.bed.pingpong import HOPS
 
@@ -27,7 +26,7 @@ class Pair:
     client: Pod
     server: Pod
 
-    def cpu_seconds(self) -> CpuSeconds:
+    def cpu_seconds(self) -> float:
         return self.client.cpu_seconds() + self.server.cpu_seconds()
 
     def links(self, ifname: str) -> LinkCounters:
@@ -57,7 +56,6 @@ class Cost:
     """CPU time and packets of both pods of a pair while something ran."""
 
     cpu_s: float
-    user_s: float  # of it in user mode
     foreign_s: float  # CPU time that anybody else took on the CPU meanwhile
     veth: LinkCounters
     loopback: LinkCounters
@@ -91,11 +89,11 @@ def alternated(things: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
 def measured(pair: Pair, cpu: str, run: Callable[[], T]) -> tuple[T, Cost]:
     """What a run over this pair gave, and what it cost; everything of it is on one CPU."""
     veth, loopback = pair.links("eth0"), pair.links("lo")
-    busy_s, before = cpus.busy_seconds(cpu), pair.cpu_seconds()
+    busy_s, cpu_s = cpus.busy_seconds(cpu), pair.cpu_seconds()
     result = run()
-    busy_s, used = cpus.busy_seconds(cpu) - busy_s, pair.cpu_seconds() - before
+    busy_s, cpu_s = cpus.busy_seconds(cpu) - busy_s, pair.cpu_seconds() - cpu_s
     links = pair.links("eth0") - veth, pair.links("lo") - loopback
-    return result, Cost(used.all, used.user, max(0.0, busy_s - used.all), *links)
+    return result, Cost(cpu_s, max(0.0, busy_s - cpu_s), *links)
 
 
 def payload(bed: Bed, accelerated: Pair) -> dict[str, Bytes]:

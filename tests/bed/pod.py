@@ -14,7 +14,6 @@ from pathlib import Path
 
 from tests.bed import cgroups, istio, netns
 from tests.bed.addresses import MAPPED, Family, family_of, on_the_wire
-from tests.bed.cgroups import CpuSeconds
 from tests.bed.cni import Attachment, Chain
 from tests.bed.istio import Interception
 from tests.bed.netns import LinkCounters, NetNamespace
@@ -154,7 +153,7 @@ class Pod:
         """What went over the pod's interface."""
         return self.netns.link_counters(self.attachment.ifname)
 
-    def cpu_seconds(self) -> CpuSeconds:
+    def cpu_seconds(self) -> float:
         """CPU time its containers have used."""
         return cgroups.cpu_seconds(self.cgroup)
 

@@ -29,7 +29,7 @@ SMALL = "/answer"
 LARGE = "/body-65536"
 FILES = {LARGE[1:]: b"x" * 65_536}
 MESSAGE = b"m" * 100  # of a gRPC-like request
-TOLD = ("p50_us", "p99_us", "cpu_us_per_request", "user_us_per_request")
+TOLD = ("p50_us", "p99_us", "cpu_us_per_request")
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,5 @@ def _values(load: Load, answered: int, cost: Cost) -> dict[str, float]:
         **{f"p{str(p).replace('.', '')}_us": load.latency_us(p) for p in (50, 90, 99, 99.9)},
         "requests_per_s": answered / load.duration_s,
         "cpu_us_per_request": cost.cpu_s / answered * 1e6,
-        "user_us_per_request": cost.user_s / answered * 1e6,
         "busy_us_per_request": (cost.cpu_s + cost.foreign_s) / answered * 1e6,
     }

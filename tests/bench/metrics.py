@@ -30,7 +30,6 @@ METRICS = {
     "requests_per_s": Metric("requests/s", higher_is_better=True),
     "requests_per_cpu_s": Metric("requests per CPU-second", higher_is_better=True),
     "cpu_us_per_request": Metric("CPU per request, us"),
-    "user_us_per_request": Metric("of it in user mode, us"),
     "busy_us_per_request": Metric("busy CPU per request (/proc/stat), us"),
     "connections_per_s": Metric("connections/s", higher_is_better=True),
     "cpu_us_per_connection": Metric("CPU per connection, us"),
