@@ -48,11 +48,9 @@ def mount_point(text: str) -> Path | None:
     """
     best: tuple[str, str] | None = None
     for line in text.splitlines():
-        if " - cgroup2 " not in line:
-            continue  # most of a node's many mounts are its pods'
-        before, _, after = line.partition(" - ")
+        before, separator, after = line.partition(" - ")
         fields = before.split()
-        if after.startswith("cgroup2 ") and len(fields) > 4:
+        if separator and after.split(" ", 1)[0] == "cgroup2" and len(fields) > 4:
             found = (fields[3], fields[4])
             if best is None or len(found[0]) < len(best[0]):
                 best = found

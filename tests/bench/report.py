@@ -62,10 +62,7 @@ def _machine(results: Results) -> Iterator[str]:
         busy = ", ".join(f"CPU {cpu}: {share:.0%}" for cpu, share in found["busy_before"].items())
         cpu = f"{found['cpus']} x {found['cpu']}, measuring on {found['measuring_cpu']}"
         stolen = f"{found.get('stolen_share', 0):.1%}"
-        memory, control = (
-            f"{found['memory_gib']} GiB",
-            found.get("congestion_control", NOT_MEASURED),
-        )
+        memory, control = f"{found['memory_gib']} GiB", found["congestion_control"]
         yield _row([name, found["date"], found["kernel"], cpu, memory, control, busy, stolen])
     yield ""
     for name, section in results.sections.items():
@@ -120,9 +117,9 @@ def _kept(verdict: Verdict) -> str:
         return NOT_MEASURED
     if verdict.kept:
         return "yes"
-    surely = f"surely {verdict.surely}" if verdict.surely else "none surely"
     if verdict.cases == 1:
         return "**no**" if verdict.surely else "**no**, not surely"
+    surely = f"surely {verdict.surely}" if verdict.surely else "none surely"
     return f"**no**, {verdict.broken} of {verdict.cases} cases, {surely}"
 
 

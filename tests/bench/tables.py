@@ -226,8 +226,7 @@ CHAPTERS = {
         "Beside so many attached pods, or live and silent connections: one more pod's ADD (VERSION "
         "is the plugin's start alone), and a round trip of 64 bytes from a sidecar to its "
         "application. Kernel memory: slab, per-CPU and vmalloc, from /proc/meminfo. What grows in "
-        "an ADD is the node's list of mounts, where it finds cgroup2 (each pod here has one more), "
-        "and the kernel's walk to a sysctl of the pod's namespace among those of all the others.",
+        "an ADD is the kernel's walk to a sysctl of the pod's namespace among those of all others.",
         (
             Table(
                 "Pods",
