@@ -36,7 +36,13 @@ EVERYTHING: tuple[tuple[HopName, Mode], ...] = (
     ("inbound", "duplex"),
     ("inbound", "blocking"),
 )
-LATER: tuple[tuple[HopName, Mode], ...] = (("inbound", "settled"), ("sidecars", "settled"))
+UNDER_CUBIC: tuple[tuple[HopName, Mode], ...] = (
+    ("outbound", "slow"),
+    ("outbound", "duplex"),
+    ("inbound", "settled"),
+    ("outbound", "settled"),
+    ("sidecars", "settled"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def run(bench: Bench, control: Control) -> None:
     plan = PLANS[bench.effort]
     bench.section.machine["congestion_control"] = control
     if bench.effort == "full" and control == "cubic":
-        plan = replace(plan, streams=plan.streams + LATER)
+        plan = replace(plan, streams=plan.streams + UNDER_CUBIC)
     with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
         stack.enter_context(congestion.allowed(control))
         for pod in (pod for pair in both for pod in (pair.client, pair.server)):
