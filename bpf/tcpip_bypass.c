@@ -55,7 +55,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
  * TCP may be the faster one for a while only, TB_STUCK_LONG. See tb_should_part(), tb_weight().
  */
 #define TB_SMALL 8192
-#define TB_CROWD 256
+#define TB_CROWD 1024
 #define TB_RELIEF 32
 #define TB_STUCK 4096
 #define TB_STUCK_LONG (128 * TB_STUCK)
@@ -63,6 +63,17 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_LOOK 16384
 /* Like TCP's own receive buffer (net.ipv4.tcp_rmem), the bound grows for who reads. */
 #define TB_MAX_BOUND (2 << 20)
+/* How much TCP may have on its way inside a pod, in bytes and in packets, whichever is more; for
+ * writes of TB_BULK and more only in large packets. See tb_best_window(). */
+#define TB_IN_FLIGHT (512 * 1024)
+#define TB_FEW_PACKETS 16
+#define TB_BULK (128 * 1024)
+/* An acknowledgement that took so long was waited for, in microseconds; the delay is 40,000. */
+#define TB_LATE 5000
+#define TB_OWN_WINDOW (~0U) /* TCP's own limit; what we set for it is another number */
+#define TB_ANY_WINDOW 0x7fffffff
+/* Smaller writes are read, and acknowledged, one by one: they gather in few packets only. */
+#define TB_TINY 128
 /* How long, in jiffies, a step of parting lasts at least: see tb_take_leave(). */
 #define TB_PARTING_STEP 2
 
@@ -171,6 +182,8 @@ struct tb_conn {
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
 	__u32 called;  /* the flags of TB_WHILE_JOINED that no other program had set */
+	__u32 held;    /* the congestion window, in packets, see tb_best_window(); 0: TCP's own */
+	__u32 size;    /* of the newest message */
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;
@@ -301,6 +314,17 @@ static __always_inline int tb_is_empty(const struct tb_end *end, __u64 oldest)
 static __always_inline int tb_has_read_all(const struct tb_end *end)
 {
 	return tb_is_empty(end, tb_oldest(end));
+}
+
+static __always_inline int tb_paused(struct tb_conn *conn)
+{
+	int zero = 0;
+	struct tb_control *node = control.lookup(&zero);
+
+	if (!node || (node->flags & TB_CONTROL_PAUSED))
+		return 1;
+	return (node->flags & TB_CONTROL_PODS_PAUSED) &&
+	       (paused_pods.lookup(&conn->me.pod_id) || paused_pods.lookup(&conn->peer.pod_id));
 }
 
 /* ---- Addresses and policy --------------------------------------------------------------- */
@@ -551,10 +575,15 @@ static __always_inline void tb_call_on(struct bpf_sock_ops *skops, struct tb_con
 						 BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
+/* One whose window is held is called for that, wherever it is. */
 static __always_inline void tb_call_no_more(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~conn->called);
-	conn->called = 0;
+	int over = conn->called;
+
+	if (conn->held)
+		over &= ~BPF_SOCK_OPS_RTT_CB_FLAG;
+	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~over);
+	conn->called &= ~over;
 }
 
 /*
@@ -1014,13 +1043,63 @@ static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn
 		tb_depart(skops, conn);
 }
 
+/*
+ * Inside a pod no packet waits or is lost on its way, and all that slow start does is grow the
+ * congestion window until no stream fills it. TCP then sends each small write by itself, several
+ * times as dearly as those that it gathers while it waits for an acknowledgement, and larger ones
+ * out of the caches' reach. So the window of a socket that sends by TCP after all is held where it
+ * is at its best; never below what TCP falls back to after each pause. Where TCP paces, it gathers
+ * by itself, and the window is its pacing's.
+ *
+ * A reader that waits for more than the window holds (SO_RCVLOWAT, MSG_PEEK, FIONREAD) gets it only
+ * when the acknowledgement's delay is over. One such wait shows, and is the last.
+ */
+static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	__u32 mss = skops->mss_cache, packets = mss ? TB_IN_FLIGHT / mss : 0;
+
+	if (conn->peer.pod_id != conn->me.pod_id || skops->srtt_us >> 3 > TB_LATE ||
+	    tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS) || tb_paused(conn))
+		return 0;
+	if (packets <= TB_FEW_PACKETS)
+		return TB_FEW_PACKETS;
+	return conn->size < TB_BULK ? packets : 0;
+}
+
+/*
+ * Holds the window at so many packets; 0: not any more, and never again. One that has grown already
+ * would not shrink, and one that somebody else has limited is left alone.
+ */
+static __always_inline void tb_hold_window(struct bpf_sock_ops *skops, struct tb_conn *conn,
+					   __u32 packets)
+{
+	int limit = packets ? packets : TB_ANY_WINDOW;
+
+	if (packets == conn->held)
+		return;
+	if (packets && (skops->snd_cwnd > packets ||
+			tb_read32(conn->me.sk + OFF_TCP_SOCK_SND_CWND_CLAMP) != TB_OWN_WINDOW))
+		return;
+	conn->held = bpf_setsockopt(skops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &limit, sizeof(limit))
+			     ? 0
+			     : packets;
+}
+
 /* Only bytes that went by TCP are acknowledged: while a connection bypasses, this never runs. */
 static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	if (conn->seeking)
-		tb_leave_alone(skops, conn);
-	else if (conn->parting == TB_PARTING || conn->parting == TB_CLOSED)
+	if (!conn->me.id)
+		return;
+	if (!tb_paired(conn)) {
+		if (conn->seeking)
+			tb_leave_alone(skops, conn);
+		return;
+	}
+	tb_hold_window(skops, conn, tb_best_window(skops, conn));
+	if (conn->parting == TB_PARTING || conn->parting == TB_CLOSED)
 		tb_take_leave(skops, conn);
+	else if (conn->parting == TB_PARTED && !conn->held)
+		tb_call_no_more(skops, conn);
 }
 
 /*
@@ -1034,6 +1113,7 @@ static __always_inline void tb_used_again(struct bpf_sock_ops *skops, struct tb_
 	if (conn->me.id)
 		sockhash.delete(&conn->me.id);
 	conn->me.id = 0;
+	tb_hold_window(skops, conn, 0);
 	tb_call_no_more(skops, conn);
 }
 
@@ -1161,17 +1241,6 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, __u32 write_seq)
 	return conn->tx_mark != 0;
 }
 
-static __always_inline int tb_paused(struct tb_conn *conn)
-{
-	int zero = 0;
-	struct tb_control *node = control.lookup(&zero);
-
-	if (!node || (node->flags & TB_CONTROL_PAUSED))
-		return 1;
-	return (node->flags & TB_CONTROL_PODS_PAUSED) &&
-	       (paused_pods.lookup(&conn->me.pod_id) || paused_pods.lookup(&conn->peer.pod_id));
-}
-
 /*
  * RULE (order). The kernel lets go of the sender's lock between this verdict and the peer's queue
  * (tcp_bpf_send_verdict). So a redirect by another thread may still be on its way, and a message
@@ -1280,12 +1349,14 @@ static __always_inline void tb_part(struct tb_conn *conn)
 
 /*
  * Does TCP gather small writes for good, so that it is faster than one redirect for each? It does
- * without TCP_NODELAY, and if it paces what it sends, as BBR has it. Otherwise, as with CUBIC, it
- * sends each at once as soon as its window has grown, some tenths of a second into a stream, and is
- * two to four times as slow.
+ * without TCP_NODELAY, if it paces what it sends, as BBR has it, and in a window that is held.
+ * Otherwise it sends each at once as soon as its window has grown, some tenths of a second into a
+ * stream, and is two to four times as slow.
  */
-static __always_inline int tb_gathers(const void *tp)
+static __always_inline int tb_gathers(const struct tb_conn *conn, const void *tp)
 {
+	if (conn->held && (conn->held == TB_FEW_PACKETS || conn->size >= TB_TINY))
+		return 1;
 	return !(TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF) ||
 	       TB_OWN(__u32, tp, OFF_SOCK_PACING_STATUS);
 }
@@ -1293,7 +1364,7 @@ static __always_inline int tb_gathers(const void *tp)
 /* Would TCP do this stream better, or is the peer leaving the sockhash? */
 static __always_inline int tb_should_part(const struct tb_conn *conn, const void *tp)
 {
-	return conn->wary || (conn->crowd > TB_CROWD && tb_gathers(tp));
+	return conn->wary || (conn->crowd > TB_CROWD && tb_gathers(conn, tp));
 }
 
 /*
@@ -1359,7 +1430,7 @@ static __always_inline int tb_waits_in_vain(const struct tb_conn *conn, const vo
 
 	if (conn->waiting < TB_STUCK || conn->waiting % TB_STUCK >= tb_weight(0))
 		return 0;
-	return tb_gathers(tp) || !tb_takes_what_comes(sk) || tb_has_sleeper(sk);
+	return tb_gathers(conn, tp) || !tb_takes_what_comes(sk) || tb_has_sleeper(sk);
 }
 
 /*
@@ -1466,6 +1537,7 @@ int tb_sk_msg(struct sk_msg_md *msg)
 	tp = TB_TCP_SOCK(sk, conn->me.sk);
 	if (!tp)
 		return SK_PASS;
+	conn->size = msg->size;
 	reason = tb_redirect(msg, conn, tp);
 	if (reason < TB_REASONS)
 		tb_count_tcp(conn, reason, msg->size);

@@ -144,11 +144,10 @@ CHAPTERS = {
         "one CPU it gets there in every time slice, while TCP blocks it and lets the reader run. "
         "TCP gathers small writes as long as its congestion window is small, and is faster then: "
         "for some tenths of a second. Then it sends each at once, and the bypass is two to four "
-        "times as fast. Over the bypass the window is less often full in the beginning and grows "
-        "sooner (slow start goes on), so that what goes by TCP does not gather as long. "
-        "Towards a reader that blocks in recv no byte may bypass after one by TCP until it has "
-        "sent something itself (docs/architecture.md), so those streams leave the sockhash and are "
-        "TCP's.",
+        "times as fast. Inside a pod the programs hold the window of a socket that sends by TCP "
+        "after all, and small writes gather for good; then its streams leave the sockhash "
+        "(docs/architecture.md). So do those towards a reader that blocks in recv: no byte may "
+        "bypass after one by TCP until it has sent something itself.",
         STREAMS,
     ),
     "streaming-bbr": Chapter(

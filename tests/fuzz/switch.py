@@ -23,7 +23,8 @@ LARGEST = 17 * 32768  # bytes: what one sk_msg holds at most
 RCVBUF = 131_072
 LOOK = 16_384  # TB_LOOK
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
-NOTHING, PACING, NAGLE = range(3)  # that makes an end's small writes gather, see host_connect()
+# What makes an end's small writes gather, see host_connect().
+NOTHING, PACING, NAGLE, WINDOW = range(4)
 LARGEST_BOUND = 2 << 20  # TB_MAX_BOUND: what RCVBUF grows to for a peer that reads
 
 

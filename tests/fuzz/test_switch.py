@@ -22,6 +22,7 @@ from tests.fuzz.switch import (
     OVERDUE,
     PACING,
     RCVBUF,
+    WINDOW,
     WRAP,
     Broken,
     Connection,
@@ -29,7 +30,7 @@ from tests.fuzz.switch import (
 
 SIDE = st.sampled_from((0, 1))
 BOTH = st.tuples(st.booleans(), st.booleans())
-GATHERS = st.tuples(st.integers(NOTHING, NAGLE), st.integers(NOTHING, NAGLE))
+GATHERS = st.tuples(st.integers(NOTHING, WINDOW), st.integers(NOTHING, WINDOW))
 SIZE = st.one_of(st.integers(1, 64), st.integers(1, LARGEST))
 # Near the wrap, and anywhere.
 ISN = st.one_of(st.integers(WRAP - 5000, WRAP - 1), st.integers(0, WRAP - 1))
@@ -183,14 +184,32 @@ def quick(gathers: int = NOTHING, *, sidecar: bool = False) -> Connection:
     return Connection(rules(), (1000, 2000), (False, sidecar), (False, True), (gathers, gathers))
 
 
-def test_a_crowd_of_small_writes_stays_where_nothing_gathers_them() -> None:
-    connection = quick()
-    for _ in range(1000):
-        assert all(connection.send(0, 10) for _ in range(60))
+def outlives_crowds(connection: Connection, size: int) -> bool:
+    """After bytes went by TCP, many writes pile up before each read: does the sender stay?"""
+    connection.send_by_tcp(0, 100, 100)
+    connection.acknowledge(0)
+    connection.read_everything(1)
+    for _ in range(100):
+        for _ in range(400):
+            connection.send(0, size)
         connection.read_everything(1)
+        if connection.acknowledge(0, 2):
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("gathers", "size", "stays"),
+    [(NOTHING, 100, True), (NOTHING, 200, False), (WINDOW, 10, False), (NAGLE, 10, False)],
+)
+def test_a_crowd_of_small_writes_stays_where_nothing_gathers_them(
+    gathers: int, size: int, *, stays: bool
+) -> None:
+    assert outlives_crowds(quick(gathers), size) is stays
 
 
 SOON = 3_000  # messages
+PILES = (100, 150, 225, 330, 500, 750, 1100, 1600, 10)  # messages: the bound grows for who reads
 LATE = 300_000
 
 
@@ -200,6 +219,7 @@ LATE = 300_000
         ([100], NOTHING, False, 1, False),
         ([100], PACING, False, 1, True),
         ([100], NAGLE, False, 1, True),
+        ([100], WINDOW, False, 1, True),
         ([20_000], NOTHING, False, 1, True),
         ([16_384, 100], NOTHING, False, 1, True),
         ([100, 16_384], NOTHING, False, 1, True),
@@ -275,8 +295,8 @@ def never_read(connection: Connection) -> None:
 
 def stream_until_parting(connection: Connection) -> None:
     """End 0 sends what TCP would coalesce, until it begins to leave the sockhash."""
-    for _ in range(100):
-        for _ in range(120):
+    for pile in PILES:
+        for _ in range(pile):
             if not connection.send(0, 10):
                 return
         connection.read_everything(1)
@@ -338,8 +358,8 @@ def follows_too_soon(connection: Connection) -> None:
 def parts_with_a_redirect_on_its_way(connection: Connection) -> None:
     """One thread streams, while another's redirect is decided upon and not yet queued."""
     connection.start_redirect(0, 10, thread=2)
-    for _ in range(100):
-        for _ in range(120):
+    for pile in PILES:
+        for _ in range(pile):
             connection.send(0, 10, thread=1)
         connection.read_everything(1)
         connection.acknowledge(0, 2)

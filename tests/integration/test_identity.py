@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
 import random
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +25,7 @@ from tests.integration.traffic_pods import (
     address,
     bypassed,
     connected,
+    disconnect,
     eventually,
     exchange,
     outcomes,
@@ -213,13 +212,6 @@ def test_a_pods_ip_and_cgroup_are_used_again(node: LightNode) -> None:
 def say_and_hear(sock: socket.socket) -> None:
     sock.sendall(b"to the dead")
     sock.recv(1)
-
-
-def disconnect(sock: socket.socket) -> None:
-    """connect(AF_UNSPEC), which Python's socket module does not offer."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.connect(sock.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16):
-        raise OSError(ctypes.get_errno(), "connect(AF_UNSPEC)")
 
 
 @pytest.mark.parametrize("unread", [b"", b"unread"], ids=["empty queue", "unread bytes"])

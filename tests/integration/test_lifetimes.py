@@ -37,6 +37,8 @@ from tests.integration.traffic_pods import (
     read_to_end,
     receive,
     reset,
+    send_by_tcp,
+    without_pacing,
 )
 from tests.integration.traffic_stream import Streams
 
@@ -539,33 +541,33 @@ def close(pair: tuple[socket.socket, socket.socket]) -> None:
 # ---- Streams ---------------------------------------------------------------------------------
 
 
-def without_pacing(pod: LightPod) -> None:
-    """Whatever the machine's own congestion control is: BBR paces what it sends."""
-    pod.sysctl("net.ipv4.tcp_congestion_control", "reno")
-
-
 def stream(sender: socket.socket, reader: socket.socket) -> None:
-    """400 writes, read in one go: a crowd, see TB_CROWD."""
+    """400 writes, read in one go, of which several make a crowd, see TB_CROWD."""
     data = os.urandom(40_000)
     for start in range(0, len(data), 100):
         sender.sendall(data[start : start + 100])
     assert receive(reader, len(data)) == data
 
 
-@pytest.mark.parametrize("gathered_by", ["pacing", "Nagle"])
+@pytest.mark.parametrize("gathered_by", ["pacing", "Nagle", "a held window"])
 @pytest.mark.parametrize("speaks", ["client", "server"])
 def test_a_stream_that_tcp_gathers_leaves_at_both_ends(
     node: LightNode, speaks: str, gathered_by: str
 ) -> None:
     """The end that only reads as well, though it has never said anything; no byte is lost."""
-    with node.pod(A) as client, node.pod(B) as server:
+    with node.pod(A) as client, node.pod(B) as other:
+        server = client if gathered_by == "a held window" else other
         without_pacing(client)
         without_pacing(server)
         with connected(client, server) as ends:
             sender, reader = ends if speaks == "client" else reversed(ends)
-            if gathered_by == "pacing":
+            if gathered_by != "Nagle":
                 sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if gathered_by == "pacing":
                 sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**31 - 1)
+            if gathered_by == "a held window":
+                send_by_tcp(sender, b"from here on")
+                assert receive(reader, 12) == b"from here on"
 
             def has_left() -> bool:
                 stream(sender, reader)
@@ -574,7 +576,7 @@ def test_a_stream_that_tcp_gathers_leaves_at_both_ends(
             assert node.sockets() == 2
             assert eventually(has_left)
             assert exchange(*ends)
-            assert eventually(lambda: outcomes(client, server) == {"paired": 2})
+            assert eventually(lambda: outcomes(client, other) == {"paired": 2})
 
 
 def test_a_stream_that_tcp_would_send_write_by_write_stays(node: LightNode) -> None:

@@ -414,6 +414,25 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
+def disconnect(sock: socket.socket) -> None:
+    """connect(AF_UNSPEC), which Python's socket module does not offer."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.connect(sock.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16):
+        raise OSError(ctypes.get_errno(), "connect(AF_UNSPEC)")
+
+
+def without_pacing(pod: LightPod) -> None:
+    """Whatever the machine's own congestion control is: BBR paces what it sends."""
+    pod.sysctl("net.ipv4.tcp_congestion_control", "reno")
+
+
+def send_by_tcp(sock: socket.socket, data: bytes) -> None:
+    """Corked, which only TCP can do."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    sock.sendall(data)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+
 def receive(sock: socket.socket, size: int) -> bytes:
     """Exactly so many bytes, fewer only at the end of the stream."""
     data = b""

@@ -66,6 +66,10 @@ UNSHOWN = """\
 - **MSG_ZEROCOPY on Linux 5.10**, with SO_ZEROCOPY set after the connection was established: the
   bytes arrive, by TCP, and no completion comes.
 - **SO_MAX_PACING_RATE** slows down packets: bypassed bytes are none.
+- **The congestion window** of a connection inside a pod is held at 16 packets or 512 KB once some
+  of its bytes have gone by TCP (not under BBR, which paces): `ss -i` and TCP_INFO show it, as
+  `cwnd` and `ssthresh`. A reader that waits for more than that without reading it (SO_RCVLOWAT,
+  MSG_PEEK, FIONREAD) may get it 40 ms late, once; then the window is TCP's own again.
 - **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
 
 ## What is the same

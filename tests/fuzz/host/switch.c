@@ -15,6 +15,7 @@ struct host_end {
 	struct list unread[2]; /* one stands for the oldest message in the bypass queue */
 	struct tb_conn conn;
 	__u32 callbacks;
+	__u32 mss;
 };
 
 static struct host_end ends[2];
@@ -63,7 +64,8 @@ static struct tb_counters *not_counted(struct tb_counter_key *key)
 }
 
 /* An established connection; the sequence number of the first byte that end i says is isn[i].
- * gathers: what makes its small writes gather. 1: pacing; 2: Nagle's algorithm; 0: nothing. */
+ * gathers: what makes its small writes gather. 1: pacing; 2: Nagle's algorithm; 3: a window of few
+ * packets; 0: nothing those below TB_TINY. */
 void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags[2],
 		  const __u32 gathers[2], __u32 rcvbuf)
 {
@@ -94,6 +96,8 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.rcvlowat = 1;
 		end->sock.pacing = gathers[i] == 1;
 		end->sock.nonagle = gathers[i] == 2 ? 0 : MASK_TCP_NAGLE_OFF;
+		end->sock.cwnd_clamp = TB_OWN_WINDOW;
+		end->mss = gathers[i] == 3 ? 65483 : 1448; /* lo's, or that of an address beyond */
 		end->sock.write_seq = isn[i];
 		end->sock.copied_seq = isn[!i];
 		end->conn.pressure = (__u64)&proto.memory_pressure;
@@ -124,7 +128,8 @@ int host_send(int end, __u32 size, __u64 thread)
 
 static void called_for(int end, int flag, void (*program)(struct bpf_sock_ops *, struct tb_conn *))
 {
-	struct bpf_sock_ops context = {.bpf_sock_ops_cb_flags = ends[end].callbacks};
+	struct bpf_sock_ops context = {.bpf_sock_ops_cb_flags = ends[end].callbacks,
+				       .mss_cache = ends[end].mss};
 
 	if (context.bpf_sock_ops_cb_flags & flag)
 		program(&context, &ends[end].conn);

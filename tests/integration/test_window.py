@@ -1,0 +1,165 @@
+"""TCP's congestion window, inside a pod and elsewhere: see tb_best_window()."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from cni_plugin import names
+from tests.integration import traffic_pods
+from tests.integration.traffic_pods import (
+    LightNode,
+    LightPod,
+    accepted,
+    connected,
+    disconnect,
+    eventually,
+    exchange,
+    receive,
+    send_by_tcp,
+    without_pacing,
+)
+
+A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
+PROXY_PORT, SERVICE = 15001, ("10.96.0.1", 80)
+SO_MAX_PACING_RATE = 47  # socket(7)
+NO_THRESHOLD = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH: nothing has told TCP where its window ends
+FEW_PACKETS, IN_FLIGHT = 16, 512 << 10  # TB_FEW_PACKETS, TB_IN_FLIGHT
+SMALL, BULK = 1000, 256 << 10  # bytes
+LO, WIRE = 60_000, 1460  # what a packet holds: more than the one, no more than the other
+
+
+@dataclass(frozen=True)
+class Window:
+    """What getsockopt(TCP_INFO) says of it; in packets, but for `packet`, which is in bytes."""
+
+    packet: int
+    threshold: int
+    window: int
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Window:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 84)
+        at = {"packet": 16, "threshold": 76, "window": 80}  # struct tcp_info, linux/tcp.h
+        return cls(**{k: int.from_bytes(info[v : v + 4], sys.byteorder) for k, v in at.items()})
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[LightNode]:
+    with traffic_pods.node() as made:
+        yield made
+
+
+@pytest.fixture
+def pod(node: LightNode) -> Iterator[LightPod]:
+    with node.pod(A) as made:
+        without_pacing(made)
+        yield made
+
+
+def by_tcp(sender: socket.socket, reader: socket.socket, write: int) -> Window:
+    """Sends enough for slow start to go far, all of it by TCP; the window that it leaves."""
+    sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    assert exchange(sender, reader)
+    data = os.urandom(write * max(1, (64 << 10) // write))
+    for _ in range(200):
+        for start in range(0, len(data), write):
+            send_by_tcp(sender, data[start : start + write])
+        assert receive(reader, len(data)) == data
+    assert exchange(sender, reader)
+    return Window.of(sender)
+
+
+@pytest.mark.parametrize("write", [SMALL, BULK])
+@pytest.mark.parametrize("speaks", ["client", "server"])
+def test_few_packets_are_on_their_way_over_lo(pod: LightPod, speaks: str, write: int) -> None:
+    with connected(pod, pod, to=("127.0.0.1", 8080)) as ends:
+        sender, reader = ends if speaks == "client" else reversed(ends)
+        window = by_tcp(sender, reader, write)
+    assert window.packet > LO
+    assert window.threshold == FEW_PACKETS
+    assert window.window <= FEW_PACKETS
+
+
+@pytest.mark.parametrize(("write", "held"), [(SMALL, True), (BULK, False)])
+def test_a_window_of_small_packets_is_held_for_small_writes(
+    pod: LightPod, write: int, *, held: bool
+) -> None:
+    """Towards the sidecar a packet is as small as towards the address that was dialled."""
+    pod.command(f"iptables -t nat -A OUTPUT -d {SERVICE[0]} -p tcp -j REDIRECT --to-ports 15001")
+    with (
+        pod.listen(PROXY_PORT, uid=names.PROXY_UID) as envoy,
+        pod.connect(SERVICE) as app,
+        accepted(envoy) as taken,
+    ):
+        window = by_tcp(app, taken, write)
+    assert window.packet <= WIRE
+    assert window.threshold == (IN_FLIGHT // window.packet if held else NO_THRESHOLD)
+
+
+def test_between_pods_it_is_left_alone(node: LightNode, pod: LightPod) -> None:
+    with node.pod(B) as other, connected(pod, other) as (sender, reader):
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
+
+
+def test_a_paced_one_is_left_alone(pod: LightPod) -> None:
+    with connected(pod, pod) as (sender, reader):
+        sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**31 - 1)
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
+
+
+def test_a_socket_that_is_used_again_has_its_own(node: LightNode, pod: LightPod) -> None:
+    with node.pod(C, accelerated=False) as elsewhere, connected(pod, pod) as (sender, reader):
+        assert by_tcp(sender, reader, SMALL).threshold == FEW_PACKETS
+        disconnect(sender)
+        with elsewhere.listen(8081) as listener:
+            sender.connect((C, 8081))
+            with accepted(listener) as taken:
+                window = by_tcp(sender, taken, BULK)
+    assert window.threshold == NO_THRESHOLD
+    assert window.window > FEW_PACKETS
+
+
+@contextmanager
+def paused(node: LightNode) -> Iterator[None]:
+    node.pause(True)
+    try:
+        yield
+    finally:
+        node.pause(False)
+
+
+def test_the_pause_lifts_it(node: LightNode, pod: LightPod) -> None:
+    with connected(pod, pod) as (sender, reader):
+        assert by_tcp(sender, reader, SMALL).threshold == FEW_PACKETS
+        with paused(node):
+            assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
+
+
+def test_one_that_has_grown_is_left_alone(node: LightNode, pod: LightPod) -> None:
+    """It would not shrink, and nothing would gather."""
+    with connected(pod, pod) as (sender, reader):
+        with paused(node):
+            grown = by_tcp(sender, reader, SMALL).window
+        assert grown > FEW_PACKETS
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
+
+
+def test_a_reader_that_waits_for_more_than_it_holds_ends_it(pod: LightPod) -> None:
+    """Else it would get each message as late as the acknowledgement that it does not send."""
+    message = os.urandom(48 * FEW_PACKETS)
+    with connected(pod, pod) as (sender, reader):
+        assert by_tcp(sender, reader, SMALL).threshold == FEW_PACKETS
+        for _ in range(10):
+            for start in range(0, len(message), 16):
+                send_by_tcp(sender, message[start : start + 16])
+            assert eventually(lambda: reader.recv(len(message), socket.MSG_PEEK) == message)
+            assert receive(reader, len(message)) == message
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
