@@ -54,6 +54,7 @@ _OFFSETS = {
     "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
     "TCP_SOCK_KEEPALIVE_TIME": ("tcp_sock", "keepalive_time"),
     "TCP_SOCK_SND_CWND_CLAMP": ("tcp_sock", "snd_cwnd_clamp"),
+    "TCP_SOCK_TLP_HIGH_SEQ": ("tcp_sock", "tlp_high_seq"),
     "TCP_SOCK_WRITE_SEQ": ("tcp_sock", "write_seq"),
     "WAIT_ENTRY": ("wait_queue_entry", "entry"),
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),

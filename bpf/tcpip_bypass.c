@@ -1052,13 +1052,15 @@ static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn
  * by itself, and the window is its pacing's.
  *
  * A reader that waits for more than the window holds (SO_RCVLOWAT, MSG_PEEK, FIONREAD) gets it only
- * when the acknowledgement's delay is over. One such wait shows, and is the last.
+ * when the sender probes for a loss, or when the acknowledgement's delay is over. Such a wait
+ * shows, as a probe or in the round trip's time, and is the last.
  */
 static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	__u32 mss = skops->mss_cache, packets = mss ? TB_IN_FLIGHT / mss : 0;
 
 	if (conn->peer.pod_id != conn->me.pod_id || skops->srtt_us >> 3 > TB_LATE ||
+	    tb_read32(conn->me.sk + OFF_TCP_SOCK_TLP_HIGH_SEQ) ||
 	    tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS) || tb_paused(conn))
 		return 0;
 	if (packets <= TB_FEW_PACKETS)
@@ -1073,16 +1075,16 @@ static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct t
 static __always_inline void tb_hold_window(struct bpf_sock_ops *skops, struct tb_conn *conn,
 					   __u32 packets)
 {
+	__u32 ours = conn->held ? conn->held : TB_OWN_WINDOW;
 	int limit = packets ? packets : TB_ANY_WINDOW;
 
 	if (packets == conn->held)
 		return;
 	if (packets && (skops->snd_cwnd > packets ||
-			tb_read32(conn->me.sk + OFF_TCP_SOCK_SND_CWND_CLAMP) != TB_OWN_WINDOW))
+			tb_read32(conn->me.sk + OFF_TCP_SOCK_SND_CWND_CLAMP) != ours))
 		return;
-	conn->held = bpf_setsockopt(skops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &limit, sizeof(limit))
-			     ? 0
-			     : packets;
+	if (!bpf_setsockopt(skops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &limit, sizeof(limit)))
+		conn->held = packets;
 }
 
 /* Only bytes that went by TCP are acknowledged: while a connection bypasses, this never runs. */

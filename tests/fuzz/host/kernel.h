@@ -28,7 +28,8 @@ struct psock {
 
 struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket;
-	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing, cwnd_clamp;
+	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing, cwnd_clamp,
+		probing;
 	__u8 is_mptcp, nonagle, userlocks;
 };
 
@@ -64,6 +65,7 @@ struct request {
 #define OFF_SOCK_NET offsetof(struct host_sock, net)
 #define OFF_SOCK_PACING_STATUS offsetof(struct host_sock, pacing)
 #define OFF_TCP_SOCK_SND_CWND_CLAMP offsetof(struct host_sock, cwnd_clamp)
+#define OFF_TCP_SOCK_TLP_HIGH_SEQ offsetof(struct host_sock, probing)
 #define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
 #define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
 #define OFF_SOCK_UID offsetof(struct host_sock, uid)
