@@ -15,7 +15,6 @@ from tests.containerd import node
 
 ABANDONED = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of nohup's
 from tests.containerd.bed import open_bed
 with open_bed() as bed, bed.pod("abandoned") as pod:
     pod.run_sandbox()
