@@ -70,6 +70,9 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_BULK (128 * 1024)
 /* An acknowledgement that took so long was waited for, in microseconds; the delay is 40,000. */
 #define TB_LATE 5000
+/* How often it may be, of a stream: of a sender that is so many bytes ahead. */
+#define TB_WAITS 64
+#define TB_AHEAD 65536
 #define TB_OWN_WINDOW (~0U) /* TCP's own limit; what we set for it is another number */
 #define TB_ANY_WINDOW 0x7fffffff
 /* Smaller writes are read, and acknowledged, one by one: they gather in few packets only. */
@@ -184,6 +187,8 @@ struct tb_conn {
 	__u32 called;  /* the flags of TB_WHILE_JOINED that no other program had set */
 	__u32 held;    /* the congestion window, in packets, see tb_best_window(); 0: TCP's own */
 	__u32 size;    /* of the newest message */
+	__u32 waits;   /* for acknowledgements that came late, see tb_count_waits() */
+	__u32 reserved;
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;
@@ -1044,23 +1049,32 @@ static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn
 }
 
 /*
+ * A reader that waits for more than the window holds (SO_RCVLOWAT, MSG_PEEK, FIONREAD) gets it only
+ * when the sender probes for a loss, or when the acknowledgement's delay is over. Such a wait
+ * shows, as a probe or in the round trip's time, and is the last. A stream's sender waits as well,
+ * now and then, while its reader has no CPU: that costs nothing, and is let pass for long.
+ */
+static __always_inline void tb_count_waits(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	__u32 ahead = tb_read32(conn->me.sk + OFF_TCP_SOCK_WRITE_SEQ) - skops->snd_una;
+
+	if (skops->srtt_us >> 3 > TB_LATE || tb_read32(conn->me.sk + OFF_TCP_SOCK_TLP_HIGH_SEQ))
+		conn->waits += ahead < TB_AHEAD ? TB_WAITS : 1;
+}
+
+/*
  * Inside a pod no packet waits or is lost on its way, and all that slow start does is grow the
  * congestion window until no stream fills it. TCP then sends each small write by itself, several
  * times as dearly as those that it gathers while it waits for an acknowledgement, and larger ones
  * out of the caches' reach. So the window of a socket that sends by TCP after all is held where it
  * is at its best; never below what TCP falls back to after each pause. Where TCP paces, it gathers
  * by itself, and the window is its pacing's.
- *
- * A reader that waits for more than the window holds (SO_RCVLOWAT, MSG_PEEK, FIONREAD) gets it only
- * when the sender probes for a loss, or when the acknowledgement's delay is over. Such a wait
- * shows, as a probe or in the round trip's time, and is the last.
  */
 static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	__u32 mss = skops->mss_cache, packets = mss ? TB_IN_FLIGHT / mss : 0;
 
-	if (conn->peer.pod_id != conn->me.pod_id || skops->srtt_us >> 3 > TB_LATE ||
-	    tb_read32(conn->me.sk + OFF_TCP_SOCK_TLP_HIGH_SEQ) ||
+	if (conn->peer.pod_id != conn->me.pod_id || conn->waits >= TB_WAITS ||
 	    tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS) || tb_paused(conn))
 		return 0;
 	if (packets <= TB_FEW_PACKETS)
@@ -1097,6 +1111,8 @@ static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, str
 			tb_leave_alone(skops, conn);
 		return;
 	}
+	if (conn->held)
+		tb_count_waits(skops, conn);
 	tb_hold_window(skops, conn, tb_best_window(skops, conn));
 	if (conn->parting == TB_PARTING || conn->parting == TB_CLOSED)
 		tb_take_leave(skops, conn);

@@ -69,7 +69,8 @@ UNSHOWN = """\
 - **The congestion window** of a connection inside a pod is held at 16 packets or 512 KB once some
   of its bytes have gone by TCP (not under BBR, which paces): `ss -i` and TCP_INFO show it, as
   `cwnd` and `ssthresh`. A reader that waits for more than that without reading it (SO_RCVLOWAT,
-  MSG_PEEK, FIONREAD) may get it up to 40 ms late, once; then the window is TCP's own again.
+  MSG_PEEK, FIONREAD) may get it up to 40 ms late, once (64 times, if each time more than 64 KB of
+  small writes lie ready); then the window is TCP's own again.
 - **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
 
 ## What is the same
