@@ -50,12 +50,15 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_MAX_PAUSED_PODS 4096
 /*
  * What TCP would gather: writes below TB_SMALL bytes, TB_CROWD of them while earlier ones lay
- * unread, as when both ends share a CPU; one that finds the peer's queue moving makes up for
- * TB_RELIEF. And what gains nothing: TB_STUCK more by TCP, by the order rule, than bypassed; where
- * TCP may be the faster one for a while only, TB_STUCK_LONG. See tb_should_part(), tb_weight().
+ * unread, as when both ends share a CPU (TB_LARGE_CROWD where only a held window gathers, so that a
+ * reader without a CPU for a moment does not cost a busy connection its bypass); one that finds the
+ * peer's queue moving makes up for TB_RELIEF. And what gains nothing: TB_STUCK more by TCP, by the
+ * order rule, than bypassed; where TCP may be the faster one for a while only, TB_STUCK_LONG. See
+ * tb_should_part(), tb_weight().
  */
 #define TB_SMALL 8192
-#define TB_CROWD 1024
+#define TB_CROWD 256
+#define TB_LARGE_CROWD 1024
 #define TB_RELIEF 32
 #define TB_STUCK 4096
 #define TB_STUCK_LONG (128 * TB_STUCK)
@@ -1311,7 +1314,7 @@ static __always_inline int tb_look(struct tb_conn *conn)
 	if (moves)
 		conn->crowd -= tb_min(conn->crowd, relief);
 	else
-		conn->crowd = tb_min(conn->crowd + conn->small, 2 * TB_CROWD);
+		conn->crowd = tb_min(conn->crowd + conn->small, 2 * TB_LARGE_CROWD);
 	conn->rcvbuf = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
 	conn->oldest = oldest;
 	conn->small = 0;
@@ -1382,7 +1385,9 @@ static __always_inline int tb_gathers(const struct tb_conn *conn, const void *tp
 /* Would TCP do this stream better, or is the peer leaving the sockhash? */
 static __always_inline int tb_should_part(const struct tb_conn *conn, const void *tp)
 {
-	return conn->wary || (conn->crowd > TB_CROWD && tb_gathers(conn, tp));
+	__u32 crowd = conn->held ? TB_LARGE_CROWD : TB_CROWD;
+
+	return conn->wary || (conn->crowd > crowd && tb_gathers(conn, tp));
 }
 
 /*
