@@ -191,7 +191,6 @@ struct tb_conn {
 	__u32 held;    /* the congestion window, in packets, see tb_best_window(); 0: TCP's own */
 	__u32 size;    /* of the newest message */
 	__u32 waits;   /* for acknowledgements that came late, see tb_count_waits() */
-	__u32 reserved;
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;

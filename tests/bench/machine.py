@@ -13,10 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests.bed import cpus
+from tests.bed import congestion, cpus
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
-from tests.bench import congestion
 
 LOOK_S = 0.5
 BUSY_LIMIT = 0.05  # of a CPU, by others; kernel threads and the ticks of /proc/stat are below it

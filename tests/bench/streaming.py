@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tests.bed import cc, ends, open_bed, pairs, pingpong
+from tests.bed import cc, congestion, ends, open_bed, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop, HopName
-from tests.bench import congestion, hops
+from tests.bench import hops
 from tests.bench.bench import Bench, Effort
 
 SOURCE = Path(__file__).with_name("stream.c")

@@ -17,7 +17,7 @@ from bpf.stats import HopCounters
 from cni_plugin import names
 from install import commands, report
 from install.commands import Node
-from tests.bed import Bed, Pod, kubeproxy, open_bed, pingpong
+from tests.bed import Bed, Pod, congestion, kubeproxy, open_bed, pingpong
 from tests.bed.addresses import Family
 from tests.bed.cni import DUAL_STACK
 from tests.bed.istio import Interception
@@ -265,15 +265,6 @@ def pods(wanted: Iterable[str]) -> Iterator[Pods]:
         yield Pods(bed, hops)
 
 
-def _do_not_pace(pod: Pod) -> None:
-    """Like CUBIC, which nearly every node has; Reno is in every kernel, for every pod to choose.
-
-    Where TCP paces (BBR), the programs leave its window alone, and small streams leave sooner.
-    """
-    with pod.netns.entered():
-        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text("reno")
-
-
 def _pair(bed: Bed, stack: ExitStack, name: str, way: Way) -> tuple[Pod, Pod]:
     interception, *annotations = KINDS[way.kind]
     client, server = (
@@ -283,7 +274,9 @@ def _pair(bed: Bed, stack: ExitStack, name: str, way: Way) -> tuple[Pod, Pod]:
         for role, wanted in zip(("client", "server"), annotations)
     )
     for pod in (client, server):
-        _do_not_pace(pod)
+        # Paces as little as CUBIC, which nearly every node has, and every pod may choose it. Where
+        # TCP paces (BBR) its window is left alone, and small streams leave sooner.
+        congestion.choose(pod.netns, "reno")
     if way.hop == "service":
         stack.enter_context(kubeproxy.service(bed.host, server, way.family))
     return client, server

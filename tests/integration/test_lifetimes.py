@@ -26,6 +26,7 @@ from tests.bed import APP_UID, PROXY_UID, bpf_objects, open_bed
 from tests.bed.pod import ENTER
 from tests.integration import traffic_pods
 from tests.integration.traffic_pods import (
+    SO_MAX_PACING_RATE,
     LightNode,
     LightPod,
     accepted,
@@ -44,7 +45,6 @@ from tests.integration.traffic_stream import Streams
 
 A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
 MB = 1 << 20
-SO_MAX_PACING_RATE = 47  # socket(7)
 
 # linux/userfaultfd.h; x86-64
 SYS_USERFAULTFD = 323

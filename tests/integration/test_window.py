@@ -14,6 +14,7 @@ import pytest
 from cni_plugin import names
 from tests.integration import traffic_pods
 from tests.integration.traffic_pods import (
+    SO_MAX_PACING_RATE,
     LightNode,
     LightPod,
     accepted,
@@ -28,7 +29,6 @@ from tests.integration.traffic_pods import (
 
 A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
 PROXY_PORT, SERVICE = 15001, ("10.96.0.1", 80)
-SO_MAX_PACING_RATE = 47  # socket(7)
 NO_THRESHOLD = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH: nothing has told TCP where its window ends
 FEW_PACKETS, IN_FLIGHT = 16, 512 << 10  # TB_FEW_PACKETS, TB_IN_FLIGHT
 TRIES = 10  # connections

@@ -35,6 +35,7 @@ from tests.bed.pod import ENTER
 from tests.integration import traffic
 
 LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024)
+SO_MAX_PACING_RATE = 47  # socket(7)
 TIMEOUT_S = 10.0
 IPPROTO_MPTCP = 262
 BRIDGE = "br0"

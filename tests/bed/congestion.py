@@ -1,4 +1,4 @@
-"""TCP's congestion control in the pods that are measured."""
+"""TCP's congestion control in the pods, whatever the machine's own is."""
 
 from __future__ import annotations
 
