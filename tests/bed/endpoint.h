@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The ends of a connection for the testbed's C programs: an IPv4 or an IPv6 address with its port,
- * or "@name" in the abstract namespace of AF_UNIX, whose port is ignored.
+ * or of AF_UNIX "@name" in its abstract namespace or "/path", whose port is ignored.
  */
 #ifndef ENDPOINT_H
 #define ENDPOINT_H
@@ -38,6 +38,10 @@ static inline struct endpoint endpoint(const char *host, unsigned port)
 		un->sun_family = AF_UNIX;
 		memcpy(un->sun_path + 1, host + 1, strlen(host + 1));
 		end.size = offsetof(struct sockaddr_un, sun_path) + strlen(host);
+	} else if (host[0] == '/' && strlen(host) < sizeof(un->sun_path)) {
+		un->sun_family = AF_UNIX;
+		strcpy(un->sun_path, host);
+		end.size = sizeof(*un);
 	} else if (inet_pton(AF_INET, host, &in->sin_addr) == 1) {
 		in->sin_family = AF_INET;
 		in->sin_port = htons(port);
@@ -46,7 +50,7 @@ static inline struct endpoint endpoint(const char *host, unsigned port)
 		in6->sin6_port = htons(port);
 		end.size = sizeof(*in6);
 	} else {
-		errx(2, "%s is neither an IP address nor @name", host);
+		errx(2, "%s is neither an IP address nor @name nor /path", host);
 	}
 	return end;
 }

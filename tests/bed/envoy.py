@@ -15,7 +15,7 @@ import subprocess
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,10 +74,7 @@ class Sidecar:
         if self.endpoint is not None:
             listeners.append(self._service_listener(families))
             clusters.append(self._service_cluster(self.endpoint))
-        return {
-            "admin": {"address": {"pipe": {"path": str(admin)}}},
-            "static_resources": {"listeners": listeners, "clusters": clusters},
-        }
+        return _bootstrap(admin, listeners, clusters)
 
     def _virtual_outbound(self, families: Sequence[Family]) -> Json:
         return {
@@ -136,22 +133,7 @@ class Sidecar:
         return cluster
 
     def _service_cluster(self, endpoint: str) -> Json:
-        cluster: Json = {
-            "name": "outbound",
-            "type": "STATIC",
-            "connect_timeout": "5s",
-            "load_assignment": {
-                "cluster_name": "outbound",
-                "endpoints": [
-                    {
-                        "lb_endpoints": [
-                            {"endpoint": {"address": _address(endpoint, APP_PORT)}},
-                        ]
-                    }
-                ],
-            },
-            **self._pooling(),
-        }
+        cluster = _static_cluster("outbound", _address(endpoint, APP_PORT)) | self._pooling()
         if self.tls is not None:
             cluster["transport_socket"] = _transport("UpstreamTlsContext", _tls_context(self.tls))
         return cluster
@@ -187,6 +169,24 @@ _ORIGINAL_SOURCE: Json = {
         "mark": istio.TPROXY_MARK,
     },
 }
+
+
+def _bootstrap(admin: Path, listeners: Sequence[Json], clusters: Sequence[Json]) -> Json:
+    return {
+        "admin": {"address": {"pipe": {"path": str(admin)}}},
+        "static_resources": {"listeners": listeners, "clusters": clusters},
+    }
+
+
+def _static_cluster(name: str, address: Json) -> Json:
+    """A cluster of one endpoint."""
+    endpoints = [{"lb_endpoints": [{"endpoint": {"address": address}}]}]
+    return {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "5s",
+        "load_assignment": {"cluster_name": name, "endpoints": endpoints},
+    }
 
 
 def _listening(families: Sequence[Family], port: int) -> Json:
@@ -278,17 +278,38 @@ def _openssl(*arguments: str | Path) -> None:
         raise RuntimeError(f"openssl {arguments[0]}: {done.stderr.strip()}")
 
 
-@contextmanager
-def running(pod: Pod, sidecar: Sidecar, cpus: str = "-") -> Iterator[None]:
+def running(pod: Pod, sidecar: Sidecar, cpus: str = "-") -> AbstractContextManager[None]:
     """Envoy with one worker in the pod, ready to serve; ended on leaving."""
-    folder = pod.folder / "envoy"
-    folder.mkdir(exist_ok=True)
-    os.chown(folder, PROXY_UID, PROXY_UID)
-    config, admin = folder / "envoy.json", folder / "admin.sock"
-    config.write_text(json.dumps(sidecar.config(admin, pod.families, tproxy=pod.tproxy), indent=1))
-    config.chmod(0o644)
+    return _running(pod, sidecar.config(_admin(pod), pod.families, tproxy=pod.tproxy), cpus)
+
+
+def running_over_unix(
+    pod: Pod, listen: Path, upstream: Path, cpus: str = "-"
+) -> AbstractContextManager[None]:
+    """The same with AF_UNIX in place of TCP, from the socket `listen` to the socket `upstream`."""
+    listener = {
+        "name": "unix",
+        "address": {"pipe": {"path": str(listen), "mode": 0o666}},
+        "filter_chains": [{"filters": [_http_proxy("unix")]}],
+    }
+    cluster = _static_cluster("unix", {"pipe": {"path": str(upstream)}})
+    return _running(pod, _bootstrap(_admin(pod), [listener], [cluster]), cpus)
+
+
+def _admin(pod: Pod) -> Path:
+    return pod.folder / "envoy" / "admin.sock"
+
+
+@contextmanager
+def _running(pod: Pod, config: Json, cpus: str) -> Iterator[None]:
+    admin = _admin(pod)
+    admin.parent.mkdir(exist_ok=True)
+    os.chown(admin.parent, PROXY_UID, PROXY_UID)
+    file = admin.with_name("envoy.json")
+    file.write_text(json.dumps(config, indent=1))
+    file.chmod(0o644)
     process = pod.spawn(
-        [binary(), "-c", config, "--concurrency", "1", "--disable-hot-restart", "-l", "error"],
+        [binary(), "-c", file, "--concurrency", "1", "--disable-hot-restart", "-l", "error"],
         container=PROXY,
         cpus=cpus,
     )

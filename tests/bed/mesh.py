@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from tests.bed import addresses, envoy, nginx
 from tests.bed.addresses import Family
@@ -49,3 +50,22 @@ def running(
         for pod, own in sidecars.items():
             stack.enter_context(envoy.running(pod, own, cpus))
         yield
+
+
+@contextmanager
+def running_over_unix(
+    client: Pod, server: Pod, files: Mapping[str, bytes], folder: Path, *, cpus: str = "-"
+) -> Iterator[Path]:
+    """The same three hops over AF_UNIX, and the socket that leads from one end to the other.
+
+    folder: new, for the sockets.
+    """
+    folder.mkdir()
+    folder.chmod(0o777)
+    outbound, between, inbound = (folder / name for name in ("outbound", "between", "inbound"))
+    with (
+        nginx.running(server, files, over=inbound, cpus=cpus),
+        envoy.running_over_unix(server, between, inbound, cpus),
+        envoy.running_over_unix(client, outbound, between, cpus),
+    ):
+        yield outbound

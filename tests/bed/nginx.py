@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from tests.bed.pingpong import APP_PORT
 from tests.bed.pod import APP_UID, Pod
@@ -52,11 +53,13 @@ def running(
     *,
     sendfile: bool = False,
     http2: bool = False,
+    over: Path | None = None,
     cpus: str = "-",
 ) -> Iterator[None]:
     """nginx on the application's port, serving `files` by name, and ANSWER under /answer.
 
-    With http2 it speaks that and nothing else, without TLS.
+    With http2 it speaks that and nothing else, without TLS. over: a socket of AF_UNIX to listen on
+    in place of the port.
     """
     folder = pod.folder / "nginx"
     (folder / "files").mkdir(parents=True, exist_ok=True)
@@ -68,24 +71,27 @@ def running(
     switch = "on" if sendfile else "off"
     # One socket for both families, as Go, Java and Node listen.
     listen = f"[::]:{APP_PORT} ipv6only=off" if "v6" in pod.families else str(APP_PORT)
+    if over is not None:
+        listen = f"unix:{over}"
     if http2:
         listen += " http2"
     config.write_text(CONFIG.format(folder=folder, listen=listen, sendfile=switch, answer=ANSWER))
     argv = ["nginx", "-c", str(config), "-e", str(folder / "error.log")]
     process = pod.spawn(argv, cpus=cpus)
     try:
-        _wait_listening(pod, process)
+        _wait_listening(pod, process, over)
         yield
     finally:
         process.kill()
         process.wait()
 
 
-def _wait_listening(pod: Pod, process: subprocess.Popen[str]) -> None:
+def _wait_listening(pod: Pod, process: subprocess.Popen[str], over: Path | None) -> None:
+    family = socket.AF_INET if over is None else socket.AF_UNIX
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
-        with pod.netns.entered(), socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", APP_PORT)) == 0:
+        with pod.netns.entered(), socket.socket(family) as probe:
+            if probe.connect_ex(("127.0.0.1", APP_PORT) if over is None else str(over)) == 0:
                 return
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"nginx in pod {pod.name} does not listen:\n{pod.logs()}")

@@ -1,4 +1,4 @@
-"""Two meshes alike but for one annotation, and what a load costs one of them."""
+"""Meshes alike but for how their bytes go, and what a load costs one of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.bed import OPTED_OUT, Bed, Pod, cpus
 from tests.bed.netns import LinkCounters
 from tests.bed.pingpong import HOPS
 
-Kind = Literal["plain", "bypass"]
+Kind = Literal["plain", "bypass", "unix"]  # unix: all hops over AF_UNIX, where there is such a way
 KINDS: tuple[Kind, ...] = ("plain", "bypass")
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pair:
-    """A client's and a server's pod, both accelerated or neither."""
+    """A client's and a server's pod, of the same kind."""
 
     kind: Kind
     client: Pod
@@ -64,19 +64,21 @@ class Cost:
 @contextmanager
 def pairs(bed: Bed) -> Iterator[tuple[Pair, Pair]]:
     """A pair whose pods opted out, and one whose pods are accelerated."""
+    with pair(bed, "plain") as plain, pair(bed, "bypass") as bypass:
+        payload(bed, bypass)  # says now, not in a minute, when the plugin has let the pods be
+        yield plain, bypass
+
+
+@contextmanager
+def pair(bed: Bed, kind: Kind) -> Iterator[Pair]:
+    """Two pods of one kind; those that are not to bypass have opted out."""
+    annotations = {} if kind == "bypass" else OPTED_OUT
     with ExitStack() as stack:
-
-        def pair(kind: Kind) -> Pair:
-            annotations = OPTED_OUT if kind == "plain" else {}
-            client, server = (
-                stack.enter_context(bed.pod(f"{kind}-{role}", annotations=annotations))
-                for role in ("client", "server")
-            )
-            return Pair(kind, client, server)
-
-        both = pair("plain"), pair("bypass")
-        payload(bed, both[1])  # says now, not in a minute, when the plugin has let the pods be
-        yield both
+        client, server = (
+            stack.enter_context(bed.pod(f"{kind}-{role}", annotations=annotations))
+            for role in ("client", "server")
+        )
+        yield Pair(kind, client, server)
 
 
 def alternated(things: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:

@@ -1,14 +1,15 @@
 """The whole mesh: a load generator, two Envoys and nginx, everything on one CPU.
 
-Closed loop: so many connections, each asks again when it has its answer. Fixed rate: so many
-requests a second, as users send them, and with a hundred thousand iptables rules in the way.
+Closed loop: so many connections, each asks again when it has its answer; once more beside a mesh
+whose hops are AF_UNIX, which is as far as one could get. Fixed rate: so many requests a second, as
+users send them, and with a hundred thousand iptables rules in the way.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ class Plan:
     rate_ms: int
     pairs: int
     rate_pairs: int
+    unix: tuple[int, ...]  # connections of a closed loop over AF_UNIX, too
 
 
 PLANS: dict[Effort, Plan] = {
@@ -60,10 +62,19 @@ PLANS: dict[Effort, Plan] = {
         rate_ms=2_500,  # a stall of 20 ms, as a shared machine has them, is then below 1 %
         pairs=5,
         rate_pairs=7,
+        unix=(1, 8, 32),
     ),
-    "quick": Plan(("http1",), (1, 32), 1, (1_000,), (SMALL,), ("none",), 0, 800, 3, 3),
-    "smoke": Plan(("http2",), (2,), 0.1, (100,), (SMALL,), ("filter",), 100, 50, 1, 1),
+    "quick": Plan(("http1",), (1, 32), 1, (1_000,), (SMALL,), ("none",), 0, 800, 3, 3, (1,)),
+    "smoke": Plan(("http2",), (2,), 0.1, (100,), (SMALL,), ("none", "filter"), 100, 50, 1, 1, (2,)),
 }
+
+
+@dataclass(frozen=True)
+class Way:
+    """A mesh that is up; over: its first hop's socket, where that is one of AF_UNIX."""
+
+    pair: Pair
+    over: Path | None = None
 
 
 def run(bench: Bench) -> None:
@@ -72,7 +83,11 @@ def run(bench: Bench) -> None:
     with open_bed() as bed, pairs.pairs(bed) as both:
         for protocol in plan.protocols:
             _closed(bench, plan, bed, both, protocol)
-        _fixed(bench, plan, bed, both)
+        with ExitStack() as stack:
+            _start(stack, both, bench.cpu)
+            ways = [*map(Way, both), stack.enter_context(_over_unix(bed, bench.cpu))]
+            _beside_unix(bench, plan, ways)
+            _fixed(bench, plan, bed, ways)
         bench.keep_counters(bed, both[1])
 
 
@@ -92,6 +107,15 @@ def _start(
         )
 
 
+@contextmanager
+def _over_unix(bed: Bed, cpu: str) -> Iterator[Way]:
+    """The limit: the same mesh with AF_UNIX in the place of each hop's TCP."""
+    with pairs.pair(bed, "unix") as pair:
+        folder = bed.folder / "unix"
+        with mesh.running_over_unix(pair.client, pair.server, FILES, folder, cpus=cpu) as over:
+            yield Way(pair, over)
+
+
 def _closed(
     bench: Bench, plan: Plan, bed: Bed, both: tuple[Pair, Pair], protocol: Protocol
 ) -> None:
@@ -106,11 +130,26 @@ def _closed(
             case = f"closed/{protocol}/{connections}"
             for number, pair in pairs.alternated(both, plan.pairs):
                 run_it = partial(generate, pair, connections, plan.seconds, bench.cpu)
-                load, cost = pairs.measured(pair, bench.cpu, run_it)
-                values = _values(load, load.requests, cost)
-                values["requests_per_cpu_s"] = load.requests / cost.cpu_s
-                bench.record(case, pair.kind, number, values, load.latencies)
+                _keep(bench, case, pair, number, run_it)
             bench.tell(case, *TOLD, "requests_per_cpu_s")
+
+
+def _keep(bench: Bench, case: str, pair: Pair, number: int, run_it: Callable[[], Load]) -> None:
+    load, cost = pairs.measured(pair, bench.cpu, run_it)
+    values = _values(load, load.requests, cost)
+    values["requests_per_cpu_s"] = load.requests / cost.cpu_s
+    bench.record(case, pair.kind, number, values, load.latencies)
+
+
+def _beside_unix(bench: Bench, plan: Plan, ways: Sequence[Way]) -> None:
+    """A closed loop again, with a load generator that knows AF_UNIX as well."""
+    get = partial(h2load.get, url=mesh.SERVICE_URL + SMALL, seconds=plan.seconds, cpus=bench.cpu)
+    for connections in plan.unix:
+        case = f"unix/{connections}"
+        for number, way in pairs.alternated(ways, plan.pairs):
+            run_it = partial(get, way.pair.client, connections=connections, over=way.over)
+            _keep(bench, case, way.pair, number, run_it)
+        bench.tell(case, *TOLD, "requests_per_cpu_s")
 
 
 def _http1(pair: Pair, connections: int, seconds: float, cpu: str) -> Load:
@@ -120,30 +159,33 @@ def _http1(pair: Pair, connections: int, seconds: float, cpu: str) -> Load:
 
 def _grpc_like(pair: Pair, connections: int, seconds: float, cpu: str) -> Load:
     url = mesh.SERVICE_URL + SMALL
-    return h2load.run(pair.client, url, MESSAGE, connections=connections, seconds=seconds, cpus=cpu)
+    return h2load.post(
+        pair.client, url, MESSAGE, connections=connections, seconds=seconds, cpus=cpu
+    )
 
 
-def _fixed(bench: Bench, plan: Plan, bed: Bed, both: tuple[Pair, Pair]) -> None:
+def _fixed(bench: Bench, plan: Plan, bed: Bed, ways: Sequence[Way]) -> None:
     program = cc.compiled(openloop.SOURCE, bed.folder)
-    with ExitStack() as stack:
-        _start(stack, both, bench.cpu)
-        for place in plan.fillers:
-            with fillers.standing(bed.host, place, plan.rules):
-                for path, per_second in itertools.product(plan.paths, plan.rates):
-                    rate = Rate(path, per_second, plan.rate_ms // 4, plan.rate_ms)
-                    body = "small" if path == SMALL else "64KB"
-                    case = f"fixed/{place}/{body}/{per_second}"
-                    for number, pair in pairs.alternated(both, plan.rate_pairs):
-                        values, latencies = _at_rate(pair, program, rate, bench.cpu)
-                        bench.record(case, pair.kind, number, values, latencies)
-                    bench.tell(case, *TOLD)
+    for place in plan.fillers:
+        # AF_UNIX meets no rules.
+        wanted = [way for way in ways if place == "none" or way.over is None]
+        with fillers.standing(bed.host, place, plan.rules):
+            for path, per_second in itertools.product(plan.paths, plan.rates):
+                rate = Rate(path, per_second, plan.rate_ms // 4, plan.rate_ms)
+                body = "small" if path == SMALL else "64KB"
+                case = f"fixed/{place}/{body}/{per_second}"
+                for number, way in pairs.alternated(wanted, plan.rate_pairs):
+                    values, latencies = _at_rate(way, program, rate, bench.cpu)
+                    bench.record(case, way.pair.kind, number, values, latencies)
+                bench.tell(case, *TOLD)
 
 
 def _at_rate(
-    pair: Pair, program: Path, rate: Rate, cpu: str
+    way: Way, program: Path, rate: Rate, cpu: str
 ) -> tuple[dict[str, float], dict[int, int]]:
-    with openloop.warm(program, pair.client, SERVICE_IP, rate, cpu) as go:
-        outcome, cost = pairs.measured(pair, cpu, go)
+    host = SERVICE_IP if way.over is None else str(way.over)
+    with openloop.warm(program, way.pair.client, host, rate, cpu) as go:
+        outcome, cost = pairs.measured(way.pair, cpu, go)
     values = _values(outcome.load, outcome.answered, cost)
     return {"unanswered": float(outcome.unanswered), **values}, outcome.load.latencies
 

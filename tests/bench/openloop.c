@@ -187,7 +187,7 @@ int main(int argc, char **argv)
 	if (argc != 8)
 		errx(2, "usage: openloop ADDRESS PORT PATH RATE CONNECTIONS WARMUP_MS MEASURE_MS");
 	server = endpoint(argv[1], number(argv[2]));
-	snprintf(request, sizeof(request), "GET %s HTTP/1.1\r\nHost: %s\r\n\r\n", argv[3], argv[1]);
+	snprintf(request, sizeof(request), "GET %s HTTP/1.1\r\nHost: service\r\n\r\n", argv[3]);
 	rate = number(argv[4]);
 	connection_count = number(argv[5]);
 	warmup = number(argv[6]) * rate / 1000;

@@ -45,6 +45,8 @@ def warm(
 ) -> Iterator[Callable[[], Outcome]]:
     """The generator, connected and warm, and a call that lets it go on and gives what it saw.
 
+    host: an IP address, or the path of a socket of AF_UNIX.
+
     Raises (the call does, too):
         RuntimeError: no connection, or an answer that was no success.
     """

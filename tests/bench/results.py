@@ -66,13 +66,19 @@ class Section:
         return stats.summary(list(series.values())) if series else None
 
     def ratio(
-        self, case: str, metric: str, *, to: str = "plain", to_case: str = ""
+        self,
+        case: str,
+        metric: str,
+        *,
+        of: str = "bypass",
+        to: str = "plain",
+        to_case: str = "",
     ) -> Interval | None:
-        """The bypassed value in terms of another variant's, None when they share no round.
+        """One variant's value in terms of another's, None when they share no round.
 
         to_case: where the other is another case, too.
         """
-        above = self.series(case, "bypass", metric)
+        above = self.series(case, of, metric)
         below = self.series(to_case or case, to, metric)
         return stats.ratio(above, below) if above.keys() & below.keys() else None
 

@@ -41,12 +41,11 @@ def both(metric: str) -> Cell:
     """Medians with half of the interquartile range, TCP then bypass, and their ratio."""
 
     def cell(section: Section, case: str) -> str:
-        ratio = section.ratio(case, metric)
-        if ratio is None:
-            return NOT_MEASURED
+        ratio = between(metric, "bypass", "plain")(section, case)
+        if ratio == NOT_MEASURED:
+            return ratio
         plain, bypass = (single(variant, metric)(section, case) for variant in ("plain", "bypass"))
-        middle, low, high = map(_ratio, (ratio.middle, ratio.low, ratio.high))
-        return f"{plain} → {bypass}: **{middle}** [{low}, {high}]"
+        return f"{plain} → {bypass}: {ratio}"
 
     return cell
 
@@ -76,6 +75,19 @@ def to_unix(metric: str, *kept: int) -> Cell:
     return cell
 
 
+def between(metric: str, of: str, to: str) -> Cell:
+    """Two variants' ratio in the same case, with its interval."""
+
+    def cell(section: Section, case: str) -> str:
+        ratio = section.ratio(case, metric, of=of, to=to)
+        if ratio is None:
+            return NOT_MEASURED
+        middle, low, high = map(_ratio, (ratio.middle, ratio.low, ratio.high))
+        return f"**{middle}** [{low}, {high}]"
+
+    return cell
+
+
 def pooled(percent: float) -> Cell:
     """A percentile of all runs' latencies together, in microseconds."""
 
@@ -100,6 +112,14 @@ LATENCY = {
     "p99, us": both("p99_us"),
     "p99.9 of all runs, us": pooled(99.9),
     "CPU per request, us": both("cpu_us_per_request"),
+}
+TO_UNIX = {
+    "p50, us": both("p50_us"),
+    "AF_UNIX to TCP": between("p50_us", "unix", "plain"),
+    "bypass to AF_UNIX": between("p50_us", "bypass", "unix"),
+    "CPU per request, us": both("cpu_us_per_request"),
+    "CPU, AF_UNIX to TCP": between("cpu_us_per_request", "unix", "plain"),
+    "CPU, bypass to AF_UNIX": between("cpu_us_per_request", "bypass", "unix"),
 }
 STREAMS = tuple(
     Table(
@@ -179,6 +199,18 @@ CHAPTERS = {
                 "fixed/*",
                 ("", "rules", "body", "requests/s"),
                 LATENCY,
+            ),
+            Table(
+                "Beside a mesh whose hops are AF_UNIX: so many connections that ask again (h2load)",
+                "unix/*",
+                ("", "connections"),
+                TO_UNIX,
+            ),
+            Table(
+                "Beside a mesh whose hops are AF_UNIX: so many requests a second",
+                "fixed/none/*",
+                ("", "", "body", "requests/s"),
+                TO_UNIX,
             ),
         ),
         ("latency", "cpu"),

@@ -18,7 +18,7 @@ WANTED = {
     "hops": {"inbound/v4/64", "outbound/v4/64", "sidecars/v4/64", "unix/64"},
     "streaming": {"inbound/duplex/same/4096", "unix/fast/same/4096"},
     "streaming-bbr": {"inbound/duplex/same/4096", "unix/fast/same/4096"},
-    "mesh": {"closed/http2/2", "fixed/filter/small/100"},
+    "mesh": {"closed/http2/2", "unix/2", "fixed/none/small/100", "fixed/filter/small/100"},
     "churn": {"inbound", "outbound", "sidecars", "unix"},
     "others": {"out", "in", "stranger"},
     "scale": {"pods/0", "pods/2", "connections/1", "connections/10", "connections/10/memory"},
