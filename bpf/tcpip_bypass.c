@@ -71,11 +71,13 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_IN_FLIGHT (512 * 1024)
 #define TB_FEW_PACKETS 16
 #define TB_BULK (128 * 1024)
-/* An acknowledgement that took so long was waited for, in microseconds; the delay is 40,000. */
+/* An acknowledgement that took so long was waited for, in microseconds; the delay is 40,000. Then
+ * more packets may be on their way, so many in the end. There it may happen so often, and once more
+ * for each so many bytes; without them it counts for several. See tb_count_waits(). */
 #define TB_LATE 5000
-/* How often it may be, of a stream: of a sender that is so many bytes ahead. */
+#define TB_MANY_PACKETS 256
 #define TB_WAITS 64
-#define TB_AHEAD 65536
+#define TB_WAIT_BYTES (256 * 1024)
 #define TB_OWN_WINDOW (~0U) /* TCP's own limit; what we set for it is another number */
 #define TB_ANY_WINDOW 0x7fffffff
 /* Smaller writes are read, and acknowledged, one by one: they gather in few packets only. */
@@ -186,11 +188,14 @@ struct tb_conn {
 	__u32 rcvbuf;	  /* the peer's sk_rcvbuf, at the last look */
 	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
-	__u32 seeking; /* a client that has not found its server yet, but may */
-	__u32 called;  /* the flags of TB_WHILE_JOINED that no other program had set */
-	__u32 held;    /* the congestion window, in packets, see tb_best_window(); 0: TCP's own */
-	__u32 size;    /* of the newest message */
-	__u32 waits;   /* for acknowledgements that came late, see tb_count_waits() */
+	__u32 seeking;	 /* a client that has not found its server yet, but may */
+	__u32 called;	 /* the flags of TB_WHILE_JOINED that no other program had set */
+	__u32 held;	 /* the congestion window, in packets, see tb_best_window(); 0: TCP's own */
+	__u32 size;	 /* of the newest message */
+	__u32 srtt;	 /* at the last acknowledgement, in microseconds */
+	__u32 wider;	 /* how often the window was doubled, see tb_count_waits() */
+	__u32 waits;	 /* for acknowledgements, in the widest window */
+	__u32 waited_at; /* the sequence number of the last of them */
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;
@@ -1050,18 +1055,36 @@ static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn
 		tb_depart(skops, conn);
 }
 
+/* Did an acknowledgement come late, since the last call or just now? */
+static __always_inline int tb_has_waited(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	__u32 before = conn->srtt;
+
+	conn->srtt = skops->srtt_us >> 3;
+	return (conn->srtt > TB_LATE && conn->srtt >= before) ||
+	       tb_read32(conn->me.sk + OFF_TCP_SOCK_TLP_HIGH_SEQ);
+}
+
 /*
- * A reader that waits for more than the window holds (SO_RCVLOWAT, MSG_PEEK, FIONREAD) gets it only
- * when the sender probes for a loss, or when the acknowledgement's delay is over. Such a wait
- * shows, as a probe or in the round trip's time, and is the last. A stream's sender waits as well,
- * now and then, while its reader has no CPU: that costs nothing, and is let pass for long.
+ * A reader that waits for more than the window holds (MSG_PEEK, FIONREAD) gets it only when the
+ * sender probes for a loss, or when the acknowledgement's delay is over. Such a wait shows, as a
+ * probe or in the round trip's time. But a stream's sender waits as well, while its reader has no
+ * CPU. So the window grows, as slow start's would, to where it still gathers. There the two differ
+ * by what goes by between one wait and the next: who waits for many small writes does not stream.
  */
 static __always_inline void tb_count_waits(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	__u32 ahead = tb_read32(conn->me.sk + OFF_TCP_SOCK_WRITE_SEQ) - skops->snd_una;
+	__u32 streamed = (skops->snd_una - conn->waited_at) / TB_WAIT_BYTES;
 
-	if (skops->srtt_us >> 3 > TB_LATE || tb_read32(conn->me.sk + OFF_TCP_SOCK_TLP_HIGH_SEQ))
-		conn->waits += ahead < TB_AHEAD ? TB_WAITS : 1;
+	if (!tb_has_waited(skops, conn))
+		return;
+	if (conn->held < TB_MANY_PACKETS && conn->held == TB_FEW_PACKETS << conn->wider) {
+		conn->wider++;
+		return;
+	}
+	conn->waits -= tb_min(conn->waits, streamed);
+	conn->waits += streamed ? 1 : TB_WAITS / 16;
+	conn->waited_at = skops->snd_una;
 }
 
 /*
@@ -1070,17 +1093,19 @@ static __always_inline void tb_count_waits(struct bpf_sock_ops *skops, struct tb
  * times as dearly as those that it gathers while it waits for an acknowledgement, and larger ones
  * out of the caches' reach. So the window of a socket that sends by TCP after all is held where it
  * is at its best; never below what TCP falls back to after each pause. Where TCP paces, it gathers
- * by itself, and the window is its pacing's.
+ * by itself, and the window is its pacing's. Who wants many bytes at once (SO_RCVLOWAT) would wait
+ * for what the window holds back.
  */
 static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	__u32 mss = skops->mss_cache, packets = mss ? TB_IN_FLIGHT / mss : 0;
 
 	if (conn->peer.pod_id != conn->me.pod_id || conn->waits >= TB_WAITS ||
+	    (int)tb_read32(conn->peer.sk + OFF_SOCK_RCVLOWAT) > 1 ||
 	    tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS) || tb_paused(conn))
 		return 0;
 	if (packets <= TB_FEW_PACKETS)
-		return TB_FEW_PACKETS;
+		return TB_FEW_PACKETS << conn->wider;
 	return conn->size < TB_BULK ? packets : 0;
 }
 

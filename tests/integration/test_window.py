@@ -31,6 +31,7 @@ A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
 PROXY_PORT, SERVICE = 15001, ("10.96.0.1", 80)
 NO_THRESHOLD = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH: nothing has told TCP where its window ends
 FEW_PACKETS, IN_FLIGHT = 16, 512 << 10  # TB_FEW_PACKETS, TB_IN_FLIGHT
+MANY_PACKETS, WAITS = 256, 64  # TB_MANY_PACKETS, TB_WAITS
 TRIES = 10  # connections
 Ends = tuple[socket.socket, socket.socket]
 SMALL, BULK = 1000, 256 << 10  # bytes
@@ -88,8 +89,8 @@ def held(
 ) -> Iterator[Ends]:
     """A connection's ends, (sender, reader), whose window is held.
 
-    Where others use the CPUs an acknowledgement may be late, and the window is TCP's own: then the
-    next connection.
+    Where others use the CPUs an acknowledgement may be late, and the window is wider: then the next
+    connection.
     """
     with ExitStack() as stack:
         for _ in range(TRIES):
@@ -179,16 +180,45 @@ def test_one_that_has_grown_is_left_alone(node: LightNode, pod: LightPod) -> Non
         assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
 
 
-def test_a_reader_that_waits_for_more_than_it_holds_ends_it(pod: LightPod) -> None:
+def waited_for(sender: socket.socket, reader: socket.socket, writes: int) -> None:
+    """A message in so many writes, and a reader that takes nothing before it has all of it."""
+    message = os.urandom(16 * writes)
+    for start in range(0, len(message), 16):
+        send_by_tcp(sender, message[start : start + 16])
+    assert eventually(lambda: reader.recv(len(message), socket.MSG_PEEK) == message)
+    assert receive(reader, len(message)) == message
+
+
+def test_a_reader_that_waits_for_more_than_it_holds_widens_it(pod: LightPod) -> None:
     """Else it would get each such message as late as a probe for a loss, or an acknowledgement."""
-    message = os.urandom(48 * FEW_PACKETS)
     with held(pod) as (sender, reader):
-        for _ in range(3):
-            for start in range(0, len(message), 16):
-                send_by_tcp(sender, message[start : start + 16])
-            assert eventually(lambda: reader.recv(len(message), socket.MSG_PEEK) == message)
-            assert receive(reader, len(message)) == message
+        for _ in range(8):
+            waited_for(sender, reader, 5 * FEW_PACKETS)
             for _ in range(10):  # quick ones, in which the slow one must not be forgotten
                 send_by_tcp(sender, b"x")
                 assert receive(reader, 1) == b"x"
-        assert Window.of(sender).threshold == NO_THRESHOLD
+        assert 5 * FEW_PACKETS < Window.of(sender).threshold <= MANY_PACKETS
+
+
+@pytest.mark.parametrize(("between", "is_lifted"), [(0, True), (16 << 20, False)])
+def test_one_that_waits_for_more_than_it_ever_holds(
+    pod: LightPod, between: int, *, is_lifted: bool
+) -> None:
+    """It ends. A stream whose reader has no CPU now and then looks alike, but for what it moves:
+    in a window without an end it would not gather any more."""
+    with held(pod) as (sender, reader):
+        for _ in range(WAITS * 5 // 4):
+            waited_for(sender, reader, 2 * MANY_PACKETS)
+            for _ in range(between // BULK):
+                send_by_tcp(sender, bytes(BULK))
+                assert receive(reader, BULK) == bytes(BULK)
+        assert (Window.of(sender).threshold == NO_THRESHOLD) is is_lifted
+
+
+def test_a_reader_that_wants_many_bytes_at_once_ends_it(pod: LightPod) -> None:
+    with held(pod) as (sender, reader):
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1000)
+        send_by_tcp(sender, bytes(1000))
+        assert receive(reader, 1000) == bytes(1000)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD

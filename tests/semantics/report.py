@@ -68,9 +68,12 @@ UNSHOWN = """\
 - **SO_MAX_PACING_RATE** slows down packets: bypassed bytes are none.
 - **The congestion window** of a connection inside a pod is held at 16 packets or 512 KB once some
   of its bytes have gone by TCP (not under BBR, which paces): `ss -i` and TCP_INFO show it, as
-  `cwnd` and `ssthresh`. A reader that waits for more than that without reading it (SO_RCVLOWAT,
-  MSG_PEEK, FIONREAD) may get it up to 40 ms late, once (64 times, if each time more than 64 KB of
-  small writes lie ready); then the window is TCP's own again.
+  `cwnd` and `ssthresh`. A reader that waits for more than that without reading it (MSG_PEEK,
+  FIONREAD) may get it up to 40 ms late, and the 16 packets become 32, and so on up to 256, about as
+  TCP's own window grows. One that waits for more than 256 small writes meets that 16 to 64 times;
+  then the window is TCP's own again. Nothing is held for a reader with SO_RCVLOWAT. With
+  `net.ipv4.tcp_no_ssthresh_metrics_save=0` (the default is 1) the kernel remembers the `ssthresh`
+  for later connections to the same address.
 - **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
 
 ## What is the same
