@@ -89,12 +89,15 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
     nonagle = btf.member("tcp_sock", "nonagle")
     userlocks = btf.member("sock", "sk_userlocks")
+    is_limited = btf.member("tcp_sock", "is_cwnd_limited")
     flags += [
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
         f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
         f"-DOFF_TCP_SOCK_NONAGLE={nonagle.offset}",
         f"-DMASK_TCP_NAGLE_OFF={TCP_NAGLE_OFF * nonagle.lowest_bit:#x}",
         f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * nonagle.lowest_bit:#x}",
+        f"-DOFF_TCP_SOCK_IS_CWND_LIMITED={is_limited.offset}",
+        f"-DMASK_TCP_SOCK_IS_CWND_LIMITED={is_limited.mask:#x}",
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",

@@ -76,6 +76,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
  * for each so many bytes; without them it counts for several. See tb_count_waits(). */
 #define TB_LATE 5000
 #define TB_MANY_PACKETS 256
+#define TB_WIDENINGS 4
 #define TB_WAITS 64
 #define TB_WAIT_BYTES (256 * 1024)
 #define TB_OWN_WINDOW (~0U) /* TCP's own limit; what we set for it is another number */
@@ -188,14 +189,15 @@ struct tb_conn {
 	__u32 rcvbuf;	  /* the peer's sk_rcvbuf, at the last look */
 	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
 	__u32 hop;
-	__u32 seeking;	 /* a client that has not found its server yet, but may */
-	__u32 called;	 /* the flags of TB_WHILE_JOINED that no other program had set */
-	__u32 held;	 /* the congestion window, in packets, see tb_best_window(); 0: TCP's own */
-	__u32 size;	 /* of the newest message */
-	__u32 srtt;	 /* at the last acknowledgement, in microseconds */
-	__u32 wider;	 /* how often the window was doubled, see tb_count_waits() */
-	__u32 waits;	 /* for acknowledgements, in the widest window */
-	__u32 waited_at; /* the sequence number of the last of them */
+	__u32 seeking; /* a client that has not found its server yet, but may */
+	__u32 called;  /* the flags of TB_WHILE_JOINED that no other program had set */
+	__u32 held;    /* the congestion window, in packets, see tb_best_window(); 0: TCP's own */
+	__u32 size;    /* of the newest message */
+	__u32 srtt;    /* at the last acknowledgement, in microseconds */
+	__u32 is_limited; /* by the window, at the last acknowledgement */
+	__u32 wider;	  /* how often the window was doubled, see tb_count_waits() */
+	__u32 waits;	  /* for acknowledgements, in the widest window */
+	__u32 waited_at;  /* the sequence number of the last of them */
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;
@@ -1055,14 +1057,20 @@ static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn
 		tb_depart(skops, conn);
 }
 
-/* Did an acknowledgement come late, since the last call or just now? */
+/*
+ * Did an acknowledgement come late, for which the window made this end wait? srtt is of the last
+ * call and of what came since; what came with this call is in the next one's.
+ */
 static __always_inline int tb_has_waited(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	__u32 before = conn->srtt;
+	__u32 before = conn->srtt, was_limited = conn->is_limited;
 
 	conn->srtt = skops->srtt_us >> 3;
-	return (conn->srtt > TB_LATE && conn->srtt >= before) ||
-	       tb_read32(conn->me.sk + OFF_TCP_SOCK_TLP_HIGH_SEQ);
+	conn->is_limited = tb_read8(conn->me.sk + OFF_TCP_SOCK_IS_CWND_LIMITED) &
+			   MASK_TCP_SOCK_IS_CWND_LIMITED;
+	if (conn->srtt > TB_LATE && conn->srtt >= before)
+		return was_limited || conn->is_limited;
+	return conn->is_limited && tb_read32(conn->me.sk + OFF_TCP_SOCK_TLP_HIGH_SEQ);
 }
 
 /*
@@ -1078,13 +1086,13 @@ static __always_inline void tb_count_waits(struct bpf_sock_ops *skops, struct tb
 
 	if (!tb_has_waited(skops, conn))
 		return;
-	if (conn->held < TB_MANY_PACKETS && conn->held == TB_FEW_PACKETS << conn->wider) {
+	conn->waited_at = skops->snd_una;
+	if (conn->held < TB_MANY_PACKETS && conn->wider < TB_WIDENINGS) {
 		conn->wider++;
 		return;
 	}
 	conn->waits -= tb_min(conn->waits, streamed);
 	conn->waits += streamed ? 1 : TB_WAITS / 16;
-	conn->waited_at = skops->snd_una;
 }
 
 /*
@@ -1100,13 +1108,15 @@ static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct t
 {
 	__u32 mss = skops->mss_cache, packets = mss ? TB_IN_FLIGHT / mss : 0;
 
+	if (packets < TB_FEW_PACKETS)
+		packets = TB_FEW_PACKETS;
 	if (conn->peer.pod_id != conn->me.pod_id || conn->waits >= TB_WAITS ||
 	    (int)tb_read32(conn->peer.sk + OFF_SOCK_RCVLOWAT) > 1 ||
 	    tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS) || tb_paused(conn))
 		return 0;
-	if (packets <= TB_FEW_PACKETS)
-		return TB_FEW_PACKETS << conn->wider;
-	return conn->size < TB_BULK ? packets : 0;
+	if (packets > TB_FEW_PACKETS && conn->size >= TB_BULK)
+		return 0;
+	return packets << conn->wider;
 }
 
 /*
@@ -1121,8 +1131,11 @@ static __always_inline void tb_hold_window(struct bpf_sock_ops *skops, struct tb
 
 	if (packets == conn->held)
 		return;
-	if (packets && (skops->snd_cwnd > packets ||
-			tb_read32(conn->me.sk + OFF_TCP_SOCK_SND_CWND_CLAMP) != ours))
+	if (tb_read32(conn->me.sk + OFF_TCP_SOCK_SND_CWND_CLAMP) != ours) {
+		conn->held = 0;
+		return;
+	}
+	if (packets && skops->snd_cwnd > packets)
 		return;
 	if (!bpf_setsockopt(skops, SOL_TCP, TCP_BPF_SNDCWND_CLAMP, &limit, sizeof(limit)))
 		conn->held = packets;

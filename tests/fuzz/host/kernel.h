@@ -30,7 +30,7 @@ struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket;
 	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing, cwnd_clamp,
 		probing;
-	__u8 is_mptcp, nonagle, userlocks;
+	__u8 is_mptcp, nonagle, userlocks, is_cwnd_limited;
 };
 
 struct wait_queue {
@@ -74,6 +74,8 @@ struct request {
 #define OFF_TCP_SOCK_COPIED_SEQ offsetof(struct host_sock, copied_seq)
 #define OFF_TCP_SOCK_WRITE_SEQ offsetof(struct host_sock, write_seq)
 #define OFF_TCP_SOCK_IS_MPTCP offsetof(struct host_sock, is_mptcp)
+#define OFF_TCP_SOCK_IS_CWND_LIMITED offsetof(struct host_sock, is_cwnd_limited)
+#define MASK_TCP_SOCK_IS_CWND_LIMITED 1
 #define OFF_TCP_SOCK_NONAGLE offsetof(struct host_sock, nonagle)
 #define MASK_TCP_SOCK_IS_MPTCP 1
 #define MASK_TCP_NAGLE_OFF 1
