@@ -196,10 +196,13 @@ CHAPTERS = {
         "Load generator, Envoy, Envoy, nginx, all on one CPU. CPU time is that of both pods "
         "(cpu.stat of their cgroups), the load generator's included; the kernel counts softirq "
         "work for the process on whose time it ran, which here is one of these.\n\n"
-        "At a fixed rate the CPU rests between requests and finds its caches cold: over TCP a "
-        "request then takes 270 to 550 us of it, not 158 as in a closed loop of one connection. "
-        "The bypass saves more of that than in the closed loop, 50 to 120 us, not 43, but no "
-        "greater part.",
+        "At a fixed rate the CPU rests between requests and finds its caches cold: whatever the "
+        "bytes go over, a request then takes about twice the CPU that it takes in a closed loop of "
+        "one connection. What the hops save is hardly more than there, so it is a smaller part.\n\n"
+        "How far could anybody get? The same Envoys, nginx and load generators stand there once "
+        "more, with a socket of AF_UNIX in the place of each hop's TCP connection: the last two "
+        "tables. What a request takes there is theirs, and the system calls', of which there are "
+        "as many.",
         (
             Table(
                 "So many connections, each asks again when it is answered (wrk; HTTP/2: h2load)",
