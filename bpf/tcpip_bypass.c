@@ -75,8 +75,8 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
  * more packets may be on their way, so many in the end. There it may happen so often, and once more
  * for each so many bytes; without them it counts for several. See tb_count_waits(). */
 #define TB_LATE 5000
-#define TB_MANY_PACKETS 256
 #define TB_WIDENINGS 4
+#define TB_MANY_PACKETS (TB_FEW_PACKETS << TB_WIDENINGS)
 #define TB_WAITS 64
 #define TB_WAIT_BYTES (256 * 1024)
 #define TB_OWN_WINDOW (~0U) /* TCP's own limit; what we set for it is another number */

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tests.bench import stats
 from tests.bench.metrics import METRICS
 from tests.bench.results import Section
+from tests.bench.stats import Interval
 
 Cell = Callable[[Section, str], str]
 NOT_MEASURED = "–"  # noqa: RUF001 - a dash
@@ -37,15 +38,20 @@ def _ratio(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
+def _interval(ratio: Interval) -> str:
+    middle, low, high = map(_ratio, (ratio.middle, ratio.low, ratio.high))
+    return f"**{middle}** [{low}, {high}]"
+
+
 def both(metric: str) -> Cell:
     """Medians with half of the interquartile range, TCP then bypass, and their ratio."""
 
     def cell(section: Section, case: str) -> str:
-        ratio = between(metric, "bypass", "plain")(section, case)
-        if ratio == NOT_MEASURED:
-            return ratio
+        ratio = section.ratio(case, metric)
+        if ratio is None:
+            return NOT_MEASURED
         plain, bypass = (single(variant, metric)(section, case) for variant in ("plain", "bypass"))
-        return f"{plain} → {bypass}: {ratio}"
+        return f"{plain} → {bypass}: {_interval(ratio)}"
 
     return cell
 
@@ -93,10 +99,7 @@ def between(metric: str, of: str, to: str) -> Cell:
 
     def cell(section: Section, case: str) -> str:
         ratio = section.ratio(case, metric, of=of, to=to)
-        if ratio is None:
-            return NOT_MEASURED
-        middle, low, high = map(_ratio, (ratio.middle, ratio.low, ratio.high))
-        return f"**{middle}** [{low}, {high}]"
+        return NOT_MEASURED if ratio is None else _interval(ratio)
 
     return cell
 
@@ -197,8 +200,9 @@ CHAPTERS = {
         "(cpu.stat of their cgroups), the load generator's included; the kernel counts softirq "
         "work for the process on whose time it ran, which here is one of these.\n\n"
         "At a fixed rate the CPU rests between requests and finds its caches cold: whatever the "
-        "bytes go over, a request then takes about twice the CPU that it takes in a closed loop of "
-        "one connection. What the hops save is hardly more than there, so it is a smaller part.\n\n"
+        "bytes go over, a small request then takes about twice the CPU that it takes in a closed "
+        "loop of one connection. What the hops save is hardly more than there, so it is a smaller "
+        "part.\n\n"
         "How far could anybody get? The same Envoys, nginx and load generators stand there once "
         "more, with a socket of AF_UNIX in the place of each hop's TCP connection: the last two "
         "tables. What a request takes there is theirs, and the system calls', of which there are "

@@ -53,13 +53,6 @@ class Window:
         at = {"packet": 16, "threshold": 76, "window": 80}  # struct tcp_info, linux/tcp.h
         return cls(**{k: int.from_bytes(info[v : v + 4], sys.byteorder) for k, v in at.items()})
 
-    @property
-    def is_tcps_own(self) -> bool:
-        """Whether no limit of ours is set; a loss, as TCP sees it, sets a threshold as well."""
-        return self.threshold not in {FEW_PACKETS << n for n in range(5)} | {
-            IN_FLIGHT // self.packet
-        }
-
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[LightNode]:
@@ -141,13 +134,13 @@ def test_a_window_of_small_packets_is_held_for_small_writes(
 
 def test_between_pods_it_is_left_alone(node: LightNode, pod: LightPod) -> None:
     with node.pod(B) as other, connected(pod, other) as (sender, reader):
-        assert by_tcp(sender, reader, SMALL).is_tcps_own
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
 
 
 def test_a_paced_one_is_left_alone(pod: LightPod) -> None:
     with connected(pod, pod) as (sender, reader):
         sender.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**31 - 1)
-        assert by_tcp(sender, reader, SMALL).is_tcps_own
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
 
 
 def test_a_socket_that_is_used_again_has_its_own(node: LightNode, pod: LightPod) -> None:
@@ -157,7 +150,7 @@ def test_a_socket_that_is_used_again_has_its_own(node: LightNode, pod: LightPod)
             sender.connect((C, 8081))
             with accepted(listener) as taken:
                 window = by_tcp(sender, taken, BULK)
-    assert window.is_tcps_own
+    assert window.threshold == NO_THRESHOLD
     assert window.window > FEW_PACKETS
 
 
@@ -176,7 +169,7 @@ def test_the_pause_lifts_it_for_good(node: LightNode, pod: LightPod) -> None:
             assert exchange(sender, reader)
             assert exchange(sender, reader)
         assert Window.of(sender).window <= FEW_PACKETS  # so this does not keep it from being held
-        assert by_tcp(sender, reader, SMALL).is_tcps_own
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
 
 
 def test_one_that_has_grown_is_left_alone(node: LightNode, pod: LightPod) -> None:
@@ -185,7 +178,7 @@ def test_one_that_has_grown_is_left_alone(node: LightNode, pod: LightPod) -> Non
         with paused(node):
             grown = by_tcp(sender, reader, SMALL, burst=64).window
         assert grown > FEW_PACKETS
-        assert by_tcp(sender, reader, SMALL).is_tcps_own
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD
 
 
 def waited_for(sender: socket.socket, reader: socket.socket, writes: int) -> None:
@@ -247,4 +240,4 @@ def test_a_reader_that_wants_many_bytes_at_once_ends_it(pod: LightPod) -> None:
         send_by_tcp(sender, bytes(1000))
         assert receive(reader, 1000) == bytes(1000)
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        assert by_tcp(sender, reader, SMALL).is_tcps_own
+        assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD

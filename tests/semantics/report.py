@@ -73,9 +73,8 @@ UNSHOWN = """\
   TCP's own window grows. One that waits for more than 256 small writes meets that 16 to 64 times;
   then the window is TCP's own again. (If 256 KB and more lie unread each time, beside the small
   writes, for which SO_RCVBUF must be large, it looks like a stream, and meets it again and again.)
-  Nothing is held for a reader with SO_RCVLOWAT. With
-  `net.ipv4.tcp_no_ssthresh_metrics_save=0` (the default is 1) the kernel remembers the `ssthresh`
-  for later connections to the same address.
+  Nothing is held for a reader with SO_RCVLOWAT. With `net.ipv4.tcp_no_ssthresh_metrics_save=0`
+  (the default is 1) the kernel remembers the `ssthresh` for later connections to the same address.
 - **Time stamps, tcpdump and packet counters** do not see bypassed bytes: they never are packets.
 
 ## What is the same
