@@ -89,8 +89,11 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
     nonagle = btf.member("tcp_sock", "nonagle")
     userlocks = btf.member("sock", "sk_userlocks")
+    is_chosen = btf.member("inet_connection_sock", "icsk_ca_setsockopt")
     is_limited = btf.member("tcp_sock", "is_cwnd_limited")
     flags += [
+        f"-DOFF_ICSK_CA_SETSOCKOPT={is_chosen.offset}",
+        f"-DMASK_ICSK_CA_SETSOCKOPT={is_chosen.mask:#x}",
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
         f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
         f"-DOFF_TCP_SOCK_NONAGLE={nonagle.offset}",

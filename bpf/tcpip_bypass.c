@@ -33,6 +33,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define SOL_TCP 6
 #define TCP_KEEPIDLE 4
 #define TCP_KEEPINTVL 5
+#define TCP_CONGESTION 13
 #define EBUSY 16
 #define O_NONBLOCK 04000
 
@@ -83,6 +84,11 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_ANY_WINDOW 0x7fffffff
 /* Smaller writes are read, and acknowledged, one by one: they gather in few packets only. */
 #define TB_TINY 128
+/* Streams whose acknowledgements are for fewer bytes, so many in a row, go better where TCP paces
+ * them. See tb_pace_not(), tb_is_fine(). */
+#define TB_FINE 16384
+#define TB_FINE_ACKS 512
+#define TB_CONTROL_NAME 16 /* bytes: TCP_CA_NAME_MAX */
 /* How long, in jiffies, a step of parting lasts at least: see tb_take_leave(). */
 #define TB_PARTING_STEP 2
 
@@ -198,6 +204,9 @@ struct tb_conn {
 	__u32 wider;	  /* how often the window was doubled, see tb_count_waits() */
 	__u32 waits;	  /* for acknowledgements, in the widest window */
 	__u32 waited_at;  /* the sequence number of the last of them */
+	__u32 acks;	  /* since the sequence number `acked_at`, outside the sockhash */
+	__u32 acked_at;
+	char paced_by[TB_CONTROL_NAME]; /* the congestion control that Reno stands in for, or "" */
 	struct tb_end me;
 	struct tb_end peer; /* id 0: not paired */
 	struct tb_half_key half;
@@ -589,15 +598,66 @@ static __always_inline void tb_call_on(struct bpf_sock_ops *skops, struct tb_con
 						 BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-/* One whose window is held is called for that, wherever it is. */
+/* One that sends by TCP in another way than its own is called for that, wherever it is. */
+static __always_inline int tb_is_shaped(const struct tb_conn *conn)
+{
+	return conn->held || conn->paced_by[0];
+}
+
 static __always_inline void tb_call_no_more(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	int over = conn->called;
 
-	if (conn->held)
+	if (tb_is_shaped(conn))
 		over &= ~BPF_SOCK_OPS_RTT_CB_FLAG;
 	bpf_sock_ops_cb_flags_set(skops, skops->bpf_sock_ops_cb_flags & ~over);
 	conn->called &= ~over;
+}
+
+static __always_inline int tb_is_called(const char *control, char a, char b, char c)
+{
+	return control[0] == a && control[1] == b && control[2] == c;
+}
+
+/*
+ * BBR paces what it sends, by a timer, for a network's sake. Inside a pod there is none, and larger
+ * writes are two to four times as fast without. So Reno, which every kernel has, stands in for it,
+ * before it has begun; unless somebody has chosen it for this very socket.
+ *
+ * The kernel is about to make the send buffer for the first window: twice as large, or three times
+ * under BBR (tcp_sndbuf_expand). An application may count on it, when it writes before it reads. So
+ * the window begins half as large again; if it can, and be held.
+ */
+static __always_inline void tb_pace_not(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	__u32 own = skops->snd_cwnd, first = own * 3 / 2;
+	char reno[] = "reno";
+
+	if (tb_paused(conn) || first > TB_FEW_PACKETS ||
+	    (tb_read8(conn->me.sk + OFF_ICSK_CA_SETSOCKOPT) & MASK_ICSK_CA_SETSOCKOPT))
+		return;
+	bpf_getsockopt(skops, SOL_TCP, TCP_CONGESTION, conn->paced_by, sizeof(conn->paced_by));
+	if (tb_is_called(conn->paced_by, 'b', 'b', 'r') &&
+	    !bpf_setsockopt(skops, SOL_TCP, TCP_BPF_IW, &first, sizeof(first))) {
+		if (!bpf_setsockopt(skops, SOL_TCP, TCP_CONGESTION, reno, sizeof(reno)))
+			return;
+		bpf_setsockopt(skops, SOL_TCP, TCP_BPF_IW, &own, sizeof(own));
+	}
+	conn->paced_by[0] = 0;
+}
+
+/* Its own congestion control again, if nobody has chosen another one meanwhile. */
+static __always_inline void tb_pace_again(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	char control[TB_CONTROL_NAME] = {};
+
+	if (!conn->paced_by[0])
+		return;
+	bpf_getsockopt(skops, SOL_TCP, TCP_CONGESTION, control, sizeof(control));
+	if (tb_is_called(control, 'r', 'e', 'n'))
+		bpf_setsockopt(skops, SOL_TCP, TCP_CONGESTION, conn->paced_by,
+			       sizeof(conn->paced_by));
+	conn->paced_by[0] = 0;
 }
 
 /*
@@ -847,6 +907,8 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 	conn->half = key;
 	half.client = conn->me;
 	conn->seeking = !halves.update(&key, &half);
+	if (half.server.pod_id == pod->id)
+		tb_pace_not(skops, conn);
 	tb_mark_consumed(conn, skops->rcv_nxt);
 	tb_keep_alive(skops, pod, conn->me.sk);
 	tb_call_on(skops, conn);
@@ -903,6 +965,8 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 		return outcome;
 	conn->peer = half.client;
 	*hop = conn->hop = tb_hop(&half.client, &conn->me);
+	if (half.client.pod_id == pod->id)
+		tb_pace_not(skops, conn);
 	/* copied_seq is set a moment later (tcp_rcv_state_process); nobody can be reading. */
 	tb_mark_consumed(conn, skops->rcv_nxt);
 	tb_keep_alive(skops, pod, conn->me.sk);
@@ -943,6 +1007,7 @@ static __always_inline void tb_leave_alone(struct bpf_sock_ops *skops, struct tb
 	conn->seeking = 0;
 	halves.delete(&conn->half);
 	sockhash.delete(&conn->me.id);
+	tb_pace_again(skops, conn);
 	tb_call_no_more(skops, conn);
 	tb_count_outcome(conn->me.pod_id, TB_HOP_NONE, TB_OUTCOME_NO_PEER);
 }
@@ -1096,6 +1161,30 @@ static __always_inline void tb_count_waits(struct bpf_sock_ops *skops, struct tb
 }
 
 /*
+ * Does a socket that has left the sockhash stream small writes? Nobody sees them there. But the
+ * acknowledgements are then for few bytes each: writes of 1 KB, in a held window, for 10 to 16 KB,
+ * of 4 KB for 46 KB and more.
+ */
+static __always_inline int tb_is_fine(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (conn->parting != TB_PARTED)
+		return 0;
+	if (!conn->acks)
+		conn->acked_at = skops->snd_una;
+	if (conn->acks++ < TB_FINE_ACKS)
+		return 0;
+	conn->acks = 0;
+	return skops->snd_una - conn->acked_at < TB_FINE_ACKS * TB_FINE;
+}
+
+/* May this connection's packets go another way than TCP's own? */
+static __always_inline int tb_may_shape(struct tb_conn *conn)
+{
+	return conn->peer.pod_id == conn->me.pod_id && conn->waits < TB_WAITS &&
+	       (int)tb_read32(conn->peer.sk + OFF_SOCK_RCVLOWAT) <= 1 && !tb_paused(conn);
+}
+
+/*
  * Inside a pod no packet waits or is lost on its way, and all that slow start does is grow the
  * congestion window until no stream fills it. TCP then sends each small write by itself, several
  * times as dearly as those that it gathers while it waits for an acknowledgement, and larger ones
@@ -1110,11 +1199,9 @@ static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct t
 
 	if (packets < TB_FEW_PACKETS)
 		packets = TB_FEW_PACKETS;
-	if (conn->peer.pod_id != conn->me.pod_id || conn->waits >= TB_WAITS ||
-	    (int)tb_read32(conn->peer.sk + OFF_SOCK_RCVLOWAT) > 1 ||
-	    tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS) || tb_paused(conn))
+	if (!tb_may_shape(conn) || tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS))
 		return 0;
-	if (packets > TB_FEW_PACKETS && conn->size >= TB_BULK)
+	if (packets > TB_FEW_PACKETS && conn->size >= TB_BULK && !conn->paced_by[0])
 		return 0;
 	return packets << conn->wider;
 }
@@ -1149,14 +1236,18 @@ static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, str
 	if (!tb_paired(conn)) {
 		if (conn->seeking)
 			tb_leave_alone(skops, conn);
+		else
+			tb_pace_again(skops, conn);
 		return;
 	}
 	if (conn->held)
 		tb_count_waits(skops, conn);
+	if (!tb_may_shape(conn) || tb_is_fine(skops, conn))
+		tb_pace_again(skops, conn);
 	tb_hold_window(skops, conn, tb_best_window(skops, conn));
 	if (conn->parting == TB_PARTING || conn->parting == TB_CLOSED)
 		tb_take_leave(skops, conn);
-	else if (conn->parting == TB_PARTED && !conn->held)
+	else if (conn->parting == TB_PARTED && !tb_is_shaped(conn))
 		tb_call_no_more(skops, conn);
 }
 
@@ -1171,6 +1262,7 @@ static __always_inline void tb_used_again(struct bpf_sock_ops *skops, struct tb_
 	if (conn->me.id)
 		sockhash.delete(&conn->me.id);
 	conn->me.id = 0;
+	tb_pace_again(skops, conn);
 	tb_hold_window(skops, conn, 0);
 	tb_call_no_more(skops, conn);
 }
@@ -1318,18 +1410,34 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 	return conn->pressure && tb_read64(conn->pressure);
 }
 
+static __always_inline int tb_has_set_rcvbuf(const struct tb_conn *conn)
+{
+	return tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK;
+}
+
 /* How much the peer may leave unread, more or less than its sk_rcvbuf. */
 static __always_inline __u32 tb_bound(const struct tb_conn *conn)
 {
 	__u32 bound = conn->rcvbuf;
 
-	if (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
+	if (tb_has_set_rcvbuf(conn))
 		return bound;
 	/* Redirected bytes count as received, and TCP then raises sk_rcvbuf to what was
 	 * received (tcp_clamp_window), up to 32 MB: hence the limit holds for both. */
 	if (bound < conn->bound)
 		bound = conn->bound;
 	return tb_min(bound, TB_MAX_BOUND);
+}
+
+/*
+ * Would TCP lose what comes now? While much more than sk_rcvbuf lies unread, as after one large
+ * write, and the peer is inside a read, it drops packets (tcp_add_to_backlog); the sender finds out
+ * by a probe, milliseconds later. The rest of such a write had better bypass as well.
+ */
+static __always_inline int tb_would_lose(const struct tb_conn *conn, __u64 unread)
+{
+	return conn->queued > 2 * (__u64)conn->rcvbuf && unread <= TB_MAX_BOUND && !conn->overdue &&
+	       !tb_has_set_rcvbuf(conn);
 }
 
 /*
@@ -1393,7 +1501,7 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if (looks && !empty && unread > tb_bound(conn))
+	if (looks && !empty && unread > tb_bound(conn) && !tb_would_lose(conn, unread))
 		return TB_REASON_BACKLOG;
 	return TB_REASONS;
 }

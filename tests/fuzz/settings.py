@@ -252,7 +252,11 @@ class Pods:
 @contextmanager
 def pods(wanted: Iterable[str]) -> Iterator[Pods]:
     """Pods as the runtime and the plugin make them, and ways between them by name, see WAYS."""
-    with open_bed(subnets=DUAL_STACK) as bed, ExitStack() as stack:
+    with (
+        congestion.allowed("bbr"),
+        open_bed(subnets=DUAL_STACK) as bed,
+        ExitStack() as stack,
+    ):
         pairs: dict[str, tuple[Pod, Pod]] = {}
         hops = {}
         for name in wanted:
@@ -273,10 +277,9 @@ def _pair(bed: Bed, stack: ExitStack, name: str, way: Way) -> tuple[Pod, Pod]:
         )
         for role, wanted in zip(("client", "server"), annotations)
     )
-    for pod in (client, server):
-        # Paces as little as CUBIC, which nearly every node has, and every pod may choose it. Where
-        # TCP paces (BBR) its window is left alone, and small streams leave sooner.
-        congestion.choose(pod.netns, "reno")
+    # One paces as little as CUBIC, which nearly every node has; of the other's, some do it not.
+    congestion.choose(client.netns, "reno")
+    congestion.choose(server.netns, "bbr")
     if way.hop == "service":
         stack.enter_context(kubeproxy.service(bed.host, server, way.family))
     return client, server

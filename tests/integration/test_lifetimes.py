@@ -538,6 +538,37 @@ def close(pair: tuple[socket.socket, socket.socket]) -> None:
         sock.close()
 
 
+# ---- Large writes ----------------------------------------------------------------------------
+
+
+def test_a_large_write_bypasses_as_a_whole(node: LightNode) -> None:
+    """Behind its first half a megabyte, which nobody has read yet, TCP would lose its packets."""
+    data = os.urandom(1 << 20)
+    with (
+        node.pod(A) as pod,
+        connected(pod, pod, client_uid=APP_UID, server_uid=PROXY_UID) as (sender, reader),
+    ):
+        assert exchange(sender, reader)
+        sender.sendall(data)
+        assert receive(reader, len(data)) == data
+        assert eventually(lambda: exchange(sender, reader) > 0 and bypassed(pod) >= len(data))
+        assert "backlog" not in pod.total().tcp_messages
+
+
+def test_not_more_large_writes_than_its_bound(node: LightNode) -> None:
+    with node.pod(A) as pod, connected(pod, pod) as (sender, reader):
+        assert exchange(sender, reader)
+        sender.setblocking(False)
+        sent = 0
+        with suppress(BlockingIOError):
+            while sent < 64 << 20:
+                sent += sender.send(bytes(1 << 20))
+        assert eventually(lambda: pod.total().tcp_messages.get("backlog", 0) > 0)
+        assert bypassed(pod) < 4 << 20  # TB_MAX_BOUND, TB_MAX_OVERDUE, and one write
+        sender.setblocking(True)
+        assert receive(reader, sent) == bytes(sent)
+
+
 # ---- Streams ---------------------------------------------------------------------------------
 
 

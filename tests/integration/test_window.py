@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pytest
 
 from cni_plugin import names
+from tests.bed import congestion
 from tests.integration import traffic_pods
 from tests.integration.traffic_pods import (
     SO_MAX_PACING_RATE,
@@ -52,6 +53,12 @@ class Window:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 84)
         at = {"packet": 16, "threshold": 76, "window": 80}  # struct tcp_info, linux/tcp.h
         return cls(**{k: int.from_bytes(info[v : v + 4], sys.byteorder) for k, v in at.items()})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_namespace_may_choose_bbr() -> Iterator[None]:
+    with congestion.allowed("bbr"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +122,16 @@ def test_few_packets_are_on_their_way_over_lo(
         assert exchange(sender, reader)
 
 
-@pytest.mark.parametrize(("write", "is_held"), [(SMALL, True), (BULK, False)])
+@pytest.mark.parametrize(
+    ("control", "write", "is_held"),
+    [("reno", SMALL, True), ("reno", BULK, False), ("bbr", SMALL, True), ("bbr", BULK, True)],
+)
 def test_a_window_of_small_packets_is_held_for_small_writes(
-    pod: LightPod, write: int, *, is_held: bool
+    pod: LightPod, control: str, write: int, *, is_held: bool
 ) -> None:
-    """Towards the sidecar a packet is as small as towards the address that was dialled."""
+    """Towards the sidecar a packet is as small as towards the address that was dialled. And for
+    all where another stands in for BBR, which must not find it grown when it comes back."""
+    congestion.choose(pod.netns, control)
     pod.command(f"iptables -t nat -A OUTPUT -d {SERVICE[0]} -p tcp -j REDIRECT --to-ports 15001")
 
     def window() -> Window:

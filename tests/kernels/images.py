@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -80,8 +81,9 @@ def _in_series(release: str, series: str) -> bool:
 
 
 def _cached(folder: Path, series: str) -> Kernel | None:
-    for kernel in (folder / series).glob("*"):
-        return Kernel(series, kernel)
+    for path in (folder / series).glob("*"):
+        kernel = Kernel(series, path)
+        return kernel if modules.has_stored(kernel.modules) else None
     return None
 
 
@@ -139,7 +141,8 @@ def _download(apt: PrivateApt, available: frozenset[str], folder: Path) -> Kerne
         made = Path(scratch) / release
         modules.store(tree, made / "modules")
         images[0].rename(made / "vmlinuz")
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         return Kernel(series, made.rename(folder / release))
 
 

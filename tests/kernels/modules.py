@@ -1,4 +1,4 @@
-"""The modules that the guests get: network namespaces' links, NAT, kTLS and its ciphers.
+"""The modules that the guests get: network namespaces' links, NAT, BBR, kTLS and its ciphers.
 
 A guest has no modprobe. So modules are stored uncompressed and named in the order in which they
 must be loaded.
@@ -10,13 +10,16 @@ import lzma
 import re
 from pathlib import Path
 
-# What `ip link add`, `iptables -t nat` (over nftables) and setsockopt(TCP_ULP) would have asked
-# for. What a kernel has built in, or not at all (Debian's 5.10: tls), is not among its modules.
+# What `ip link add`, `iptables -t nat` (over nftables) and setsockopt(TCP_ULP, TCP_CONGESTION)
+# would have asked for. What a kernel has built in, or not at all (Debian's 5.10: tls), is not among
+# its modules.
 WANTED = (
     "aesni_intel", "bridge", "ctr", "gcm", "ghash_generic", "nf_conntrack_netlink",
-    "nft_chain_nat", "nft_compat", "nft_counter", "tls", "veth", "xt_REDIRECT", "xt_comment",
-    "xt_conntrack", "xt_multiport", "xt_nat", "xt_owner", "xt_tcpudp",
+    "nft_chain_nat", "nft_compat", "nft_counter", "tcp_bbr", "tls", "veth", "xt_REDIRECT",
+    "xt_comment", "xt_conntrack", "xt_multiport", "xt_nat", "xt_owner", "xt_tcpudp",
 )  # fmt: skip
+
+STAMP = "wanted"
 
 _DEPENDS = re.compile(rb"\bdepends=([^\0]*)\0")
 
@@ -24,8 +27,15 @@ _DEPENDS = re.compile(rb"\bdepends=([^\0]*)\0")
 def store(tree: Path, target: Path) -> None:
     """Writes the wanted modules below `tree`, and those they depend on, to the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
+    (target / STAMP).write_text(" ".join(WANTED))
     for number, (name, content) in enumerate(in_load_order(tree).items()):
         (target / f"{number:03}-{name}.ko").write_bytes(content)
+
+
+def has_stored(target: Path) -> bool:
+    """Whether the folder holds what is wanted now."""
+    stamp = target / STAMP
+    return stamp.exists() and stamp.read_text() == " ".join(WANTED)
 
 
 def in_load_order(tree: Path) -> dict[str, bytes]:

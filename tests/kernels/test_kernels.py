@@ -64,6 +64,16 @@ def test_modules_come_after_those_they_depend_on(tmp_path: Path) -> None:
     assert modules.in_load_order(tmp_path)["base"] == module("base", "")
 
 
+def test_modules_that_were_stored_for_another_list_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not modules.has_stored(tmp_path)
+    modules.store(tmp_path / "no modules here", tmp_path)
+    assert modules.has_stored(tmp_path)
+    monkeypatch.setattr(modules, "WANTED", (*modules.WANTED, "another"))
+    assert not modules.has_stored(tmp_path)
+
+
 def outcome(suite: str, printed: object, exit_code: int | None = 0) -> Outcome:
     stdout = printed if isinstance(printed, str) else json.dumps(printed)
     return Outcome(suite, exit_code, 1.0, stdout, "the last line")

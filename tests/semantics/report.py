@@ -50,7 +50,8 @@ UNSHOWN = """\
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
   Below that, an application that does not read holds up to its receive buffer and 512 KB more of
-  TCP's memory than over TCP (1.14 times with the usual buffers), for the sake of the rule above.
+  TCP's memory than over TCP (1.14 times with the usual buffers), for the sake of the rule above;
+  up to 2.5 MB, if it is sent writes of more than 256 KB.
 - **Another sock_ops program on the same cgroup or above it.** The callbacks that a socket asks for
   are shared by all programs. Ours add those for RTT, state and header options to accelerated
   sockets, so the other is called as well; and when a stream leaves, those that nobody had asked
@@ -66,8 +67,12 @@ UNSHOWN = """\
 - **MSG_ZEROCOPY on Linux 5.10**, with SO_ZEROCOPY set after the connection was established: the
   bytes arrive, by TCP, and no completion comes.
 - **SO_MAX_PACING_RATE** slows down packets: bypassed bytes are none.
+- **BBR** inside a pod is Reno, as `ss -i` and TCP_CONGESTION show, unless the application has
+  chosen it for the socket: there is no network to pace for. It comes back to a socket that streams
+  small writes, within some hundreds of acknowledgements, to a paused one, and for a reader with
+  SO_RCVLOWAT.
 - **The congestion window** of a connection inside a pod is held at 16 packets or 512 KB once some
-  of its bytes have gone by TCP (not under BBR, which paces): `ss -i` and TCP_INFO show it, as
+  of its bytes have gone by TCP (not where TCP paces them): `ss -i` and TCP_INFO show it, as
   `cwnd` and `ssthresh`. A reader that waits for more than that without reading it (MSG_PEEK,
   FIONREAD) may get it up to 40 ms late, and the 16 packets become 32, and so on up to 256, about as
   TCP's own window grows. One that waits for more than 256 small writes meets that 16 to 64 times;

@@ -30,7 +30,7 @@ struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket;
 	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing, cwnd_clamp,
 		probing;
-	__u8 is_mptcp, nonagle, userlocks, is_cwnd_limited;
+	__u8 is_mptcp, nonagle, userlocks, is_cwnd_limited, is_chosen;
 };
 
 struct wait_queue {
@@ -54,6 +54,8 @@ struct request {
 	__u32 rcv_isn, snt_isn;
 };
 
+#define OFF_ICSK_CA_SETSOCKOPT offsetof(struct host_sock, is_chosen)
+#define MASK_ICSK_CA_SETSOCKOPT 1
 #define OFF_ICSK_ULP_OPS offsetof(struct host_sock, ulp)
 #define OFF_SOCK_FLAGS offsetof(struct host_sock, flags)
 #define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
@@ -161,6 +163,12 @@ static inline int bpf_setsockopt(void *context, int level, int name, void *value
 {
 	(void)context, (void)level, (void)name, (void)value, (void)size;
 	return 0;
+}
+
+static inline int bpf_getsockopt(void *context, int level, int name, void *value, int size)
+{
+	(void)context, (void)level, (void)name, (void)value, (void)size;
+	return -1;
 }
 
 /* No connection is set up here. */
