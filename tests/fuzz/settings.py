@@ -277,7 +277,7 @@ def _pair(bed: Bed, stack: ExitStack, name: str, way: Way) -> tuple[Pod, Pod]:
         )
         for role, wanted in zip(("client", "server"), annotations)
     )
-    # One paces as little as CUBIC, which nearly every node has; of the other's, some do it not.
+    # Reno paces as little as CUBIC, which nearly every node has; BBR's place it takes inside a pod.
     congestion.choose(client.netns, "reno")
     congestion.choose(server.netns, "bbr")
     if way.hop == "service":

@@ -70,7 +70,7 @@ UNSHOWN = """\
 - **BBR** inside a pod is Reno, as `ss -i` and TCP_CONGESTION show, unless the application has
   chosen it for the socket: there is no network to pace for. It comes back to a socket that streams
   small writes, within some hundreds of acknowledgements, to a paused one, and for a reader with
-  SO_RCVLOWAT.
+  SO_RCVLOWAT; also if the application has asked for Reno meanwhile. TCP_CC_INFO is Reno's: empty.
 - **The congestion window** of a connection inside a pod is held at 16 packets or 512 KB once some
   of its bytes have gone by TCP (not where TCP paces them): `ss -i` and TCP_INFO show it, as
   `cwnd` and `ssthresh`. A reader that waits for more than that without reading it (MSG_PEEK,
