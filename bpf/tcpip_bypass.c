@@ -1193,13 +1193,14 @@ static __always_inline int tb_may_shape(struct tb_conn *conn)
  * by itself, and the window is its pacing's. Who wants many bytes at once (SO_RCVLOWAT) would wait
  * for what the window holds back.
  */
-static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct tb_conn *conn)
+static __always_inline __u32 tb_best_window(struct bpf_sock_ops *skops, struct tb_conn *conn,
+					    int may_shape)
 {
 	__u32 mss = skops->mss_cache, packets = mss ? TB_IN_FLIGHT / mss : 0;
 
 	if (packets < TB_FEW_PACKETS)
 		packets = TB_FEW_PACKETS;
-	if (!tb_may_shape(conn) || tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS))
+	if (!may_shape || tb_read32(conn->me.sk + OFF_SOCK_PACING_STATUS))
 		return 0;
 	if (packets > TB_FEW_PACKETS && conn->size >= TB_BULK && !conn->paced_by[0])
 		return 0;
@@ -1231,6 +1232,8 @@ static __always_inline void tb_hold_window(struct bpf_sock_ops *skops, struct tb
 /* Only bytes that went by TCP are acknowledged: while a connection bypasses, this never runs. */
 static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
+	int may_shape;
+
 	if (!conn->me.id)
 		return;
 	if (!tb_paired(conn)) {
@@ -1242,9 +1245,10 @@ static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, str
 	}
 	if (conn->held)
 		tb_count_waits(skops, conn);
-	if (!tb_may_shape(conn) || tb_is_fine(skops, conn))
+	may_shape = tb_may_shape(conn);
+	if (!may_shape || tb_is_fine(skops, conn))
 		tb_pace_again(skops, conn);
-	tb_hold_window(skops, conn, tb_best_window(skops, conn));
+	tb_hold_window(skops, conn, tb_best_window(skops, conn, may_shape));
 	if (conn->parting == TB_PARTING || conn->parting == TB_CLOSED)
 		tb_take_leave(skops, conn);
 	else if (conn->parting == TB_PARTED && !tb_is_shaped(conn))
@@ -1410,34 +1414,25 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 	return conn->pressure && tb_read64(conn->pressure);
 }
 
-static __always_inline int tb_has_set_rcvbuf(const struct tb_conn *conn)
-{
-	return tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK;
-}
-
-/* How much the peer may leave unread, more or less than its sk_rcvbuf. */
+/*
+ * How much the peer may leave unread, more or less than its sk_rcvbuf. While much more than that
+ * lies there, as after one large write, and the peer is inside a read, its TCP drops packets
+ * (tcp_add_to_backlog); the sender finds out by a probe, milliseconds later. So the rest of such a
+ * write had better bypass as well.
+ */
 static __always_inline __u32 tb_bound(const struct tb_conn *conn)
 {
 	__u32 bound = conn->rcvbuf;
 
-	if (tb_has_set_rcvbuf(conn))
+	if (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
 		return bound;
+	if (conn->queued > 2 * (__u64)bound && !conn->overdue)
+		return TB_MAX_BOUND;
 	/* Redirected bytes count as received, and TCP then raises sk_rcvbuf to what was
 	 * received (tcp_clamp_window), up to 32 MB: hence the limit holds for both. */
 	if (bound < conn->bound)
 		bound = conn->bound;
 	return tb_min(bound, TB_MAX_BOUND);
-}
-
-/*
- * Would TCP lose what comes now? While much more than sk_rcvbuf lies unread, as after one large
- * write, and the peer is inside a read, it drops packets (tcp_add_to_backlog); the sender finds out
- * by a probe, milliseconds later. The rest of such a write had better bypass as well.
- */
-static __always_inline int tb_would_lose(const struct tb_conn *conn, __u64 unread)
-{
-	return conn->queued > 2 * (__u64)conn->rcvbuf && unread <= TB_MAX_BOUND && !conn->overdue &&
-	       !tb_has_set_rcvbuf(conn);
 }
 
 /*
@@ -1501,7 +1496,7 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if (looks && !empty && unread > tb_bound(conn) && !tb_would_lose(conn, unread))
+	if (looks && !empty && unread > tb_bound(conn))
 		return TB_REASON_BACKLOG;
 	return TB_REASONS;
 }

@@ -70,15 +70,6 @@ def by_tcp(sender: socket.socket, reader: socket.socket, size: int = 1000) -> No
     assert receive(reader, size) == bytes(size)
 
 
-@contextmanager
-def paused(node: LightNode) -> Iterator[None]:
-    node.pause(True)
-    try:
-        yield
-    finally:
-        node.pause(False)
-
-
 @pytest.mark.parametrize("to", [A, "127.0.0.1"])
 def test_inside_a_pod_reno_stands_in_for_it(pod: LightPod, to: str) -> None:
     with connected(pod, pod, to=(to, 8080)) as ends:
@@ -131,13 +122,13 @@ def test_where_the_window_begins_large_it_stays(pod: LightPod) -> None:
 
 
 def test_while_paused_it_stays(node: LightNode, pod: LightPod) -> None:
-    with paused(node), connected(pod, pod) as ends:
+    with node.paused(), connected(pod, pod) as ends:
         assert chosen(*ends) == [BBR, BBR]
 
 
 def test_the_pause_brings_it_back_for_good(node: LightNode, pod: LightPod) -> None:
     with connected(pod, pod) as ends:
-        with paused(node):
+        with node.paused():
             assert exchange(*ends)
             assert exchange(*ends)
             assert chosen(*ends) == [BBR, BBR]
@@ -149,7 +140,7 @@ def test_the_pause_brings_it_back_for_good(node: LightNode, pod: LightPod) -> No
 def test_it_does_not_take_the_place_of_what_was_chosen_meanwhile(
     node: LightNode, pod: LightPod
 ) -> None:
-    with connected(pod, pod) as ends, paused(node):
+    with connected(pod, pod) as ends, node.paused():
         choose(ends[0], OTHER)
         assert exchange(*ends)
         assert exchange(*ends)

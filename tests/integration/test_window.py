@@ -55,12 +55,6 @@ class Window:
         return cls(**{k: int.from_bytes(info[v : v + 4], sys.byteorder) for k, v in at.items()})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def every_namespace_may_choose_bbr() -> Iterator[None]:
-    with congestion.allowed("bbr"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def node() -> Iterator[LightNode]:
     with traffic_pods.node() as made:
@@ -131,7 +125,8 @@ def test_a_window_of_small_packets_is_held_for_small_writes(
 ) -> None:
     """Towards the sidecar a packet is as small as towards the address that was dialled. And for
     all where another stands in for BBR, which must not find it grown when it comes back."""
-    congestion.choose(pod.netns, control)
+    with congestion.allowed(control):
+        congestion.choose(pod.netns, control)
     pod.command(f"iptables -t nat -A OUTPUT -d {SERVICE[0]} -p tcp -j REDIRECT --to-ports 15001")
 
     def window() -> Window:
@@ -166,18 +161,9 @@ def test_a_socket_that_is_used_again_has_its_own(node: LightNode, pod: LightPod)
     assert window.window > FEW_PACKETS
 
 
-@contextmanager
-def paused(node: LightNode) -> Iterator[None]:
-    node.pause(True)
-    try:
-        yield
-    finally:
-        node.pause(False)
-
-
 def test_the_pause_lifts_it_for_good(node: LightNode, pod: LightPod) -> None:
     with held(pod) as (sender, reader):
-        with paused(node):
+        with node.paused():
             assert exchange(sender, reader)
             assert exchange(sender, reader)
         assert Window.of(sender).window <= FEW_PACKETS  # so this does not keep it from being held
@@ -187,7 +173,7 @@ def test_the_pause_lifts_it_for_good(node: LightNode, pod: LightPod) -> None:
 def test_one_that_has_grown_is_left_alone(node: LightNode, pod: LightPod) -> None:
     """It would not shrink, and nothing would gather."""
     with connected(pod, pod) as (sender, reader):
-        with paused(node):
+        with node.paused():
             grown = by_tcp(sender, reader, SMALL, burst=64).window
         assert grown > FEW_PACKETS
         assert by_tcp(sender, reader, SMALL).threshold == NO_THRESHOLD

@@ -29,7 +29,7 @@ from bcc import lib
 from bpf import abi, stats
 from bpf.loader import Limits, Programs
 from cni_plugin import bpfsys, names
-from tests.bed import APP_UID, PROXY_UID, cgroups, netns
+from tests.bed import APP_UID, PROXY_UID, cgroups, congestion, netns
 from tests.bed.netns import NetNamespace
 from tests.bed.pod import ENTER
 from tests.integration import traffic
@@ -301,6 +301,15 @@ class LightNode:
         control = bytes(abi.Control(flags, 0))
         bpfsys.map_update(self.programs.fds[names.CONTROL], bytes(4), control)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For as long as the context lasts."""
+        self.pause(True)
+        try:
+            yield
+        finally:
+            self.pause(False)
+
 
 def _unplug(switch: NetNamespace, ifname: str) -> None:
     with switch.entered(), pyroute2.IPRoute() as route:
@@ -429,7 +438,7 @@ def disconnect(sock: socket.socket) -> None:
 
 def without_pacing(pod: LightPod) -> None:
     """Whatever the machine's own congestion control is: BBR paces what it sends."""
-    pod.sysctl("net.ipv4.tcp_congestion_control", "reno")
+    congestion.choose(pod.netns, "reno")
 
 
 def send_by_tcp(sock: socket.socket, data: bytes) -> None:
