@@ -9,6 +9,7 @@
  *                                              sends from SOURCE, waits for the echo, and prints
  *                                              each round's nanoseconds on a line of its own
  */
+#define _GNU_SOURCE
 #include "endpoint.h"
 #include <inttypes.h>
 #include <stdio.h>

@@ -16,6 +16,7 @@ from tests.bed import cpus, signals
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
 from tests.bench import (
+    answers,
     churn,
     hops,
     limits,
@@ -36,6 +37,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "streaming-bbr": partial(streaming.run, control="bbr"),
     "mesh": meshes.run,
     "churn": churn.run,
+    "answers": partial(answers.run, control="cubic"),
+    "answers-bbr": partial(answers.run, control="bbr"),
     "others": others.run,
     "scale": scale.run,
 }

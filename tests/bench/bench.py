@@ -30,6 +30,11 @@ class Bench:
     def cpu(self) -> str:
         return self.cpus.measured
 
+    def peers(self, pinnings: Iterable[str]) -> list[tuple[str, str]]:
+        """Each pinning's name with the other end's CPU; "two" only where there are two CPUs."""
+        cpus = {"same": self.cpu, "two": self.cpus.others[-1] if self.cpus.others else None}
+        return [(name, cpu) for name in pinnings if (cpu := cpus[name]) is not None]
+
     def record(
         self,
         case: str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from tests.bed import cc, ends, open_bed, pairs, pingpong
@@ -13,22 +13,39 @@ from tests.bench import hops
 from tests.bench.bench import Bench, Effort
 from tests.bench.hops import Way
 
+REQUEST = 64
 SOURCE = Path(__file__).with_suffix(".c")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much to measure; times in milliseconds per run."""
+class Times:
+    """Of one run, in milliseconds."""
 
-    warmup_ms: int
-    measure_ms: int
+    warmup: int
+    measured: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure."""
+
+    times: Times
     pairs: int
 
 
+@dataclass(frozen=True)
+class Answer:
+    """How many bytes answer a request, in writes of how many, and from which CPU."""
+
+    size: int
+    write: int
+    cpu: str
+
+
 PLANS: dict[Effort, Plan] = {
-    "full": Plan(100, 500, 7),
-    "quick": Plan(50, 200, 3),
-    "smoke": Plan(1, 5, 1),
+    "full": Plan(Times(100, 500), 7),
+    "quick": Plan(Times(50, 200), 3),
+    "smoke": Plan(Times(1, 5), 1),
 }
 
 
@@ -46,16 +63,18 @@ def run(bench: Bench) -> None:
         for way in ways:
             stack.enter_context(ends.serving(program, way.hop, bench.cpu))
         for number, way in pairs.alternated(ways, plan.pairs):
-            values = measure(program, way.hop, bench.cpu, plan.warmup_ms, plan.measure_ms)
+            answer = Answer(REQUEST, REQUEST, bench.cpu)
+            values = measure(program, way.hop, bench.cpu, answer, plan.times)
             bench.record(way.case, way.variant, number, values)
         for name in HOPS:
             bench.tell(name, "connections_per_s", "cpu_us_per_connection", "connect_us")
         bench.keep_counters(bed, both[1])
 
 
-def measure(program: Path, hop: Hop, cpu: str, warmup_ms: int, measure_ms: int) -> dict[str, float]:
+def measure(program: Path, hop: Hop, cpu: str, answer: Answer, times: Times) -> dict[str, float]:
     """One run over a hop whose `churn serve` is up: how many connections, at what cost."""
-    first, *rest = ends.asked(program, "ask", hop, cpu, warmup_ms, measure_ms).splitlines()
+    what = (*astuple(answer), *astuple(times))
+    first, *rest = ends.asked(program, "ask", hop, cpu, *what).splitlines()
     count, nanoseconds, cpu_ns = map(int, first.split())
     connects, wholes = zip(*(map(int, line.split()) for line in rest))
     return {

@@ -137,6 +137,11 @@ def _streaming(section: str, control: str, modes: Sequence[str]) -> Iterator[Lim
     yield Limit(claim, section, large, "bytes_per_s", at_least=2.0)
 
 
+def _answers(section: str, control: str) -> Iterator[Limit]:
+    claim = f"Large answer on a fresh connection, {control}"
+    yield Limit(claim, section, ("[!u]*",), "whole_us", at_most=1.0)
+
+
 def _others() -> Iterator[Limit]:
     for case, who in {
         "out": "To off the host",
@@ -164,6 +169,8 @@ LIMITS = [
     *_mesh(),
     *_streaming("streaming", "CUBIC", (*READERS, "settled")),
     *_streaming("streaming-bbr", "BBR", READERS),
+    *_answers("answers", "CUBIC"),
+    *_answers("answers-bbr", "BBR"),
     *_others(),
     *_scale(),
 ]

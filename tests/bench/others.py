@@ -37,16 +37,16 @@ class Plan:
 
     rounds: int
     stream: streaming.Times
-    churn_ms: int
+    churn: churn.Times
     pairs: int
     stranger_pairs: int
     stranger_runs: int
 
 
 PLANS: dict[Effort, Plan] = {
-    "full": Plan(15_000, streaming.Times(40, 100, 4), 300, 15, 9, 3),
-    "quick": Plan(5_000, streaming.Times(20, 50, 4), 100, 3, 2, 1),
-    "smoke": Plan(50, streaming.Times(5, 10, 1), 5, 1, 1, 2),
+    "full": Plan(15_000, streaming.Times(40, 100, 4), churn.Times(100, 300), 15, 9, 3),
+    "quick": Plan(5_000, streaming.Times(20, 50, 4), churn.Times(33, 100), 3, 2, 1),
+    "smoke": Plan(50, streaming.Times(5, 10, 1), churn.Times(1, 5), 1, 1, 2),
 }
 
 
@@ -127,5 +127,6 @@ def _measure(programs: dict[str, Path], hop: Hop, cpu: str, plan: Plan) -> dict[
         stream = Stream("", "", "fast", programs["stream"], hop, server)
         values |= streaming.measure(stream, WRITE_SIZE, plan.stream, writer=cpu, reader=cpu)
     with ends.serving(programs["churn"], hop, cpu):
-        short = churn.measure(programs["churn"], hop, cpu, plan.churn_ms // 3, plan.churn_ms)
+        answer = churn.Answer(churn.REQUEST, churn.REQUEST, cpu)
+        short = churn.measure(programs["churn"], hop, cpu, answer, plan.churn)
     return {**values, **short}

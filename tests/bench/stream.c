@@ -19,7 +19,6 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
-#include <sched.h>
 #include <stdio.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -173,16 +172,6 @@ static void read_and_write(int fd, const struct plan *plan, int ends)
 		}
 	}
 	peer_has_gone(&window);
-}
-
-static void move_to(unsigned cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	if (sched_setaffinity(0, sizeof(set), &set))
-		err(1, "sched_setaffinity to CPU %u", cpu);
 }
 
 /* The driver's time has begun when its first bytes come, so that it does not end before it. */

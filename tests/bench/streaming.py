@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tests.bed import cc, congestion, ends, open_bed, pairs, pingpong
+from tests.bed import cc, ends, open_bed, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop, HopName
 from tests.bench import hops
@@ -111,12 +111,10 @@ def run(bench: Bench, control: Control) -> None:
     if bench.effort == "full" and control == "cubic":
         plan = replace(plan, streams=plan.streams + UNDER_CUBIC)
     with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
-        stack.enter_context(congestion.allowed(control))
-        for pod in (pod for pair in both for pod in (pair.client, pair.server)):
-            congestion.choose(pod.netns, control)
+        stack.enter_context(pairs.under(control, both))
         program = cc.compiled(SOURCE, bed.folder)
         streams = _streams(stack, bench, plan, program, both)
-        for pinning, reader in _pinnings(bench, plan):
+        for pinning, reader in bench.peers(plan.pinnings):
             for size in plan.sizes:
                 for number, stream in pairs.alternated(streams, plan.pairs):
                     values = measure(stream, size, plan.times, writer=bench.cpu, reader=reader)
@@ -125,12 +123,6 @@ def run(bench: Bench, control: Control) -> None:
                 for case in dict.fromkeys(stream.case for stream in streams):
                     bench.tell(f"{case}/{pinning}/{size}", "bytes_per_s", "cpu_ns_per_kb")
         bench.keep_counters(bed, both[1])
-
-
-def _pinnings(bench: Bench, plan: Plan) -> list[tuple[str, str]]:
-    """The pinnings' names, each with the reader's CPU; two CPUs only where there are two."""
-    readers = {"same": bench.cpu, "two": bench.cpus.others[-1] if bench.cpus.others else None}
-    return [(name, cpu) for name in plan.pinnings if (cpu := readers[name]) is not None]
 
 
 def _streams(

@@ -137,6 +137,7 @@ TO_UNIX = {
     "CPU, AF_UNIX to TCP": between("cpu_us_per_request", "unix", "plain"),
     "CPU, bypass to AF_UNIX": between("cpu_us_per_request", "bypass", "unix"),
 }
+PINNINGS = {"same": "On one CPU", "two": "On two CPUs"}
 STREAMS = tuple(
     Table(
         title,
@@ -149,7 +150,21 @@ STREAMS = tuple(
             "AF_UNIX to TCP": of_unix("bytes_per_s", 1, 2, 3),
         },
     )
-    for pinning, title in (("same", "On one CPU"), ("two", "On two CPUs"))
+    for pinning, title in PINNINGS.items()
+)
+ANSWERS = tuple(
+    Table(
+        title,
+        f"*/{pinning}/*",
+        ("hop", "", "bytes", "bytes per write"),
+        {
+            "connect to close, us": both("whole_us"),
+            "p99, us": both("whole_p99_us"),
+            "CPU per connection, us": both("cpu_us_per_connection"),
+            "to AF_UNIX": to_unix("whole_us", 1, 2, 3),
+        },
+    )
+    for pinning, title in PINNINGS.items()
 )
 CHAPTERS = {
     "hops": Chapter(
@@ -257,6 +272,16 @@ CHAPTERS = {
                 },
             ),
         ),
+    ),
+    "answers": Chapter(
+        "Large answers under CUBIC",
+        "Connect, one request of 64 bytes, one large answer in writes of so many bytes, close; one "
+        "after the other. Nothing has grown yet: neither buffers nor TCP's window. The reader "
+        "blocks in recv; the ends share a CPU or have one each.",
+        ANSWERS,
+    ),
+    "answers-bbr": Chapter(
+        "Large answers under BBR", "The same where the pods' congestion control is BBR.", ANSWERS
     ),
     "others": Chapter(
         "Those who gain nothing",

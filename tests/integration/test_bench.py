@@ -20,6 +20,10 @@ WANTED = {
     "streaming-bbr": {"inbound/duplex/same/4096", "unix/fast/same/4096"},
     "mesh": {"closed/http2/2", "unix/2", "fixed/none/small/100", "fixed/filter/small/100"},
     "churn": {"inbound", "outbound", "sidecars", "unix"},
+    "answers": {f"{hop}/same/65536/16384" for hop in ("inbound", "outbound", "sidecars", "unix")},
+    "answers-bbr": {
+        f"{hop}/same/65536/16384" for hop in ("inbound", "outbound", "sidecars", "unix")
+    },
     "others": {"out", "in", "stranger"},
     "scale": {"pods/0", "pods/2", "connections/1", "connections/10", "connections/10/memory"},
 }

@@ -1,0 +1,69 @@
+"""One large answer on each fresh connection, by its size and that of its writes.
+
+Nothing has grown yet: neither a buffer, nor a window, nor the bound on what a reader may leave
+unread. The reader blocks in recv and takes up to 256 KB at a time.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+
+from tests.bed import cc, ends, open_bed, pairs, pingpong
+from tests.bed.pingpong import HOPS
+from tests.bench import churn, hops
+from tests.bench.bench import Bench, Effort
+from tests.bench.churn import Answer, Times
+from tests.bench.hops import Way
+from tests.bench.streaming import Control
+
+WHOLE = 1_048_576  # the largest write of churn.c
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure; a write is never larger than the answer."""
+
+    pinnings: tuple[str, ...]
+    sizes: tuple[int, ...]
+    writes: tuple[int, ...]
+    times: Times
+    pairs: int
+
+
+BOTH = ("same", "two")
+SIZES = (65_536, 262_144, 1_048_576, 4_194_304)
+PLANS: dict[Effort, Plan] = {
+    "full": Plan(BOTH, SIZES, (16_384, 65_536, WHOLE), Times(20, 60), 7),
+    "quick": Plan(BOTH, SIZES[2:3], (16_384, WHOLE), Times(20, 60), 3),
+    "smoke": Plan(BOTH[:1], SIZES[:1], (16_384,), Times(1, 5), 1),
+}
+
+
+def run(bench: Bench, control: Control) -> None:
+    """Measure everything that the plan says, under one congestion control."""
+    plan = PLANS[bench.effort]
+    bench.section.machine["congestion_control"] = control
+    with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
+        stack.enter_context(pairs.under(control, both))
+        program = cc.compiled(churn.SOURCE, bed.folder)
+        ways = [
+            Way(name, pair.kind, pingpong.hop(name, pair.client, pair.server))
+            for name in HOPS
+            for pair in both
+        ]
+        ways.append(Way("unix", "unix", hops.unix(both[0].client)))
+        for way in ways:
+            stack.enter_context(ends.serving(program, way.hop, bench.cpu))
+        peers = bench.peers(plan.pinnings)
+        for (pinning, cpu), size, write in product(peers, plan.sizes, plan.writes):
+            if write > size:
+                continue
+            answer, case = Answer(size, write, cpu), f"{pinning}/{size}/{write}"
+            for number, way in pairs.alternated(ways, plan.pairs):
+                values = churn.measure(program, way.hop, bench.cpu, answer, plan.times)
+                bench.record(f"{way.case}/{case}", way.variant, number, values)
+            for name in HOPS:
+                bench.tell(f"{name}/{case}", "whole_us", "whole_p99_us")
+        bench.keep_counters(bed, both[1])
