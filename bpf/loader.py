@@ -31,6 +31,7 @@ PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
 _OFFSETS = {
     "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
+    "NET_TCP_RMEM": ("net", "ipv4.sysctl_tcp_rmem"),
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
@@ -44,6 +45,7 @@ _OFFSETS = {
     "SOCK_PACING_STATUS": ("sock", "sk_pacing_status"),
     "SOCK_PROT": ("sock", "__sk_common.skc_prot"),
     "SOCK_RCVBUF": ("sock", "sk_rcvbuf"),
+    "SOCK_SNDBUF": ("sock", "sk_sndbuf"),
     "SOCK_RCVLOWAT": ("sock", "sk_rcvlowat"),
     "SOCK_SOCKET": ("sock", "sk_socket"),
     "SOCK_UID": ("sock", "sk_uid"),

@@ -65,7 +65,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_STUCK_LONG (128 * TB_STUCK)
 /* A peer's queue that moves is looked at once in so many bytes, counted with what holds them. */
 #define TB_LOOK 16384
-/* Like TCP's own receive buffer (net.ipv4.tcp_rmem), the bound grows for who reads. */
+/* So much a peer may leave unread at most, however large its buffers are. See tb_bound(). */
 #define TB_MAX_BOUND (2 << 20)
 /* How much TCP may have on its way inside a pod, in bytes and in packets, whichever is more; for
  * writes of TB_BULK and more only in large packets. See tb_best_window(). */
@@ -192,8 +192,7 @@ struct tb_conn {
 	__u32 crowd;	  /* how much this looks like a stream that TCP would gather */
 	__u32 stuck;	  /* how much more the order rule has kept on TCP than was bypassed */
 	__u32 waiting;	  /* the same of small messages */
-	__u32 rcvbuf;	  /* the peer's sk_rcvbuf, at the last look */
-	__u32 bound;	  /* how much the peer may leave unread, once it has read so much at all */
+	__u32 bound;	  /* how much the peer may leave unread, at the last look */
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
 	__u32 called;  /* the flags of TB_WHILE_JOINED that no other program had set */
@@ -1415,24 +1414,27 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 }
 
 /*
- * How much the peer may leave unread, more or less than its sk_rcvbuf. While much more than that
- * lies there, as after one large write, and the peer is inside a read, its TCP drops packets
- * (tcp_add_to_backlog); the sender finds out by a probe, milliseconds later. So the rest of such a
- * write had better bypass as well.
+ * How much the peer may leave unread.
+ *
+ * RULE (loss). Kernels charge redirected bytes to their receiver (Linux 6.13 and later stable
+ * ones), and its TCP drops what does not fit beside them, be it a FIN; the sender finds out by a
+ * probe, up to 0.2 s later. While the peer is inside a read, 2 * sk_rcvbuf + sk_sndbuf / 2 fit
+ * (tcp_add_to_backlog); else what sk_rcvbuf may grow to (tcp_clamp_window). Of the one an
+ * sk_rcvbuf is TCP's, of the other half: its window offers no more.
+ *
+ * An application may pass this by TB_MAX_OVERDUE, and inside a pod, where sk_sndbuf is megabytes, a
+ * quarter of that has room for it.
  */
-static __always_inline __u32 tb_bound(const struct tb_conn *conn)
+static __always_inline __u32 tb_bound(const struct tb_end *peer)
 {
-	__u32 bound = conn->rcvbuf;
+	__u64 rmem = tb_read64(peer->sk + OFF_SOCK_NET) + OFF_NET_TCP_RMEM;
+	__u32 rcvbuf = tb_read32(peer->sk + OFF_SOCK_RCVBUF);
+	__u32 sndbuf = tb_read32(peer->sk + OFF_SOCK_SNDBUF);
+	__u32 most = tb_read32(rmem + 2 * sizeof(__u32));
 
-	if (tb_read8(conn->peer.sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
-		return bound;
-	if (conn->queued > 2 * (__u64)bound && !conn->overdue)
-		return TB_MAX_BOUND;
-	/* Redirected bytes count as received, and TCP then raises sk_rcvbuf to what was
-	 * received (tcp_clamp_window), up to 32 MB: hence the limit holds for both. */
-	if (bound < conn->bound)
-		bound = conn->bound;
-	return tb_min(bound, TB_MAX_BOUND);
+	if (most < rcvbuf || tb_read8(peer->sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
+		most = rcvbuf;
+	return tb_min(tb_min(most / 2, TB_MAX_BOUND), rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
 }
 
 /*
@@ -1446,16 +1448,13 @@ static __always_inline int tb_look(struct tb_conn *conn)
 	int was_empty = tb_is_empty(&conn->peer, conn->oldest);
 	__u32 relief = TB_RELIEF * (was_empty ? 1 : 1 + conn->small);
 
-	if (empty) {
-		if (conn->queued > conn->bound / 2 && conn->bound < TB_MAX_BOUND)
-			conn->bound = conn->queued * 2;
+	if (empty)
 		conn->queued = 0;
-	}
 	if (moves)
 		conn->crowd -= tb_min(conn->crowd, relief);
 	else
 		conn->crowd = tb_min(conn->crowd + conn->small, 2 * TB_LARGE_CROWD);
-	conn->rcvbuf = tb_read32(conn->peer.sk + OFF_SOCK_RCVBUF);
+	conn->bound = tb_bound(&conn->peer);
 	conn->oldest = oldest;
 	conn->small = 0;
 	conn->look_at = conn->queued + (moves ? TB_LOOK : 0);
@@ -1480,10 +1479,10 @@ static __always_inline __u32 tb_cost(__u32 size)
 static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void *tp, __u32 size)
 {
 	__u64 unread = conn->queued + tb_cost(size);
-	__u32 surely = tb_min(conn->rcvbuf, TB_MAX_BOUND); /* at most tb_bound() */
-	int looks = unread > conn->look_at || unread > surely / 2;
-	int empty = looks && tb_look(conn);
+	int looks = unread > conn->look_at || unread > conn->bound / 2;
 
+	if (looks && tb_look(conn))
+		unread = tb_cost(size);
 	conn->small += size < TB_SMALL;
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
@@ -1496,7 +1495,7 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if (looks && !empty && unread > tb_bound(conn))
+	if (looks && unread > conn->bound)
 		return TB_REASON_BACKLOG;
 	return TB_REASONS;
 }

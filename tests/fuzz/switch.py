@@ -21,11 +21,12 @@ HOST = Path(__file__).with_name("host")
 WRAP = 2**32
 LARGEST = 17 * 32768  # bytes: what one sk_msg holds at most
 RCVBUF = 131_072
+SNDBUF = 2_629_632  # what a socket begins with on lo
 LOOK = 16_384  # TB_LOOK
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
 # What makes an end's small writes gather, see host_connect().
 NOTHING, PACING, NAGLE, WINDOW = range(4)
-LARGEST_BOUND = 2 << 20  # TB_MAX_BOUND: what RCVBUF grows to for a peer that reads
+BOUND = RCVBUF + SNDBUF // 2  # tb_bound() of a sidecar, and more than that of an application
 
 
 def built(folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
@@ -81,14 +82,14 @@ class Connection:
         self._rules = rules
         two = ctypes.c_uint32 * 2
         flags = (os.O_NONBLOCK if each else 0 for each in nonblocking)
-        rules.host_connect(two(*isn), two(*proxies), two(*flags), two(*gathers), RCVBUF)
+        rules.host_connect(two(*isn), two(*proxies), two(*flags), two(*gathers), RCVBUF, SNDBUF)
         self.ends = [
             End(isn[0], isn[1], nonblocking=nonblocking[0]),
             End(isn[1], isn[0], nonblocking=nonblocking[1]),
         ]
         self.paused = False
         self.addresses = 1  # that messages get in turn, as they are freed and made
-        self.bounded = LARGEST_BOUND + OVERDUE + 2 * LARGEST
+        self.bounded = BOUND + OVERDUE + LARGEST
 
     def _tell(self, sender: int | None = None) -> None:
         for number, end in enumerate(self.ends):

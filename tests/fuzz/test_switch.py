@@ -22,6 +22,7 @@ from tests.fuzz.switch import (
     OVERDUE,
     PACING,
     RCVBUF,
+    SNDBUF,
     WINDOW,
     WRAP,
     Broken,
@@ -288,7 +289,7 @@ def unread_after_wrap(connection: Connection) -> None:
 
 def never_read(connection: Connection) -> None:
     """A peer that does not read."""
-    connection.bounded = RCVBUF + OVERDUE + 2 * LARGEST
+    connection.bounded = RCVBUF + SNDBUF // 4 + OVERDUE + 2 * LOOK
     for _ in range(10_000):
         connection.send(0, 4096)
 

@@ -306,14 +306,6 @@ def test_sockets_whose_cookies_agree_in_their_low_bits(node: LightNode) -> None:
         assert set(outcomes(pod)) == {"paired"}
 
 
-def tcp_ext(pod: LightPod, name: str) -> int:
-    """A TcpExt counter of the pod's namespace."""
-    with pod.netns.entered():
-        lines = Path("/proc/thread-self/net/netstat").read_text().splitlines()
-    header, values = (line.split() for line in lines if line.startswith("TcpExt:"))
-    return int(values[header.index(name)])
-
-
 def test_syn_cookies(node: LightNode) -> None:
     with node.pod(A) as client, node.pod(B) as server:
         server.sysctl("net.ipv4.tcp_syncookies", 2)
@@ -321,7 +313,7 @@ def test_syn_cookies(node: LightNode) -> None:
             for _ in range(20):
                 with client.connect((B, 8080)) as ours, accepted(listener) as theirs:
                     exchange(ours, theirs, rounds=2)
-        assert tcp_ext(server, "SyncookiesRecv") == 20
+        assert server.tcp_ext("SyncookiesRecv") == 20
         # A cookie leaves no request behind that could be announced.
         assert bypassed(client, server) == 0
         assert node.sockets() == 0

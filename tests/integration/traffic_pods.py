@@ -202,6 +202,13 @@ class LightPod:
         lookup = functools.partial(bpfsys.map_lookup, self.node.programs.fds[names.COUNTERS])
         return stats.pod_counters(self.record.id, lookup)
 
+    def tcp_ext(self, name: str) -> int:
+        """What its TCP has counted: a TcpExt counter of its namespace."""
+        with self.netns.entered():
+            lines = Path("/proc/thread-self/net/netstat").read_text().splitlines()
+        header, values = (line.split() for line in lines if line.startswith("TcpExt:"))
+        return int(values[header.index(name)])
+
     def total(self) -> stats.HopCounters:
         """This pod's counters, all hops together."""
         return sum(self.counters().values(), stats.HopCounters())

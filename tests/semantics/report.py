@@ -42,16 +42,17 @@ UNSHOWN = """\
   on its way could be overtaken; the program waits that out for a bounded time, so that only a
   thread that is held up between two instructions for all of it is left to chance.
 - **An edge-triggered reader that takes a short read for the end of what is there** (epoll(7) allows
-  it), and that does not look at its socket while more than its receive buffer and 512 KB arrive:
-  what came after by TCP can lie there until the next byte comes. The same at `pause` and `unload`
-  with as much unread, and between two pods without sidecars, in a moment in which the reader's own
-  thread is inside send. nginx with large uploads is such a reader: exclude its port, or proxy-only.
+  it), and that does not look at its socket while more than its receive buffer and 512 KB arrive
+  (1.2 MB inside a pod): what came after by TCP can lie there until the next byte comes. (Between
+  two pods without sidecars it can also be dropped, if the reader is inside a read just then, and
+  come again up to 0.2 s later.) The same at `pause` and `unload` with as much unread, and between
+  two pods without sidecars, in a moment in which the reader's own thread is inside send. nginx with
+  large uploads is such a reader: exclude its port, or proxy-only.
 - **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
-  Below that, an application that does not read holds up to its receive buffer and 512 KB more of
-  TCP's memory than over TCP (1.14 times with the usual buffers), for the sake of the rule above;
-  up to 2.5 MB, if it is sent writes of more than 256 KB.
+  Below that, who does not read holds more than over TCP, for the sake of the rule above too: inside
+  a pod up to 5.9 MB and 3.9 over TCP, between two up to 0.7 MB and 0.1.
 - **Another sock_ops program on the same cgroup or above it.** The callbacks that a socket asks for
   are shared by all programs. Ours add those for RTT, state and header options to accelerated
   sockets, so the other is called as well; and when a stream leaves, those that nobody had asked

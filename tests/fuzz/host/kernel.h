@@ -28,9 +28,13 @@ struct psock {
 
 struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket;
-	__u32 rcvbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing, cwnd_clamp,
-		probing;
+	__u32 rcvbuf, sndbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing,
+		cwnd_clamp, probing;
 	__u8 is_mptcp, nonagle, userlocks, is_cwnd_limited, is_chosen;
+};
+
+struct host_net {
+	__u32 tcp_rmem[3];
 };
 
 struct wait_queue {
@@ -68,6 +72,8 @@ struct request {
 #define OFF_SOCK_PACING_STATUS offsetof(struct host_sock, pacing)
 #define OFF_TCP_SOCK_SND_CWND_CLAMP offsetof(struct host_sock, cwnd_clamp)
 #define OFF_TCP_SOCK_TLP_HIGH_SEQ offsetof(struct host_sock, probing)
+#define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
+#define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
 #define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
 #define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
 #define OFF_SOCK_UID offsetof(struct host_sock, uid)

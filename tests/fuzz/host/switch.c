@@ -21,6 +21,7 @@ struct host_end {
 static struct host_end ends[2];
 static struct proto proto, tls_proto;
 static struct tb_control switches;
+static struct host_net net = {{4096, 131072, 6 << 20}};
 static __u64 steps_taken;
 static int redirected;
 
@@ -67,7 +68,7 @@ static struct tb_counters *not_counted(struct tb_counter_key *key)
  * gathers: what makes its small writes gather. 1: pacing; 2: Nagle's algorithm; 3: a window of few
  * packets; 0: nothing those below TB_TINY. */
 void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags[2],
-		  const __u32 gathers[2], __u32 rcvbuf)
+		  const __u32 gathers[2], __u32 rcvbuf, __u32 sndbuf)
 {
 	conns.sk_storage_get = storage_of;
 	sockhash.msg_redirect_hash = redirect;
@@ -91,7 +92,9 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.prot = (__u64)&proto;
 		end->sock.user_data = (__u64)&end->psock;
 		end->callbacks = end->conn.called = TB_WHILE_JOINED;
+		end->sock.net = (__u64)&net;
 		end->sock.rcvbuf = rcvbuf;
+		end->sock.sndbuf = sndbuf;
 		end->file.flags = flags[i];
 		end->sock.rcvlowat = 1;
 		end->sock.pacing = gathers[i] == 1;
