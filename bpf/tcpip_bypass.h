@@ -78,7 +78,7 @@ enum tb_hop {
 enum tb_reason {
 	TB_REASON_UNPAIRED,   /* the other end has not joined (yet) */
 	TB_REASON_ORDER,      /* the peer may not have consumed all earlier TCP bytes */
-	TB_REASON_BACKLOG,    /* the peer's unread bytes passed its sk_rcvbuf */
+	TB_REASON_BACKLOG,    /* the peer would have more unread than tb_bound() */
 	TB_REASON_BUSY,	      /* a thread of the peer's is inside a call on its socket */
 	TB_REASON_MEMORY,     /* the kernel is short of memory for TCP */
 	TB_REASON_CORKED,     /* TCP_CORK: the sender wants it held back */

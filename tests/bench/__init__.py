@@ -2,5 +2,6 @@
 
 Everything is measured twice in turn, over TCP/IP and bypassed, within seconds of each other, on
 pinned CPUs. results.py holds what was measured, stats.py what follows from it, limits.py what was
-promised; each kind of load is a module of its own: hops, streaming, meshes, churn, others, scale.
+promised; each kind of load is a module of its own: hops, streaming, meshes, churn, answers, others,
+scale.
 """

@@ -23,7 +23,7 @@ import pytest
 from bpf import abi
 from bpf.loader import Limits
 from cni_plugin import bpfsys, names
-from tests.bed import APP_UID, PROXY_UID, bpf_objects, open_bed
+from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import ENTER
 from tests.integration import traffic_pods
 from tests.integration.traffic_pods import (
@@ -538,6 +538,17 @@ def test_load_and_unload_during_transfers() -> None:
 def close(pair: tuple[socket.socket, socket.socket]) -> None:
     for sock in pair:
         sock.close()
+
+
+def test_what_a_killed_test_left_is_removed() -> None:
+    left = f"tl-{2**22 + 1}-0"  # no process has this id
+    folder = cgroups.mount_point() / left
+    with ExitStack() as stack:
+        stack.enter_context(cgroups.made(folder))
+        stack.enter_context(netns.created(f"{left}-switch"))
+        with traffic_pods.node():
+            assert not folder.exists()
+            assert netns.names(left) == []
 
 
 # ---- Large writes ----------------------------------------------------------------------------

@@ -352,7 +352,8 @@ def address(ip: str) -> abi.Addr:
 
 @contextmanager
 def node(limits: Limits = LIMITS, *extra_flags: str) -> Iterator[LightNode]:
-    """A node with our programs loaded; everything is gone on leaving."""
+    """A node with our programs loaded; everything is gone on leaving, or when the next is made."""
+    _remove_dead()
     name = f"tl-{os.getpid()}-{next(_numbers)}"
     with ExitStack() as stack:
         programs = Programs(limits, extra_flags)
@@ -364,6 +365,16 @@ def node(limits: Limits = LIMITS, *extra_flags: str) -> Iterator[LightNode]:
             route.link("set", index=index, state="up")
         maker = stack.enter_context(socket_maker())
         yield LightNode(name, programs, cgroup, switch, maker)
+
+
+def _remove_dead() -> None:
+    """What the nodes of a process left that was killed."""
+    for folder in cgroups.mount_point().glob("tl-*-*"):
+        pid = folder.name.split("-")[1]
+        if not Path("/proc", pid).exists():
+            cgroups.remove(folder)
+            for name in netns.names(f"{folder.name}-"):
+                netns.remove(name)
 
 
 @contextmanager
