@@ -93,6 +93,14 @@ class KernelBTF:
             mask = ((1 << width) - 1) << (bits % 8) if 0 < width < 8 else 0xFF
         return Member(bits // 8, mask)
 
+    def has_member(self, struct: str, path: str) -> bool:
+        """Whether this kernel's struct has such a member, see member()."""
+        try:
+            self.member(struct, path)
+        except BTFError:
+            return False
+        return True
+
     def has_struct(self, name: str) -> bool:
         """Whether this kernel has a struct of this name."""
         return self._id(name, KIND_STRUCT) > 0

@@ -93,7 +93,10 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     userlocks = btf.member("sock", "sk_userlocks")
     is_chosen = btf.member("inet_connection_sock", "icsk_ca_setsockopt")
     is_limited = btf.member("tcp_sock", "is_cwnd_limited")
+    shrinks = "ipv4.sysctl_tcp_shrink_window"  # since Linux 6.5
+    can_shrink = btf.has_member("net", shrinks)
     flags += [
+        f"-DOFF_NET_TCP_SHRINK_WINDOW={btf.member('net', shrinks).offset if can_shrink else 0}",
         f"-DOFF_ICSK_CA_SETSOCKOPT={is_chosen.offset}",
         f"-DMASK_ICSK_CA_SETSOCKOPT={is_chosen.mask:#x}",
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",

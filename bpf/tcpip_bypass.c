@@ -34,6 +34,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TCP_KEEPIDLE 4
 #define TCP_KEEPINTVL 5
 #define TCP_CONGESTION 13
+#define TCP_INIT_CWND 10
 #define EBUSY 16
 #define O_NONBLOCK 04000
 
@@ -44,6 +45,8 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_SEEN 0xffffffffULL
 /* How many bytes, at most, go on bypassing while there is no good moment to leave. */
 #define TB_MAX_OVERDUE (512 * 1024)
+/* A sidecar whose receive buffer cannot hold twice as much is left alone: see tb_bound(). */
+#define TB_SPARED (64 * 1024)
 /* What the kernel allocates for a redirected message besides its bytes (struct sk_msg). */
 #define TB_MESSAGE_COST 1024
 /* A wait queue with more entries than this is not walked: the socket counts as being read. */
@@ -625,14 +628,15 @@ static __always_inline int tb_is_called(const char *control, char a, char b, cha
  *
  * The kernel is about to make the send buffer for the first window: twice as large, or three times
  * under BBR (tcp_sndbuf_expand). An application may count on it, when it writes before it reads. So
- * the window begins half as large again; if it can, and be held.
+ * the window begins half as large again; if it can, and be held. After lost SYNs the window begins
+ * smaller, and the buffer does not.
  */
 static __always_inline void tb_pace_not(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	__u32 own = skops->snd_cwnd, first = own * 3 / 2;
 	char reno[] = "reno";
 
-	if (tb_paused(conn) || first > TB_FEW_PACKETS ||
+	if (tb_paused(conn) || own < TCP_INIT_CWND || first > TB_FEW_PACKETS ||
 	    (tb_read8(conn->me.sk + OFF_ICSK_CA_SETSOCKOPT) & MASK_ICSK_CA_SETSOCKOPT))
 		return;
 	bpf_getsockopt(skops, SOL_TCP, TCP_CONGESTION, conn->paced_by, sizeof(conn->paced_by));
@@ -1414,27 +1418,33 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
 }
 
 /*
- * How much the peer may leave unread.
+ * How much the peer may leave unread; 0: it had better be left alone.
  *
  * RULE (loss). Kernels charge redirected bytes to their receiver (Linux 6.13 and later stable
  * ones), and its TCP drops what does not fit beside them, be it a FIN; the sender finds out by a
- * probe, up to 0.2 s later. While the peer is inside a read, 2 * sk_rcvbuf + sk_sndbuf / 2 fit
- * (tcp_add_to_backlog); else what sk_rcvbuf may grow to (tcp_clamp_window). Of the one an
- * sk_rcvbuf is TCP's, of the other half: its window offers no more.
+ * probe, 0.2 s later, and later yet behind a reader that rests. While the peer is inside a read,
+ * 2 * sk_rcvbuf + sk_sndbuf / 2 fit (tcp_add_to_backlog); else what sk_rcvbuf may grow to
+ * (tcp_clamp_window). Of the one an sk_rcvbuf is TCP's, of the other half: its window offers no
+ * more, and with tcp_shrink_window less.
  *
- * An application may pass this by TB_MAX_OVERDUE, and inside a pod, where sk_sndbuf is megabytes, a
- * quarter of that has room for it.
+ * An application may pass the bound by TB_MAX_OVERDUE: so much is spared for it, of what sk_rcvbuf
+ * may grow to, and inside a pod, where sk_sndbuf is megabytes, a quarter of that.
  */
 static __always_inline __u32 tb_bound(const struct tb_end *peer)
 {
-	__u64 rmem = tb_read64(peer->sk + OFF_SOCK_NET) + OFF_NET_TCP_RMEM;
+	__u64 net = tb_read64(peer->sk + OFF_SOCK_NET);
 	__u32 rcvbuf = tb_read32(peer->sk + OFF_SOCK_RCVBUF);
 	__u32 sndbuf = tb_read32(peer->sk + OFF_SOCK_SNDBUF);
-	__u32 most = tb_read32(rmem + 2 * sizeof(__u32));
+	__u32 most = tb_read32(net + OFF_NET_TCP_RMEM + 2 * sizeof(__u32));
+	__u32 spared = peer->is_proxy ? TB_SPARED : TB_MAX_OVERDUE;
 
 	if (most < rcvbuf || tb_read8(peer->sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
 		most = rcvbuf;
-	return tb_min(tb_min(most / 2, TB_MAX_BOUND), rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
+	if (most / 2 <= spared ||
+	    (OFF_NET_TCP_SHRINK_WINDOW && tb_read8(net + OFF_NET_TCP_SHRINK_WINDOW)))
+		return 0;
+	return tb_min(tb_min(most / 2 - spared, TB_MAX_BOUND),
+		      rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
 }
 
 /*
@@ -1558,6 +1568,8 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 			tb_part(conn);
 		return clean ? TB_REASON_STREAM : TB_REASONS;
 	}
+	if (reason == TB_REASON_BACKLOG && !conn->bound && clean)
+		tb_part(conn);
 	conn->overdue += tb_cost(size);
 	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE)
 		return TB_REASONS;

@@ -509,6 +509,8 @@ def test_load_and_unload_during_transfers() -> None:
             found = [pod["hops"].get("sidecars") for pod in bed.node.status()["pods"]]
             return sum(hop["bypassed_bytes"] for hop in found if hop)
 
+        silent = connection(8082)  # a stream may have left the sockhash by itself
+        exchange(*silent)
         first = connection(8080)
         streams = Streams(*first, seed=3)
         streams.flow()
@@ -523,6 +525,7 @@ def test_load_and_unload_during_transfers() -> None:
         assert {pod["generation"] for pod in status["pods"]} == {"gen-2"}
         streams.finish()
         close(first)
+        close(silent)
         new = bpf_objects.pinned(bed.node.bpffs) - old
         bed.node.call("load")  # removes what is idle
         assert bpf_objects.surviving(old) == []
@@ -604,6 +607,28 @@ def test_nothing_is_lost_behind_a_large_write(node: LightNode) -> None:
         assert other.tcp_ext("TCPBacklogDrop") == other.tcp_ext("TCPRcvQDrop") == 0
         assert pod.tcp_ext("TCPLossProbes") == pod.tcp_ext("TCPTimeouts") == 0
         assert bypassed(pod, other) > 0
+
+
+SMALL_BUFFERS = {"tcp_rmem": "4096 87380 131072", "tcp_shrink_window": 1}
+
+
+@pytest.mark.parametrize("uid", [APP_UID, PROXY_UID])
+@pytest.mark.parametrize("why", ["SO_RCVBUF", *SMALL_BUFFERS])
+def test_whose_receive_buffer_cannot_grow_is_left_alone(
+    node: LightNode, why: str, uid: int
+) -> None:
+    """Behind redirected bytes its TCP would drop the sender's; they would come by a timer."""
+    with node.pod(A) as pod:
+        if why in SMALL_BUFFERS:
+            pod.sysctl(f"net.ipv4.{why}", SMALL_BUFFERS[why])
+        with connected(pod, pod, client_uid=PROXY_UID, server_uid=uid) as (sender, reader):
+            if why == "SO_RCVBUF":
+                reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32_768)
+            for size in (10, 1000, 100_000):
+                sender.sendall(bytes(size))
+                assert receive(reader, size) == bytes(size)
+            assert bypassed(pod) == 0
+            assert eventually(lambda: exchange(sender, reader) > 0 and node.sockets() == 0)
 
 
 # ---- Streams ---------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from install.probes import enter
 
-# Least, initial and most bytes of a socket's buffers: with the usual 6 and 4 MB a thousand stalled
-# receivers use up the memory that a machine of 24 GB has for TCP.
-BUFFERS = "4096 131072 524288"
+# Least, initial and most bytes of a socket's buffers: with the usual 4 MB to send, a thousand
+# stalled receivers use up the memory that a machine of 24 GB has for TCP.
+BUFFERS = {"tcp_rmem": "4096 131072 2097152", "tcp_wmem": "4096 131072 524288"}
 SOCKSTAT = Path("/proc/net/sockstat")
 CHUNK = b"s" * 65536
 
@@ -63,8 +63,8 @@ def fill(sender: socket.socket) -> tuple[int, str | None]:
 
 def main(connections: int, cgroup: Path | None) -> None:
     enter(cgroup)
-    for name in ("tcp_rmem", "tcp_wmem"):
-        Path("/proc/sys/net/ipv4", name).write_text(BUFFERS)
+    for name, sizes in BUFFERS.items():
+        Path("/proc/sys/net/ipv4", name).write_text(sizes)
     resource.setrlimit(resource.RLIMIT_NOFILE, (2 * connections + 100,) * 2)
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
         healthy = pair(listener)

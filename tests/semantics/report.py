@@ -43,11 +43,16 @@ UNSHOWN = """\
   thread that is held up between two instructions for all of it is left to chance.
 - **An edge-triggered reader that takes a short read for the end of what is there** (epoll(7) allows
   it), and that does not look at its socket while more than its receive buffer and 512 KB arrive
-  (1.2 MB inside a pod): what came after by TCP can lie there until the next byte comes. (Between
-  two pods without sidecars it can also be dropped, if the reader is inside a read just then, and
-  come again up to 0.2 s later.) The same at `pause` and `unload` with as much unread, and between
-  two pods without sidecars, in a moment in which the reader's own thread is inside send. nginx with
-  large uploads is such a reader: exclude its port, or proxy-only.
+  (1.2 MB inside a pod): what came after by TCP can lie there until the next byte comes. The same at
+  `pause` and `unload` with as much unread, and between two pods without sidecars, in a moment in
+  which the reader's own thread is inside send. nginx with large uploads is such a reader: exclude
+  its port, or proxy-only.
+- **A receive buffer that cannot grow** while bypassed bytes lie in it: then TCP drops what comes
+  behind them, and it comes again by a timer, 0.2 s later or, behind a reader that rests, after
+  about as long again. Where it never can, nothing bypasses (SO_RCVBUF below 512 KB, which counts
+  twice, or as small a `net.ipv4.tcp_rmem`). What is left: SO_RCVBUF that is set to less while more
+  is unread; a node above the first number of `net.ipv4.tcp_mem`, or a pod whose memory cgroup is
+  short; and applications of two pods without sidecars, inside a read with more than 150 KB unread.
 - **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.

@@ -35,6 +35,7 @@ struct host_sock {
 
 struct host_net {
 	__u32 tcp_rmem[3];
+	__u8 shrinks;
 };
 
 struct wait_queue {
@@ -73,6 +74,7 @@ struct request {
 #define OFF_TCP_SOCK_SND_CWND_CLAMP offsetof(struct host_sock, cwnd_clamp)
 #define OFF_TCP_SOCK_TLP_HIGH_SEQ offsetof(struct host_sock, probing)
 #define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
+#define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
 #define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
 #define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
 #define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
