@@ -34,7 +34,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TCP_KEEPIDLE 4
 #define TCP_KEEPINTVL 5
 #define TCP_CONGESTION 13
-#define TCP_INIT_CWND 10
+#define TCP_INIT_CWND 10 /* packets; net/tcp.h */
 #define EBUSY 16
 #define O_NONBLOCK 04000
 
@@ -45,7 +45,7 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_SEEN 0xffffffffULL
 /* How many bytes, at most, go on bypassing while there is no good moment to leave. */
 #define TB_MAX_OVERDUE (512 * 1024)
-/* A sidecar whose receive buffer cannot hold twice as much is left alone: see tb_bound(). */
+/* A bound that would be smaller is none. See tb_bound(). */
 #define TB_SPARED (64 * 1024)
 /* What the kernel allocates for a redirected message besides its bytes (struct sk_msg). */
 #define TB_MESSAGE_COST 1024
@@ -628,8 +628,8 @@ static __always_inline int tb_is_called(const char *control, char a, char b, cha
  *
  * The kernel is about to make the send buffer for the first window: twice as large, or three times
  * under BBR (tcp_sndbuf_expand). An application may count on it, when it writes before it reads. So
- * the window begins half as large again; if it can, and be held. After lost SYNs the window begins
- * smaller, and the buffer does not.
+ * the window begins half as large again; if it can, and be held. The buffer is never made for fewer
+ * than TCP_INIT_CWND, with which a window begins only after lost SYNs, or where the route says so.
  */
 static __always_inline void tb_pace_not(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
@@ -1424,8 +1424,8 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
  * ones), and its TCP drops what does not fit beside them, be it a FIN; the sender finds out by a
  * probe, 0.2 s later, and later yet behind a reader that rests. While the peer is inside a read,
  * 2 * sk_rcvbuf + sk_sndbuf / 2 fit (tcp_add_to_backlog); else what sk_rcvbuf may grow to
- * (tcp_clamp_window). Of the one an sk_rcvbuf is TCP's, of the other half: its window offers no
- * more, and with tcp_shrink_window less.
+ * (tcp_clamp_window): not at all once SO_RCVBUF is set. An sk_rcvbuf of the one and half of the
+ * other are left to TCP, whose window is made from sk_rcvbuf; not so with tcp_shrink_window.
  *
  * An application may pass the bound by TB_MAX_OVERDUE: so much is spared for it, of what sk_rcvbuf
  * may grow to, and inside a pod, where sk_sndbuf is megabytes, a quarter of that.
@@ -1435,15 +1435,14 @@ static __always_inline __u32 tb_bound(const struct tb_end *peer)
 	__u64 net = tb_read64(peer->sk + OFF_SOCK_NET);
 	__u32 rcvbuf = tb_read32(peer->sk + OFF_SOCK_RCVBUF);
 	__u32 sndbuf = tb_read32(peer->sk + OFF_SOCK_SNDBUF);
-	__u32 most = tb_read32(net + OFF_NET_TCP_RMEM + 2 * sizeof(__u32));
+	__u32 most = tb_read32(net + OFF_NET_TCP_RMEM + 2 * sizeof(__u32)) / 2;
 	__u32 spared = peer->is_proxy ? TB_SPARED : TB_MAX_OVERDUE;
 
-	if (most < rcvbuf || tb_read8(peer->sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK)
-		most = rcvbuf;
-	if (most / 2 <= spared ||
+	if (most < spared + TB_SPARED ||
+	    (tb_read8(peer->sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK) ||
 	    (OFF_NET_TCP_SHRINK_WINDOW && tb_read8(net + OFF_NET_TCP_SHRINK_WINDOW)))
 		return 0;
-	return tb_min(tb_min(most / 2 - spared, TB_MAX_BOUND),
+	return tb_min(tb_min(most - spared, TB_MAX_BOUND),
 		      rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
 }
 

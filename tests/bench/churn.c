@@ -21,7 +21,7 @@
 #define REQUEST 64
 #define MAX_WRITE (1 << 20)
 #define READ_SIZE (1 << 18)
-#define MIN_CONNECTIONS 10 /* for percentiles */
+#define MIN_CONNECTIONS 10 /* for a median and a slowest one */
 #define MAX_CONNECTIONS (1 << 20)
 
 static char out[MAX_WRITE], in[READ_SIZE];

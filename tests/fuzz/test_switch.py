@@ -210,7 +210,7 @@ def test_a_crowd_of_small_writes_stays_where_nothing_gathers_them(
 
 
 SOON = 3_000  # messages
-PILES = (100, 150, 225, 330, 500, 750, 1100, 1600, 10)  # messages: the bound grows for who reads
+PILES = (100, 150, 225, 330, 500, 750, 1100, 1600, 10)  # messages, more and more at a time
 LATE = 300_000
 
 

@@ -49,15 +49,18 @@ UNSHOWN = """\
   its port, or proxy-only.
 - **A receive buffer that cannot grow** while bypassed bytes lie in it: then TCP drops what comes
   behind them, and it comes again by a timer, 0.2 s later or, behind a reader that rests, after
-  about as long again. Where it never can, nothing bypasses (SO_RCVBUF below 512 KB, which counts
-  twice, or as small a `net.ipv4.tcp_rmem`). What is left: SO_RCVBUF that is set to less while more
-  is unread; a node above the first number of `net.ipv4.tcp_mem`, or a pod whose memory cgroup is
-  short; and applications of two pods without sidecars, inside a read with more than 150 KB unread.
+  about as long again. Where it never can, nothing bypasses, for good and in either direction: once
+  an end has set SO_RCVBUF, with `net.ipv4.tcp_shrink_window`, and with a `net.ipv4.tcp_rmem` of
+  less than 1.2 MB (a sidecar's: 256 KB). What is left: SO_RCVBUF that is set while anything is
+  unread; a node above the first number of `net.ipv4.tcp_mem`, or a pod whose memory cgroup is
+  short; applications of two pods without sidecars, inside a read with more than 150 KB unread; and
+  kernels that are stricter for a time (6.17, and the first of 6.18 and 6.19).
 - **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
-  Below that, who does not read holds more than over TCP, for the sake of the rule above too: inside
-  a pod up to 5.9 MB and 3.9 over TCP, between two up to 0.7 MB and 0.1.
+  Below that, who does not read holds more than over TCP: on a new connection inside a pod up to
+  5.9 MB and 3.9 over TCP, between two up to 0.7 MB and 0.1; where buffers have grown, up to 2.5 MB
+  more.
 - **Another sock_ops program on the same cgroup or above it.** The callbacks that a socket asks for
   are shared by all programs. Ours add those for RTT, state and header options to accelerated
   sockets, so the other is called as well; and when a stream leaves, those that nobody had asked
