@@ -173,6 +173,10 @@ class Connection:
         self.ends[number].nonblocking = True
         self._rules.host_make_nonblocking(number)
 
+    def set_rcvbuf(self, number: int, size: int) -> None:
+        """setsockopt(SO_RCVBUF), which keeps it from growing."""
+        self._rules.host_set_rcvbuf(number, size)
+
     def encrypt(self, number: int) -> None:
         """An end gets kTLS."""
         self.ends[number].encrypted = True

@@ -101,6 +101,10 @@ class Machine(RuleBasedStateMachine):
     def make_nonblocking(self, number: int) -> None:
         self.connection.make_nonblocking(number)
 
+    @rule(number=SIDE, size=st.sampled_from((4096, 2 * RCVBUF)))
+    def set_rcvbuf(self, number: int, size: int) -> None:
+        self.connection.set_rcvbuf(number, size)
+
     @rule(number=SIDE)
     def encrypt(self, number: int) -> None:
         self.connection.encrypt(number)
@@ -178,6 +182,20 @@ def test_leaves_soon_when_memory_is_short() -> None:
     bypassed = sum(connection.send(0, 1000) for _ in range(100))
     assert bypassed * 1000 <= LOOK
     assert not connection.send(0, 10)
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_leaves_whose_receive_buffer_cannot_grow(*, sidecar: bool) -> None:
+    connection = quick(sidecar=sidecar)
+    assert connection.send(0, 1000)
+    connection.read_everything(1)
+    connection.set_rcvbuf(1, 2 * RCVBUF)
+    bypassed = 0
+    for _ in range(100):
+        bypassed += connection.send(0, 1000)
+        connection.read_everything(1)
+    assert bypassed * 1000 <= LOOK
+    assert connection.acknowledge(0, 10)
 
 
 def quick(gathers: int = NOTHING, *, sidecar: bool = False) -> Connection:

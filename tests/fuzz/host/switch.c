@@ -196,6 +196,13 @@ void host_pause(int paused)
 	switches.flags = paused ? TB_CONTROL_PAUSED : 0;
 }
 
+/* The application sets SO_RCVBUF. */
+void host_set_rcvbuf(int end, __u32 rcvbuf)
+{
+	ends[end].sock.rcvbuf = rcvbuf;
+	ends[end].sock.userlocks |= MASK_SOCK_RCVBUF_LOCK;
+}
+
 void host_memory_pressure(int pressure)
 {
 	proto.memory_pressure = pressure;
