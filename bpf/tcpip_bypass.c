@@ -45,7 +45,8 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_SEEN 0xffffffffULL
 /* How many bytes, at most, go on bypassing while there is no good moment to leave. */
 #define TB_MAX_OVERDUE (512 * 1024)
-/* A bound that would be smaller is none. See tb_bound(). */
+/* So much a sidecar's TCP is spared besides; and a bound that would be smaller is none. See
+ * tb_bound(). */
 #define TB_SPARED (64 * 1024)
 /* What the kernel allocates for a redirected message besides its bytes (struct sk_msg). */
 #define TB_MESSAGE_COST 1024

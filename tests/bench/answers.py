@@ -6,16 +6,14 @@ unread. The reader blocks in recv and takes up to 256 KB at a time.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 
-from tests.bed import cc, ends, open_bed, pairs, pingpong
+from tests.bed import open_bed, pairs
 from tests.bed.pingpong import HOPS
-from tests.bench import churn, hops
+from tests.bench import churn
 from tests.bench.bench import Bench, Effort
 from tests.bench.churn import Answer, Times
-from tests.bench.hops import Way
 from tests.bench.streaming import Control
 
 WHOLE = 1_048_576  # the largest write of churn.c
@@ -45,17 +43,12 @@ def run(bench: Bench, control: Control) -> None:
     """Measure everything that the plan says, under one congestion control."""
     plan = PLANS[bench.effort]
     bench.section.machine["congestion_control"] = control
-    with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
-        stack.enter_context(pairs.under(control, both))
-        program = cc.compiled(churn.SOURCE, bed.folder)
-        ways = [
-            Way(name, pair.kind, pingpong.hop(name, pair.client, pair.server))
-            for name in HOPS
-            for pair in both
-        ]
-        ways.append(Way("unix", "unix", hops.unix(both[0].client)))
-        for way in ways:
-            stack.enter_context(ends.serving(program, way.hop, bench.cpu))
+    with (
+        open_bed() as bed,
+        pairs.pairs(bed) as both,
+        pairs.under(control, both),
+        churn.served(bench, bed, both) as (program, ways),
+    ):
         peers = bench.peers(plan.pinnings)
         for (pinning, cpu), size, write in product(peers, plan.sizes, plan.writes):
             if write > size:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from tests.bed import cc, ends, open_bed, pairs, pingpong
+from tests.bed import Bed, cc, ends, open_bed, pairs, pingpong
+from tests.bed.pairs import Pair
 from tests.bed.pingpong import HOPS, Hop
 from tests.bench import hops
 from tests.bench.bench import Bench, Effort
@@ -49,26 +51,37 @@ PLANS: dict[Effort, Plan] = {
 }
 
 
+def short(cpu: str) -> Answer:
+    """As short as the request."""
+    return Answer(REQUEST, REQUEST, cpu)
+
+
 def run(bench: Bench) -> None:
     """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
-    with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
-        program = cc.compiled(SOURCE, bed.folder)
-        ways = [
-            Way(name, pair.kind, pingpong.hop(name, pair.client, pair.server))
-            for name in HOPS
-            for pair in both
-        ]
-        ways.append(Way("unix", "unix", hops.unix(both[0].client)))
-        for way in ways:
-            stack.enter_context(ends.serving(program, way.hop, bench.cpu))
+    with open_bed() as bed, pairs.pairs(bed) as both, served(bench, bed, both) as (program, ways):
         for number, way in pairs.alternated(ways, plan.pairs):
-            answer = Answer(REQUEST, REQUEST, bench.cpu)
-            values = measure(program, way.hop, bench.cpu, answer, plan.times)
+            values = measure(program, way.hop, bench.cpu, short(bench.cpu), plan.times)
             bench.record(way.case, way.variant, number, values)
         for name in HOPS:
             bench.tell(name, "connections_per_s", "cpu_us_per_connection", "connect_us")
         bench.keep_counters(bed, both[1])
+
+
+@contextmanager
+def served(bench: Bench, bed: Bed, both: tuple[Pair, Pair]) -> Iterator[tuple[Path, list[Way]]]:
+    """The program, and every hop of both pairs and AF_UNIX with its `churn serve` up."""
+    program = cc.compiled(SOURCE, bed.folder)
+    ways = [
+        Way(name, pair.kind, pingpong.hop(name, pair.client, pair.server))
+        for name in HOPS
+        for pair in both
+    ]
+    ways.append(Way("unix", "unix", hops.unix(both[0].client)))
+    with ExitStack() as stack:
+        for way in ways:
+            stack.enter_context(ends.serving(program, way.hop, bench.cpu))
+        yield program, ways
 
 
 def measure(program: Path, hop: Hop, cpu: str, answer: Answer, times: Times) -> dict[str, float]:

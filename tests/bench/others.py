@@ -127,6 +127,5 @@ def _measure(programs: dict[str, Path], hop: Hop, cpu: str, plan: Plan) -> dict[
         stream = Stream("", "", "fast", programs["stream"], hop, server)
         values |= streaming.measure(stream, WRITE_SIZE, plan.stream, writer=cpu, reader=cpu)
     with ends.serving(programs["churn"], hop, cpu):
-        answer = churn.Answer(churn.REQUEST, churn.REQUEST, cpu)
-        short = churn.measure(programs["churn"], hop, cpu, answer, plan.churn)
+        short = churn.measure(programs["churn"], hop, cpu, churn.short(cpu), plan.churn)
     return {**values, **short}

@@ -137,34 +137,35 @@ TO_UNIX = {
     "CPU, AF_UNIX to TCP": between("cpu_us_per_request", "unix", "plain"),
     "CPU, bypass to AF_UNIX": between("cpu_us_per_request", "bypass", "unix"),
 }
-PINNINGS = {"same": "On one CPU", "two": "On two CPUs"}
-STREAMS = tuple(
-    Table(
-        title,
-        f"*/*/{pinning}/*",
-        ("hop", "reader", "", "bytes per write"),
-        {
-            "MB/s": both("bytes_per_s"),
-            "CPU, ns per KB": both("cpu_ns_per_kb"),
-            "to AF_UNIX": to_unix("bytes_per_s", 1, 2, 3),
-            "AF_UNIX to TCP": of_unix("bytes_per_s", 1, 2, 3),
-        },
+
+
+def by_pinning(cases: str, parts: tuple[str, ...], columns: dict[str, Cell]) -> tuple[Table, ...]:
+    """A table for both ends on one CPU, and one for two; `cases` has {} in the pinning's place."""
+    return tuple(
+        Table(title, cases.format(pinning), parts, columns)
+        for pinning, title in (("same", "On one CPU"), ("two", "On two CPUs"))
     )
-    for pinning, title in PINNINGS.items()
+
+
+STREAMS = by_pinning(
+    "*/*/{}/*",
+    ("hop", "reader", "", "bytes per write"),
+    {
+        "MB/s": both("bytes_per_s"),
+        "CPU, ns per KB": both("cpu_ns_per_kb"),
+        "to AF_UNIX": to_unix("bytes_per_s", 1, 2, 3),
+        "AF_UNIX to TCP": of_unix("bytes_per_s", 1, 2, 3),
+    },
 )
-ANSWERS = tuple(
-    Table(
-        title,
-        f"*/{pinning}/*",
-        ("hop", "", "bytes", "bytes per write"),
-        {
-            "connect to close, us": both("whole_us"),
-            "p99, us": both("whole_p99_us"),
-            "CPU per connection, us": both("cpu_us_per_connection"),
-            "to AF_UNIX": to_unix("whole_us", 1, 2, 3),
-        },
-    )
-    for pinning, title in PINNINGS.items()
+ANSWERS = by_pinning(
+    "*/{}/*",
+    ("hop", "", "bytes", "bytes per write"),
+    {
+        "connect to close, us": both("whole_us"),
+        "p99, us": both("whole_p99_us"),
+        "CPU per connection, us": both("cpu_us_per_connection"),
+        "to AF_UNIX": to_unix("whole_us", 1, 2, 3),
+    },
 )
 CHAPTERS = {
     "hops": Chapter(
