@@ -9,6 +9,8 @@ import ctypes
 import errno
 import os
 import platform
+import re
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,9 +110,50 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DMASK_TCP_SOCK_IS_CWND_LIMITED={is_limited.mask:#x}",
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
+        f"-DTB_STRICT={int(is_strict(platform.release()))}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
-    return flags
+    return flags + _memcg_flags(btf)
+
+
+def is_strict(release: str) -> bool:
+    """Whether this kernel's TCP drops whatever passes sk_rcvbuf, so that a reader who rests waits
+    for it as long again (tcp_can_ingest). `release` is what uname -r says.
+
+    Linux 6.17 began with it, and a stable release took it back: 6.18.15 drops, 6.18.44 does not.
+    """
+    found = re.match(r"(\d+)\.(\d+)\.?(\d*)", release)
+    version = tuple(int(number or 0) for number in found.groups()) if found else ()
+    return (6, 17) <= version < (6, 20) and not (6, 18, 44) <= version < (6, 19)
+
+
+def _memcg_flags(btf: KernelBTF) -> list[str]:
+    """Where a socket is charged to its process' memory cgroup, and what that has and may have.
+
+    Without CONFIG_MEMCG there is none. Its statistics stand in the struct for each NUMA node, and
+    since Linux 6.9 in one apart, whose order begins alike (mm/memcontrol.c: memcg_node_stat_items).
+    """
+    has_memcg = btf.has_member("sock", "sk_memcg")
+    node, stats = "mem_cgroup_per_node", "lruvec_stats"
+    is_apart = btf.has_struct(stats) and not btf.has_member(node, f"{stats}.state")
+    places = {
+        "LRUVEC_STATS_STATE": (stats, "state") if is_apart else None,
+        "MEMCG_MEMORY_MAX": ("mem_cgroup", "memory.max"),
+        "MEMCG_MEMORY_USAGE": ("mem_cgroup", "memory.usage"),
+        "MEMCG_NODEINFO": ("mem_cgroup", "nodeinfo"),
+        # Another name before Linux 5.15.
+        "MEMCG_NODE_STATS": (node, stats if btf.has_member(node, stats) else "lruvec_stat"),
+        "SOCK_MEMCG": ("sock", "sk_memcg"),
+    }
+    return [
+        *(
+            f"-DOFF_{name}={btf.member(*place).offset if has_memcg and place else 0}"
+            for name, place in places.items()
+        ),
+        f"-DTB_STATS_APART={int(is_apart)}",
+        f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
+        f"-DTB_PAGE_SIZE={resource.getpagesize()}",
+    ]
 
 
 Instructions = ctypes.Array[ctypes.c_uint64]  # struct bpf_insn, little-endian

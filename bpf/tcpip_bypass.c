@@ -45,9 +45,16 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_SEEN 0xffffffffULL
 /* How many bytes, at most, go on bypassing while there is no good moment to leave. */
 #define TB_MAX_OVERDUE (512 * 1024)
+#define TB_SHORT_OVERDUE (64 * 1024) /* the same, for want of memory in the peer's container */
 /* So much a sidecar's TCP is spared besides; and a bound that would be smaller is none. See
  * tb_bound(). */
 #define TB_SPARED (64 * 1024)
+/* The peer's container is left this part of its memory limit, and each connection takes at most
+ * that part of what is free besides; in pages, where this is so much there is nothing to share. See
+ * tb_room(). */
+#define TB_RESERVE 16
+#define TB_SHARE 16
+#define TB_AMPLE (TB_SHARE * TB_MAX_BOUND / TB_PAGE_SIZE)
 /* What the kernel allocates for a redirected message besides its bytes (struct sk_msg). */
 #define TB_MESSAGE_COST 1024
 /* A wait queue with more entries than this is not walked: the socket counts as being read. */
@@ -1411,9 +1418,44 @@ static __always_inline int tb_alone(struct tb_conn *conn, __u64 thread)
 	       tb_read32(conn->me.psock + OFF_PSOCK_REFCNT) == 2;
 }
 
+/* Pages of a memory cgroup's files that reclaim takes first, as the kernel's statistics had it two
+ * seconds ago; of the first NUMA node, as if there were no other. */
+static __always_inline __u64 tb_cached(__u64 memcg)
+{
+	__u64 stats = tb_read64(memcg + OFF_MEMCG_NODEINFO) + OFF_MEMCG_NODE_STATS;
+
+	if (TB_STATS_APART)
+		stats = tb_read64(stats) + OFF_LRUVEC_STATS_STATE;
+	return tb_read64(stats + sizeof(__u64) * TB_INACTIVE_FILE);
+}
+
+/*
+ * How many bytes an end may leave unread, as its container's memory limit has it (cgroup2).
+ *
+ * RULE (memory). Bytes that lie unread are charged to their receiver's container. Of TCP's that is
+ * what fits sk_rcvbuf; past the limit it drops them. Redirected ones are charged by a sender that
+ * may sleep, so that past the limit the kernel kills a process there. Hence what the kubelet
+ * counts, the usage without inactive files, stays below the limit by a reserve; and as each
+ * connection takes but a share of what is left, so it does where many rest at once.
+ */
+static __always_inline __u64 tb_room(const struct tb_end *end)
+{
+	__u64 memcg = OFF_SOCK_MEMCG ? tb_read64(end->sk + OFF_SOCK_MEMCG) : 0;
+	__u64 limit, used;
+
+	if (!memcg)
+		return ~0ULL;
+	limit = tb_read64(memcg + OFF_MEMCG_MEMORY_MAX);
+	limit -= limit / TB_RESERVE;
+	used = tb_read64(memcg + OFF_MEMCG_MEMORY_USAGE);
+	if (used + TB_AMPLE > limit)
+		limit += tb_cached(memcg);
+	return used < limit ? (limit - used) * TB_PAGE_SIZE / TB_SHARE : 0;
+}
+
 /* The kernel's memory for TCP is over its mark (net.ipv4.tcp_mem): from here on a redirect may fail
  * with ENOMEM, which no TCP send does. */
-static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
+static __always_inline int tb_under_pressure(const struct tb_conn *conn)
 {
 	return conn->pressure && tb_read64(conn->pressure);
 }
@@ -1430,6 +1472,9 @@ static __always_inline int tb_short_of_memory(const struct tb_conn *conn)
  *
  * An application may pass the bound by TB_MAX_OVERDUE: so much is spared for it, of what sk_rcvbuf
  * may grow to, and inside a pod, where sk_sndbuf is megabytes, a quarter of that.
+ *
+ * TB_STRICT: some kernels drop whatever passes sk_rcvbuf. There half of it is TCP's, and an
+ * application may pass the bound by as much again.
  */
 static __always_inline __u32 tb_bound(const struct tb_end *peer)
 {
@@ -1444,7 +1489,7 @@ static __always_inline __u32 tb_bound(const struct tb_end *peer)
 	    (OFF_NET_TCP_SHRINK_WINDOW && tb_read8(net + OFF_NET_TCP_SHRINK_WINDOW)))
 		return 0;
 	return tb_min(tb_min(most - spared, TB_MAX_BOUND),
-		      rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
+		      TB_STRICT ? rcvbuf / 4 : rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
 }
 
 /*
@@ -1496,7 +1541,7 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 	conn->small += size < TB_SMALL;
 	if (tb_paused(conn))
 		return TB_REASON_PAUSED;
-	if (looks && tb_short_of_memory(conn)) {
+	if (looks && (tb_under_pressure(conn) || unread > tb_room(&conn->peer))) {
 		conn->look_at = 0; /* until it has room again */
 		return TB_REASON_MEMORY;
 	}
@@ -1539,6 +1584,27 @@ static __always_inline int tb_should_part(const struct tb_conn *conn, const void
 	return conn->wary || (conn->crowd > crowd && tb_gathers(conn, tp));
 }
 
+/* What a message counts where nothing is gained: TB_STUCK is 2,048 small ones, or 32 MB. */
+static __always_inline __u32 tb_weight(__u32 size)
+{
+	return 2 + size / TB_SMALL;
+}
+
+/* How many bytes may go on bypassing for want of a good moment to leave. */
+static __always_inline __u32 tb_patience(const struct tb_conn *conn, __u32 reason)
+{
+	if (reason == TB_REASON_MEMORY)
+		return tb_under_pressure(conn) ? 0 : TB_SHORT_OVERDUE;
+	return TB_STRICT ? conn->bound : TB_MAX_OVERDUE;
+}
+
+/* Will this message's like not be bypassed for long, so that the socket is better off outside? */
+static __always_inline int tb_leaves_for_good(const struct tb_conn *conn, __u32 reason)
+{
+	return (reason == TB_REASON_BACKLOG && !conn->bound) ||
+	       (reason == TB_REASON_MEMORY && conn->waiting > TB_STUCK_LONG);
+}
+
 /*
  * Why this message leaves the bypass, or TB_REASONS.
  *
@@ -1568,10 +1634,12 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 			tb_part(conn);
 		return clean ? TB_REASON_STREAM : TB_REASONS;
 	}
-	if (reason == TB_REASON_BACKLOG && !conn->bound && clean)
+	if (reason == TB_REASON_MEMORY)
+		conn->waiting += tb_weight(size);
+	if (clean && tb_leaves_for_good(conn, reason))
 		tb_part(conn);
 	conn->overdue += tb_cost(size);
-	if (!clean && reason != TB_REASON_MEMORY && conn->overdue < TB_MAX_OVERDUE)
+	if (!clean && conn->overdue < tb_patience(conn, reason))
 		return TB_REASONS;
 	conn->writer = clean ? 0 : TB_MANY;
 	conn->overdue = 0;
@@ -1586,12 +1654,6 @@ static __always_inline int tb_is_parting(struct tb_conn *conn, __u64 thread)
 	if (closed && tb_alone(conn, thread))
 		tb_part(conn);
 	return conn->parting || closed;
-}
-
-/* What a message counts where nothing is gained: TB_STUCK is 2,048 small ones, or 32 MB. */
-static __always_inline __u32 tb_weight(__u32 size)
-{
-	return 2 + size / TB_SMALL;
 }
 
 /*

@@ -184,6 +184,45 @@ def test_leaves_soon_when_memory_is_short() -> None:
     assert not connection.send(0, 10)
 
 
+@pytest.mark.parametrize(
+    ("used", "cached", "room"),
+    [(256, 0, 704), (704, 0, 256), (896, 0, 64), (1000, 0, 0), (1024, 64, 0), (1024, 512, 448)],
+)
+def test_leaves_a_container_its_memory(used: int, cached: int, room: int) -> None:
+    """MB of 1 GB, of which a 16th is kept; of what is left, each connection takes a 16th."""
+    bypassed = []
+    for limited in (True, False):
+        connection = fresh()
+        if limited:
+            connection.limit_memory(limit=1024, used=used, cached=cached)
+        bypassed.append(sum(connection.send(0, 1000) for _ in range(300)) * 1000)
+    most = room * (1 << 20) // 16
+    assert bypassed[0] <= max(most, LOOK)
+    assert bypassed[0] >= min(bypassed[1], most) - LOOK
+
+
+def test_comes_back_once_a_container_has_memory() -> None:
+    connection = fresh()
+    connection.limit_memory(limit=1024, used=1000)
+    sent = [connection.send(0, 1000) for _ in range(100)]
+    assert not sent[-1]
+    connection.limit_memory(limit=1024, used=100)
+    connection.read_everything(1)
+    connection.send(1, 10)
+    assert connection.send(0, 1000)
+
+
+def test_leaves_for_good_where_there_never_is_memory() -> None:
+    connection = fresh()
+    connection.limit_memory(limit=1024, used=1000)
+    for _ in range(300_000):
+        connection.send(0, 10)
+        connection.read_everything(1)
+        connection.send(1, 10)
+        connection.read_everything(0)
+    assert connection.acknowledge(0, 10)
+
+
 @pytest.mark.parametrize("sidecar", [False, True])
 def test_leaves_whose_receive_buffer_cannot_grow(*, sidecar: bool) -> None:
     connection = quick(sidecar=sidecar)

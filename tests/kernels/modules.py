@@ -14,7 +14,7 @@ from pathlib import Path
 # would have asked for. What a kernel has built in, or not at all (Debian's 5.10: tls), is not among
 # its modules.
 WANTED = (
-    "aesni_intel", "bridge", "ctr", "gcm", "ghash_generic", "nf_conntrack_netlink",
+    "aesni_intel", "bridge", "ctr", "gcm", "ghash_generic", "loop", "nf_conntrack_netlink",
     "nft_chain_nat", "nft_compat", "nft_counter", "tcp_bbr", "tls", "veth", "xt_REDIRECT",
     "xt_comment", "xt_conntrack", "xt_multiport", "xt_nat", "xt_owner", "xt_tcpudp",
 )  # fmt: skip

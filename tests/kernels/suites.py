@@ -46,7 +46,7 @@ class Suite:
 
     name: str
     command: tuple[str, ...]
-    judge: Callable[[dict[str, Any]], Finding]
+    judge: Callable[[Any], Finding]
     timeout_s: int
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -139,10 +139,27 @@ def _memlock(printed: dict[str, Any]) -> Finding:
     return Finding(f"CAP_SYS_RESOURCE {needed}", frozenset(names.MODES), problems)
 
 
+def _memory(printed: list[dict[str, Any]]) -> Finding:
+    """Whatever the container holds, nothing is killed and nothing lost; where there is room, or
+    only cache in its place, bytes bypass."""
+    problems = []
+    for found in printed:
+        name = found["situation"]
+        if found["killed"]:
+            problems.append(f"{name}: the receiver's container was killed")
+        if found["errors"] or found["wrong"] or found["received"] != found["sent"]:
+            problems.append(f"{name}: {json.dumps(found)}")
+        if name in ("room", "cached") and not found["bypassed"]:
+            problems.append(f"{name}: nothing was bypassed")
+    shares = ", ".join(f"{found['situation']} {found['charged'] / 1e6:.1f}" for found in printed)
+    return Finding(f"unread, MB: {shares}", frozenset(names.MODES), tuple(problems))
+
+
 _ALL = (
     Suite("selftest", (f"{_BIN}/tcpip-bypass-node", "selftest", "--json"), _selftest, 300),
     Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 120),
     Suite("ktls", (f"{_BIN}/python", "-m", "tests.kernels.ktls"), _ktls, 120),
+    Suite("memory", (f"{_BIN}/python", "-m", "tests.kernels.memory"), _memory, 180),
     Suite("memlock", (f"{_BIN}/python", "-m", "tests.kernels.memlock"), _memlock, 300),
     Suite(
         "semantics",

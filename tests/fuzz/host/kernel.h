@@ -27,7 +27,7 @@ struct psock {
 };
 
 struct host_sock {
-	__u64 flags, ulp, user_data, wq, prot, net, socket;
+	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg;
 	__u32 rcvbuf, sndbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing,
 		cwnd_clamp, probing;
 	__u8 is_mptcp, nonagle, userlocks, is_cwnd_limited, is_chosen;
@@ -36,6 +36,11 @@ struct host_sock {
 struct host_net {
 	__u32 tcp_rmem[3];
 	__u8 shrinks;
+};
+
+/* A container: pages that it may have, has, and has of files; it is its own NUMA node. */
+struct memcg {
+	__u64 max, usage, node, cached;
 };
 
 struct wait_queue {
@@ -76,6 +81,16 @@ struct request {
 #define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
 #define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
 #define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
+#define OFF_SOCK_MEMCG offsetof(struct host_sock, memcg)
+#define OFF_MEMCG_MEMORY_MAX offsetof(struct memcg, max)
+#define OFF_MEMCG_MEMORY_USAGE offsetof(struct memcg, usage)
+#define OFF_MEMCG_NODEINFO offsetof(struct memcg, node)
+#define OFF_MEMCG_NODE_STATS offsetof(struct memcg, cached)
+#define OFF_LRUVEC_STATS_STATE 0
+#define TB_STATS_APART 0
+#define TB_STRICT 0
+#define TB_INACTIVE_FILE 0
+#define TB_PAGE_SIZE 4096
 #define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
 #define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
 #define OFF_SOCK_UID offsetof(struct host_sock, uid)

@@ -21,6 +21,7 @@ struct host_end {
 static struct host_end ends[2];
 static struct proto proto, tls_proto;
 static struct tb_control switches;
+static struct memcg container;
 static struct host_net net = {{4096, 131072, 6 << 20}};
 static __u64 steps_taken;
 static int redirected;
@@ -80,6 +81,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 	memset(&switches, 0, sizeof(switches));
 	steps_taken = 0;
 	proto.memory_pressure = 0;
+	container = (struct memcg){.max = ~0ULL >> 13, .node = (__u64)&container};
 	for (int i = 0; i < 2; i++) {
 		struct host_end *end = &ends[i];
 
@@ -93,6 +95,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.user_data = (__u64)&end->psock;
 		end->callbacks = end->conn.called = TB_WHILE_JOINED;
 		end->sock.net = (__u64)&net;
+		end->sock.memcg = (__u64)&container;
 		end->sock.rcvbuf = rcvbuf;
 		end->sock.sndbuf = sndbuf;
 		end->file.flags = flags[i];
@@ -206,6 +209,14 @@ void host_set_rcvbuf(int end, __u32 rcvbuf)
 void host_memory_pressure(int pressure)
 {
 	proto.memory_pressure = pressure;
+}
+
+/* Both ends' container, in pages. */
+void host_limit_memory(__u64 limit, __u64 usage, __u64 cached)
+{
+	container.max = limit;
+	container.usage = usage;
+	container.cached = cached;
 }
 
 __u32 host_mark(int end)

@@ -1,0 +1,29 @@
+"""What the loader concludes from the kernel's name."""
+
+from __future__ import annotations
+
+import pytest
+
+from bpf.loader import is_strict
+
+
+@pytest.mark.parametrize(
+    ("release", "strict"),
+    [
+        ("5.10.0-46-cloud-amd64", False),
+        ("6.12.117+deb13-cloud-amd64", False),
+        ("6.16.12", False),
+        ("6.17.0-14-generic", True),
+        ("6.17.13+deb13-cloud-amd64", True),
+        ("6.18-rc3", True),
+        ("6.18.15+deb13-cloud-amd64", True),
+        ("6.18.44-fc-v595", False),
+        ("6.18.100", False),
+        ("6.19.14", True),
+        ("7.2.12+deb13-cloud-amd64", False),
+        ("10.0", False),
+        ("unheard of", False),
+    ],
+)
+def test_kernels_that_drop_what_passes_the_receive_buffer(release: str, strict: bool) -> None:
+    assert is_strict(release) is strict
