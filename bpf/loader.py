@@ -57,6 +57,7 @@ _OFFSETS = {
     "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
     "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
     "TCP_SOCK_KEEPALIVE_TIME": ("tcp_sock", "keepalive_time"),
+    "TCP_SOCK_RCV_WND": ("tcp_sock", "rcv_wnd"),
     "TCP_SOCK_SND_CWND_CLAMP": ("tcp_sock", "snd_cwnd_clamp"),
     "TCP_SOCK_TLP_HIGH_SEQ": ("tcp_sock", "tlp_high_seq"),
     "TCP_SOCK_WRITE_SEQ": ("tcp_sock", "write_seq"),
@@ -111,38 +112,50 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DTB_STRICT={int(is_strict(platform.release()))}",
+        f"-DTB_CHARGES={int(charges(platform.release()))}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
     return flags + _memcg_flags(btf)
 
 
+def _version(release: str) -> tuple[int, ...]:
+    """What uname -r says, as numbers: (6, 12, 117) for 6.12.117+deb13-amd64."""
+    found = re.match(r"(\d+)\.(\d+)\.?(\d*)", release)
+    return tuple(int(number or 0) for number in found.groups()) if found else ()
+
+
 def is_strict(release: str) -> bool:
     """Whether this kernel's TCP drops whatever passes sk_rcvbuf, so that a reader who rests waits
-    for it as long again (tcp_can_ingest). `release` is what uname -r says.
+    for it as long again (tcp_can_ingest, of Linux 6.17; 7.0 and stable releases took it back)."""
+    version = _version(release)
+    return (6, 17) <= version < (6, 18, 17) or (6, 19) <= version < (6, 19, 7)
 
-    Linux 6.17 began with it, and a stable release took it back: 6.18.15 drops, 6.18.44 does not.
-    """
-    found = re.match(r"(\d+)\.(\d+)\.?(\d*)", release)
-    version = tuple(int(number or 0) for number in found.groups()) if found else ()
-    return (6, 17) <= version < (6, 20) and not (6, 18, 44) <= version < (6, 19)
+
+def charges(release: str) -> bool:
+    """Whether redirected bytes are in their receiver's sk_rmem_alloc, which accept(2) charges to
+    the application (bpf_tcp_ingress, of Linux 6.13 and stable releases)."""
+    version = _version(release)
+    return version >= (6, 12, 6) or (6, 6, 68) <= version < (6, 7)
 
 
 def _memcg_flags(btf: KernelBTF) -> list[str]:
     """Where a socket is charged to its process' memory cgroup, and what that has and may have.
 
-    Without CONFIG_MEMCG there is none. Its statistics stand in the struct for each NUMA node, and
-    since Linux 6.9 in one apart, whose order begins alike (mm/memcontrol.c: memcg_node_stat_items).
+    Without CONFIG_MEMCG there is none. Its statistics are an array before Linux 5.13, a struct
+    that begins with it, and later a pointer to one; those of the pages of files stand in it where
+    enum node_stat_item has them (mm/memcontrol.c: memcg_node_stat_items begins alike).
     """
     has_memcg = btf.has_member("sock", "sk_memcg")
-    node, stats = "mem_cgroup_per_node", "lruvec_stats"
-    is_apart = btf.has_struct(stats) and not btf.has_member(node, f"{stats}.state")
+    has_stats = btf.has_member("mem_cgroup", "vmstats")
+    is_apart = btf.has_struct("memcg_vmstats") and not btf.has_member("mem_cgroup", "vmstats.state")
     places = {
-        "LRUVEC_STATS_STATE": (stats, "state") if is_apart else None,
-        "MEMCG_MEMORY_MAX": ("mem_cgroup", "memory.max"),
-        "MEMCG_MEMORY_USAGE": ("mem_cgroup", "memory.usage"),
-        "MEMCG_NODEINFO": ("mem_cgroup", "nodeinfo"),
-        # Another name before Linux 5.15.
-        "MEMCG_NODE_STATS": (node, stats if btf.has_member(node, stats) else "lruvec_stat"),
+        "MEMCG_MEMORY": ("mem_cgroup", "memory"),
+        # Without it no file cache counts as free.
+        "MEMCG_VMSTATS": ("mem_cgroup", "vmstats") if has_stats else None,
+        "MEMCG_VMSTATS_STATE": ("memcg_vmstats", "state") if is_apart else None,
+        "PAGE_COUNTER_MAX": ("page_counter", "max"),
+        "PAGE_COUNTER_PARENT": ("page_counter", "parent"),
+        "PAGE_COUNTER_USAGE": ("page_counter", "usage"),
         "SOCK_MEMCG": ("sock", "sk_memcg"),
     }
     return [
@@ -150,7 +163,7 @@ def _memcg_flags(btf: KernelBTF) -> list[str]:
             f"-DOFF_{name}={btf.member(*place).offset if has_memcg and place else 0}"
             for name, place in places.items()
         ),
-        f"-DTB_STATS_APART={int(is_apart)}",
+        f"-DTB_VMSTATS_APART={int(is_apart)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DTB_PAGE_SIZE={resource.getpagesize()}",
     ]

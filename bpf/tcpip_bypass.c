@@ -45,16 +45,17 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TB_SEEN 0xffffffffULL
 /* How many bytes, at most, go on bypassing while there is no good moment to leave. */
 #define TB_MAX_OVERDUE (512 * 1024)
-#define TB_SHORT_OVERDUE (64 * 1024) /* the same, for want of memory in the peer's container */
+#define TB_SHORT_OVERDUE (64 * 1024) /* the same, for want of memory at the peer */
 /* So much a sidecar's TCP is spared besides; and a bound that would be smaller is none. See
  * tb_bound(). */
 #define TB_SPARED (64 * 1024)
-/* The peer's container is left this part of its memory limit, and each connection takes at most
- * that part of what is free besides; in pages, where this is so much there is nothing to share. See
+/* A container is left this part of its memory limit, or TB_AMPLE pages, and each connection takes
+ * at most that part of what is free besides. So many cgroups above one another are looked at. See
  * tb_room(). */
 #define TB_RESERVE 16
 #define TB_SHARE 16
 #define TB_AMPLE (TB_SHARE * TB_MAX_BOUND / TB_PAGE_SIZE)
+#define TB_LEVELS 4
 /* What the kernel allocates for a redirected message besides its bytes (struct sk_msg). */
 #define TB_MESSAGE_COST 1024
 /* A wait queue with more entries than this is not walked: the socket counts as being read. */
@@ -203,6 +204,7 @@ struct tb_conn {
 	__u32 crowd;	  /* how much this looks like a stream that TCP would gather */
 	__u32 stuck;	  /* how much more the order rule has kept on TCP than was bypassed */
 	__u32 waiting;	  /* the same of small messages */
+	__u32 scarce;	  /* the same that the peer's container had no memory for */
 	__u32 bound;	  /* how much the peer may leave unread, at the last look */
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
@@ -330,6 +332,18 @@ static __always_inline int tb_has_sleeper(__u64 sk)
 		entry = tb_read64(entry);
 	}
 	return 1;
+}
+
+/*
+ * Has the application accepted this end, so that it has a file?
+ *
+ * RULE (memory). What lies unread then is charged to the application's cgroup, but before Linux
+ * 6.13, and stable ones since (TB_CHARGES), not what was redirected; and once that is read, it is
+ * uncharged all the same: the cgroup's usage sinks below what it has, for good.
+ */
+static __always_inline int tb_is_accepted(const struct tb_end *end)
+{
+	return tb_read64(end->sk + OFF_SOCK_SOCKET) != 0;
 }
 
 /* The struct sk_msg * at the head of an end's bypass queue, or the queue itself if it is empty. */
@@ -1418,39 +1432,58 @@ static __always_inline int tb_alone(struct tb_conn *conn, __u64 thread)
 	       tb_read32(conn->me.psock + OFF_PSOCK_REFCNT) == 2;
 }
 
-/* Pages of a memory cgroup's files that reclaim takes first, as the kernel's statistics had it two
- * seconds ago; of the first NUMA node, as if there were no other. */
+/* Pages of files, of a memory cgroup and those below, that reclaim takes first. The kernel's
+ * statistics are two seconds old, and some must be written first: half of them are believed. */
 static __always_inline __u64 tb_cached(__u64 memcg)
 {
-	__u64 stats = tb_read64(memcg + OFF_MEMCG_NODEINFO) + OFF_MEMCG_NODE_STATS;
+	__u64 stats = memcg + OFF_MEMCG_VMSTATS;
 
-	if (TB_STATS_APART)
-		stats = tb_read64(stats) + OFF_LRUVEC_STATS_STATE;
-	return tb_read64(stats + sizeof(__u64) * TB_INACTIVE_FILE);
+	if (!OFF_MEMCG_VMSTATS)
+		return 0;
+	if (TB_VMSTATS_APART)
+		stats = tb_read64(stats) + OFF_MEMCG_VMSTATS_STATE;
+	return tb_read64(stats + sizeof(__u64) * TB_INACTIVE_FILE) / 2;
+}
+
+/* Bytes that a memory cgroup may still be charged, as the kubelet counts them, beyond its reserve;
+ * from its struct page_counter, which is a member of it. */
+static __always_inline __u64 tb_free(__u64 counter)
+{
+	__u64 limit = tb_read64(counter + OFF_PAGE_COUNTER_MAX);
+	__u64 used = tb_read64(counter + OFF_PAGE_COUNTER_USAGE);
+	__u64 reserve = limit / TB_RESERVE;
+
+	limit -= reserve < TB_AMPLE ? reserve : TB_AMPLE;
+	if (used + TB_AMPLE > limit)
+		limit += tb_cached(counter - OFF_MEMCG_MEMORY);
+	return used < limit ? (limit - used) * TB_PAGE_SIZE : 0;
 }
 
 /*
- * How many bytes an end may leave unread, as its container's memory limit has it (cgroup2).
+ * How many bytes an end may leave unread, as the memory limits of its container have it (cgroup2).
  *
  * RULE (memory). Bytes that lie unread are charged to their receiver's container. Of TCP's that is
- * what fits sk_rcvbuf; past the limit it drops them. Redirected ones are charged by a sender that
- * may sleep, so that past the limit the kernel kills a process there. Hence what the kubelet
- * counts, the usage without inactive files, stays below the limit by a reserve; and as each
- * connection takes but a share of what is left, so it does where many rest at once.
+ * about sk_rcvbuf, charged in interrupts, past the limit if need be. Redirected ones are charged by
+ * a sender that may sleep: past the limit the kernel kills a process there. Hence each connection
+ * takes but a share of what is free, so that many that rest at once leave some. Before an
+ * application has accepted it, a socket is charged to nobody, and then for all that it has.
  */
 static __always_inline __u64 tb_room(const struct tb_end *end)
 {
 	__u64 memcg = OFF_SOCK_MEMCG ? tb_read64(end->sk + OFF_SOCK_MEMCG) : 0;
-	__u64 limit, used;
+	__u64 counter = memcg ? memcg + OFF_MEMCG_MEMORY : 0, least = ~0ULL;
+	int level;
 
-	if (!memcg)
-		return ~0ULL;
-	limit = tb_read64(memcg + OFF_MEMCG_MEMORY_MAX);
-	limit -= limit / TB_RESERVE;
-	used = tb_read64(memcg + OFF_MEMCG_MEMORY_USAGE);
-	if (used + TB_AMPLE > limit)
-		limit += tb_cached(memcg);
-	return used < limit ? (limit - used) * TB_PAGE_SIZE / TB_SHARE : 0;
+	if (!tb_is_accepted(end))
+		return TB_SPARED;
+#pragma unroll
+	for (level = 0; level < TB_LEVELS && counter; level++) {
+		__u64 bytes = tb_free(counter);
+
+		least = bytes < least ? bytes : least;
+		counter = tb_read64(counter + OFF_PAGE_COUNTER_PARENT);
+	}
+	return least / TB_SHARE;
 }
 
 /* The kernel's memory for TCP is over its mark (net.ipv4.tcp_mem): from here on a redirect may fail
@@ -1473,8 +1506,8 @@ static __always_inline int tb_under_pressure(const struct tb_conn *conn)
  * An application may pass the bound by TB_MAX_OVERDUE: so much is spared for it, of what sk_rcvbuf
  * may grow to, and inside a pod, where sk_sndbuf is megabytes, a quarter of that.
  *
- * TB_STRICT: some kernels drop whatever passes sk_rcvbuf. There half of it is TCP's, and an
- * application may pass the bound by as much again.
+ * TB_STRICT: some kernels drop whatever passes sk_rcvbuf. There the window that TCP has offered is
+ * left to it, and at least half; and an application may pass the bound by as much again.
  */
 static __always_inline __u32 tb_bound(const struct tb_end *peer)
 {
@@ -1483,13 +1516,16 @@ static __always_inline __u32 tb_bound(const struct tb_end *peer)
 	__u32 sndbuf = tb_read32(peer->sk + OFF_SOCK_SNDBUF);
 	__u32 most = tb_read32(net + OFF_NET_TCP_RMEM + 2 * sizeof(__u32)) / 2;
 	__u32 spared = peer->is_proxy ? TB_SPARED : TB_MAX_OVERDUE;
+	__u32 window = tb_read32(peer->sk + OFF_TCP_SOCK_RCV_WND);
 
 	if (most < spared + TB_SPARED ||
 	    (tb_read8(peer->sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK) ||
 	    (OFF_NET_TCP_SHRINK_WINDOW && tb_read8(net + OFF_NET_TCP_SHRINK_WINDOW)))
 		return 0;
+	if (TB_STRICT)
+		return tb_min(rcvbuf / 4, (rcvbuf - tb_min(rcvbuf, window)) / 2);
 	return tb_min(tb_min(most - spared, TB_MAX_BOUND),
-		      TB_STRICT ? rcvbuf / 4 : rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
+		      rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
 }
 
 /*
@@ -1590,19 +1626,25 @@ static __always_inline __u32 tb_weight(__u32 size)
 	return 2 + size / TB_SMALL;
 }
 
-/* How many bytes may go on bypassing for want of a good moment to leave. */
-static __always_inline __u32 tb_patience(const struct tb_conn *conn, __u32 reason)
+/* How many bytes may go on bypassing for want of a good moment to leave; as many as ever for RULE
+ * (order), which the short ones are too few for. */
+static __always_inline __u32 tb_patience(const struct tb_conn *conn, __u32 reason, int alone)
 {
-	if (reason == TB_REASON_MEMORY)
-		return tb_under_pressure(conn) ? 0 : TB_SHORT_OVERDUE;
-	return TB_STRICT ? conn->bound : TB_MAX_OVERDUE;
+	__u32 most = TB_STRICT ? conn->bound : TB_MAX_OVERDUE;
+
+	if (reason == TB_REASON_MEMORY && tb_under_pressure(conn))
+		return 0;
+	if (!alone)
+		return TB_MAX_OVERDUE;
+	return reason == TB_REASON_MEMORY ? tb_min(most, TB_SHORT_OVERDUE) : most;
 }
 
-/* Will this message's like not be bypassed for long, so that the socket is better off outside? */
-static __always_inline int tb_leaves_for_good(const struct tb_conn *conn, __u32 reason)
+/* Will no message like this be bypassed for long, so that the socket is better off outside? */
+static __always_inline int tb_leaves_for_good(struct tb_conn *conn, __u32 reason, __u32 size)
 {
-	return (reason == TB_REASON_BACKLOG && !conn->bound) ||
-	       (reason == TB_REASON_MEMORY && conn->waiting > TB_STUCK_LONG);
+	if (reason == TB_REASON_MEMORY && !tb_under_pressure(conn))
+		conn->scarce += tb_weight(size);
+	return conn->scarce > TB_STUCK_LONG || (reason == TB_REASON_BACKLOG && !conn->bound);
 }
 
 /*
@@ -1620,26 +1662,24 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 				      __u64 thread)
 {
 	__u32 reason = tb_reason_to_leave(conn, tp, size);
-	int clean;
+	int alone, clean;
 
 	if (reason == TB_REASONS)
 		conn->overdue = 0;
 	if (reason == TB_REASONS && !tb_should_part(conn, tp))
 		return reason;
-	clean = tb_alone(conn, thread) &&
-		(conn->peer.is_proxy || tb_has_read_all(&conn->peer) ||
-		 (reason == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id));
+	alone = tb_alone(conn, thread);
+	clean = alone && (conn->peer.is_proxy || tb_has_read_all(&conn->peer) ||
+			  (reason == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id));
 	if (reason == TB_REASONS) {
 		if (clean)
 			tb_part(conn);
 		return clean ? TB_REASON_STREAM : TB_REASONS;
 	}
-	if (reason == TB_REASON_MEMORY)
-		conn->waiting += tb_weight(size);
-	if (clean && tb_leaves_for_good(conn, reason))
+	if (tb_leaves_for_good(conn, reason, size) && clean)
 		tb_part(conn);
 	conn->overdue += tb_cost(size);
-	if (!clean && conn->overdue < tb_patience(conn, reason))
+	if (!clean && conn->overdue < tb_patience(conn, reason, alone))
 		return TB_REASONS;
 	conn->writer = clean ? 0 : TB_MANY;
 	conn->overdue = 0;
@@ -1696,6 +1736,7 @@ static __always_inline void tb_gained(struct tb_conn *conn, __u32 weight)
 
 	conn->stuck -= of_stuck;
 	conn->waiting -= tb_min(conn->waiting, weight - of_stuck);
+	conn->scarce -= tb_min(conn->scarce, weight);
 }
 
 /* Redirects the message and returns TB_REASONS, or returns why it must go by TCP. */
@@ -1706,7 +1747,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	__u32 reason;
 
 	tb_mark_consumed(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_COPIED_SEQ));
-	if (!tb_paired(conn))
+	if (!tb_paired(conn) || (!TB_CHARGES && !tb_is_accepted(&conn->peer)))
 		return TB_REASON_UNPAIRED;
 	if (tb_is_parting(conn, thread))
 		return TB_REASON_STREAM;

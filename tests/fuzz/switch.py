@@ -114,9 +114,10 @@ class Connection:
     def press_for_memory(self, pressed: bool) -> None:
         self._rules.host_memory_pressure(int(pressed))
 
-    def limit_memory(self, *, limit: int, used: int, cached: int = 0) -> None:
-        """Of both ends' container, in MB."""
-        self._rules.host_limit_memory(*(ctypes.c_uint64(mb << 8) for mb in (limit, used, cached)))
+    def limit_memory(self, *, limit: int, used: int, cached: int = 0, pods: bool = False) -> None:
+        """Of both ends' container, or of the pod above it, in MB."""
+        pages = [ctypes.c_uint64(mb << 8) for mb in (limit, used, cached)]
+        self._rules.host_limit_memory(int(pods), *pages)
 
     def send(self, sender: int, size: int, thread: int = 1) -> bool:
         """One message, delivered at once; says whether it went by bypass."""

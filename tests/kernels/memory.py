@@ -35,22 +35,26 @@ DISK = Path("/dev/loop0")
 
 @dataclass(frozen=True)
 class Situation:
-    """What the container holds besides: of its limit, how much is free, or only file cache."""
+    """How much of its limit the container has free, or whether file cache has taken that; and
+    whether it accepts its connections only when it has rested."""
 
     name: str
-    free: int  # bytes
+    free: int = 0  # bytes
     is_cached: bool = False
+    is_late: bool = False
 
 
 @dataclass(frozen=True)
 class Found:
-    """In bytes: unread at rest as the container is charged, and bypassed in all."""
+    """In bytes: unread at rest as the container is charged, and bypassed in all. `missing`: what
+    the container has, but is not charged, once everything is read."""
 
     situation: str
     sent: int
     received: int
     wrong: int  # connections
     charged: int
+    missing: int
     bypassed: int
     killed: int
     errors: list[str]
@@ -59,8 +63,9 @@ class Found:
 SITUATIONS = (
     Situation("room", 48 << 20),
     Situation("tight", 8 << 20),
-    Situation("full", 2 << 20),
-    Situation("cached", 48 << 20, is_cached=True),
+    Situation("full", 4 << 20),
+    Situation("cached", is_cached=True),
+    Situation("late", 8 << 20, is_late=True),
 )
 
 
@@ -101,16 +106,25 @@ def take_in(connections: Sequence[socket.socket]) -> tuple[int, int]:
 
 
 def rest(container: Path, situation: Situation, pipe: Connection) -> None:
-    """The receiver: accepts, fills its container, reads nothing until it is told to."""
+    """The receiver: fills its container, reads nothing until it is told to, then everything."""
     (container / "cgroup.procs").write_text("0")
+    connections: list[socket.socket] = []
+
+    def accept() -> None:
+        connections.extend(listener.accept()[0] for _ in range(CONNECTIONS))
+
     with socket.create_server((SERVER_IP, 8080), backlog=CONNECTIONS) as listener:
         pipe.send("listening")
-        connections = [listener.accept()[0] for _ in range(CONNECTIONS)]
-    filling = fill(container, situation)
-    pipe.send("resting")
-    pipe.recv()
+        if not situation.is_late:
+            accept()
+        filling = fill(container, situation)
+        pipe.send("resting")
+        pipe.recv()
+        if situation.is_late:
+            accept()
     del filling
     pipe.send(take_in(connections))
+    pipe.recv()
 
 
 def press(connections: Sequence[socket.socket]) -> tuple[list[int], list[str]]:
@@ -172,15 +186,24 @@ def try_it(pod: LightPod, situation: Situation) -> Found:
         sent, errors = press(connections)
         charged = number(app, "memory.stat", "sock")
         stack.close()
-        received, wrong = 0, CONNECTIONS
+        received, wrong, missing = 0, CONNECTIONS, 0
         with suppress(EOFError, BrokenPipeError):
             ours.send("read")
             received, wrong = ours.recv()
+            missing = max(0, number(app, "memory.stat", "anon") - number(app, "memory.current"))
+            ours.send("end")
         receiver.join()
         killed = number(app, "memory.events", "oom_kill")
-    bypassed = pod.total().bypassed_bytes
     return Found(
-        situation.name, sum(sent), received, wrong, charged, bypassed, killed, sorted(set(errors))
+        situation=situation.name,
+        sent=sum(sent),
+        received=received,
+        wrong=wrong,
+        charged=charged,
+        missing=missing,
+        bypassed=pod.total().bypassed_bytes,
+        killed=killed,
+        errors=sorted(set(errors)),
     )
 
 
@@ -192,8 +215,10 @@ def disk() -> Iterator[None]:
     with backing.open("w+b") as file, DISK.open("rb") as device:
         file.truncate(LIMIT)
         fcntl.ioctl(device, loop_set_fd, file.fileno())
-        yield
-        fcntl.ioctl(device, loop_clr_fd)
+        try:
+            yield
+        finally:
+            fcntl.ioctl(device, loop_clr_fd)
 
 
 def main() -> int:

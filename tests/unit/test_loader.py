@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bpf.loader import is_strict
+from bpf.loader import charges, is_strict
 
 
 @pytest.mark.parametrize(
@@ -16,10 +16,11 @@ from bpf.loader import is_strict
         ("6.17.0-14-generic", True),
         ("6.17.13+deb13-cloud-amd64", True),
         ("6.18-rc3", True),
-        ("6.18.15+deb13-cloud-amd64", True),
-        ("6.18.44-fc-v595", False),
+        ("6.18.16", True),
+        ("6.18.17", False),
         ("6.18.100", False),
-        ("6.19.14", True),
+        ("6.19.6", True),
+        ("6.19.7", False),
         ("7.2.12+deb13-cloud-amd64", False),
         ("10.0", False),
         ("unheard of", False),
@@ -27,3 +28,21 @@ from bpf.loader import is_strict
 )
 def test_kernels_that_drop_what_passes_the_receive_buffer(release: str, strict: bool) -> None:
     assert is_strict(release) is strict
+
+
+@pytest.mark.parametrize(
+    ("release", "whole"),
+    [
+        ("5.10.0-46-cloud-amd64", False),
+        ("6.1.0-56-cloud-amd64", False),
+        ("6.6.67", False),
+        ("6.6.68", True),
+        ("6.8.0-90-generic", False),
+        ("6.12.5", False),
+        ("6.12.117+deb13-cloud-amd64", True),
+        ("7.2.12+deb13-cloud-amd64", True),
+        ("unheard of", False),
+    ],
+)
+def test_kernels_that_charge_what_is_redirected(release: str, whole: bool) -> None:
+    assert charges(release) is whole

@@ -29,7 +29,7 @@ struct psock {
 struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg;
 	__u32 rcvbuf, sndbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing,
-		cwnd_clamp, probing;
+		cwnd_clamp, probing, rcv_wnd;
 	__u8 is_mptcp, nonagle, userlocks, is_cwnd_limited, is_chosen;
 };
 
@@ -38,9 +38,14 @@ struct host_net {
 	__u8 shrinks;
 };
 
-/* A container: pages that it may have, has, and has of files; it is its own NUMA node. */
+struct page_counter {
+	__u64 usage, max, parent;
+};
+
+/* A cgroup: what it is charged, in pages, and pages of files among that. */
 struct memcg {
-	__u64 max, usage, node, cached;
+	struct page_counter memory;
+	__u64 cached;
 };
 
 struct wait_queue {
@@ -77,17 +82,20 @@ struct request {
 #define OFF_SOCK_NET offsetof(struct host_sock, net)
 #define OFF_SOCK_PACING_STATUS offsetof(struct host_sock, pacing)
 #define OFF_TCP_SOCK_SND_CWND_CLAMP offsetof(struct host_sock, cwnd_clamp)
+#define OFF_TCP_SOCK_RCV_WND offsetof(struct host_sock, rcv_wnd)
 #define OFF_TCP_SOCK_TLP_HIGH_SEQ offsetof(struct host_sock, probing)
 #define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
 #define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
 #define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
 #define OFF_SOCK_MEMCG offsetof(struct host_sock, memcg)
-#define OFF_MEMCG_MEMORY_MAX offsetof(struct memcg, max)
-#define OFF_MEMCG_MEMORY_USAGE offsetof(struct memcg, usage)
-#define OFF_MEMCG_NODEINFO offsetof(struct memcg, node)
-#define OFF_MEMCG_NODE_STATS offsetof(struct memcg, cached)
-#define OFF_LRUVEC_STATS_STATE 0
-#define TB_STATS_APART 0
+#define OFF_MEMCG_MEMORY offsetof(struct memcg, memory)
+#define OFF_MEMCG_VMSTATS offsetof(struct memcg, cached)
+#define OFF_MEMCG_VMSTATS_STATE 0
+#define OFF_PAGE_COUNTER_MAX offsetof(struct page_counter, max)
+#define OFF_PAGE_COUNTER_PARENT offsetof(struct page_counter, parent)
+#define OFF_PAGE_COUNTER_USAGE offsetof(struct page_counter, usage)
+#define TB_VMSTATS_APART 0
+#define TB_CHARGES 1
 #define TB_STRICT 0
 #define TB_INACTIVE_FILE 0
 #define TB_PAGE_SIZE 4096

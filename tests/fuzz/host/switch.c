@@ -21,7 +21,7 @@ struct host_end {
 static struct host_end ends[2];
 static struct proto proto, tls_proto;
 static struct tb_control switches;
-static struct memcg container;
+static struct memcg container, pod;
 static struct host_net net = {{4096, 131072, 6 << 20}};
 static __u64 steps_taken;
 static int redirected;
@@ -81,7 +81,9 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 	memset(&switches, 0, sizeof(switches));
 	steps_taken = 0;
 	proto.memory_pressure = 0;
-	container = (struct memcg){.max = ~0ULL >> 13, .node = (__u64)&container};
+	pod.memory.max = container.memory.max = ~0ULL >> 13;
+	pod.memory.usage = container.memory.usage = 0;
+	container.memory.parent = (__u64)&pod.memory;
 	for (int i = 0; i < 2; i++) {
 		struct host_end *end = &ends[i];
 
@@ -211,12 +213,14 @@ void host_memory_pressure(int pressure)
 	proto.memory_pressure = pressure;
 }
 
-/* Both ends' container, in pages. */
-void host_limit_memory(__u64 limit, __u64 usage, __u64 cached)
+/* Of both ends' container or of the pod above it, in pages. */
+void host_limit_memory(int pods, __u64 limit, __u64 usage, __u64 cached)
 {
-	container.max = limit;
-	container.usage = usage;
-	container.cached = cached;
+	struct memcg *memcg = pods ? &pod : &container;
+
+	memcg->memory.max = limit;
+	memcg->memory.usage = usage;
+	memcg->cached = cached;
 }
 
 __u32 host_mark(int end)

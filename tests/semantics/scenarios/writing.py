@@ -321,12 +321,15 @@ def broken_pipe(io: Io) -> None:
 def bad_address(io: Io) -> None:
     """send from and recv to memory that is not mapped; the stream goes on unharmed"""
     sender, receiver = io.pair()
-    io.log("send", libc.send(sender.fileno(), ctypes.c_void_p(8), 100, 0))
-    io.log("errno", errno.errorcode[ctypes.get_errno()])
+    unmapped = ctypes.c_void_p(8)
+
+    def result(returned: int) -> Value:
+        return returned if returned >= 0 else errno.errorcode[ctypes.get_errno()]
+
+    io.log("send", result(libc.send(sender.fileno(), unmapped, 100, 0)))
     sender.sendall(b"0123456789")
     settle()
-    io.log("recv", libc.recv(receiver.fileno(), ctypes.c_void_p(8), 100, 0))
-    io.log("errno then", errno.errorcode[ctypes.get_errno()])
+    io.log("recv", result(libc.recv(receiver.fileno(), unmapped, 100, 0)))
     io.log("received", attempt(receiver.recv, 100, socket.MSG_DONTWAIT))
 
 
