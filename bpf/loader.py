@@ -135,7 +135,9 @@ def charges(release: str) -> bool:
     """Whether redirected bytes are in their receiver's sk_rmem_alloc, which accept(2) charges to
     the application (bpf_tcp_ingress, of Linux 6.13 and stable releases)."""
     version = _version(release)
-    return version >= (6, 12, 6) or (6, 6, 68) <= version < (6, 7)
+    return (
+        version >= (6, 12, 8) or (6, 6, 69) <= version < (6, 7) or (6, 1, 123) <= version < (6, 2)
+    )
 
 
 def _memcg_flags(btf: KernelBTF) -> list[str]:

@@ -1433,16 +1433,19 @@ static __always_inline int tb_alone(struct tb_conn *conn, __u64 thread)
 }
 
 /* Pages of files, of a memory cgroup and those below, that reclaim takes first. The kernel's
- * statistics are two seconds old, and some must be written first: half of them are believed. */
+ * statistics are two seconds old, and may be negative meanwhile; and some pages must be written
+ * first: half of them are believed. */
 static __always_inline __u64 tb_cached(__u64 memcg)
 {
 	__u64 stats = memcg + OFF_MEMCG_VMSTATS;
+	__s64 pages;
 
 	if (!OFF_MEMCG_VMSTATS)
 		return 0;
 	if (TB_VMSTATS_APART)
 		stats = tb_read64(stats) + OFF_MEMCG_VMSTATS_STATE;
-	return tb_read64(stats + sizeof(__u64) * TB_INACTIVE_FILE) / 2;
+	pages = tb_read64(stats + sizeof(__u64) * TB_INACTIVE_FILE);
+	return pages > 0 ? (__u64)pages / 2 : 0;
 }
 
 /* Bytes that a memory cgroup may still be charged, as the kubelet counts them, beyond its reserve;
@@ -1465,8 +1468,8 @@ static __always_inline __u64 tb_free(__u64 counter)
  * RULE (memory). Bytes that lie unread are charged to their receiver's container. Of TCP's that is
  * about sk_rcvbuf, charged in interrupts, past the limit if need be. Redirected ones are charged by
  * a sender that may sleep: past the limit the kernel kills a process there. Hence each connection
- * takes but a share of what is free, so that many that rest at once leave some. Before an
- * application has accepted it, a socket is charged to nobody, and then for all that it has.
+ * takes but a share of what is free, so that many that rest at once leave some. Whose container a
+ * socket is charged to nobody knows before it is accepted.
  */
 static __always_inline __u64 tb_room(const struct tb_end *end)
 {
@@ -1474,8 +1477,6 @@ static __always_inline __u64 tb_room(const struct tb_end *end)
 	__u64 counter = memcg ? memcg + OFF_MEMCG_MEMORY : 0, least = ~0ULL;
 	int level;
 
-	if (!tb_is_accepted(end))
-		return TB_SPARED;
 #pragma unroll
 	for (level = 0; level < TB_LEVELS && counter; level++) {
 		__u64 bytes = tb_free(counter);
@@ -1507,7 +1508,7 @@ static __always_inline int tb_under_pressure(const struct tb_conn *conn)
  * may grow to, and inside a pod, where sk_sndbuf is megabytes, a quarter of that.
  *
  * TB_STRICT: some kernels drop whatever passes sk_rcvbuf. There the window that TCP has offered is
- * left to it, and at least half; and an application may pass the bound by as much again.
+ * left to it, and at least half; and an application may pass the bound by half of TB_SHORT_OVERDUE.
  */
 static __always_inline __u32 tb_bound(const struct tb_end *peer)
 {
@@ -1630,21 +1631,20 @@ static __always_inline __u32 tb_weight(__u32 size)
  * (order), which the short ones are too few for. */
 static __always_inline __u32 tb_patience(const struct tb_conn *conn, __u32 reason, int alone)
 {
-	__u32 most = TB_STRICT ? conn->bound : TB_MAX_OVERDUE;
-
 	if (reason == TB_REASON_MEMORY && tb_under_pressure(conn))
 		return 0;
 	if (!alone)
 		return TB_MAX_OVERDUE;
-	return reason == TB_REASON_MEMORY ? tb_min(most, TB_SHORT_OVERDUE) : most;
+	if (TB_STRICT)
+		return TB_SHORT_OVERDUE / 2;
+	return reason == TB_REASON_MEMORY ? TB_SHORT_OVERDUE : TB_MAX_OVERDUE;
 }
 
 /* Will no message like this be bypassed for long, so that the socket is better off outside? */
-static __always_inline int tb_leaves_for_good(struct tb_conn *conn, __u32 reason, __u32 size)
+static __always_inline int tb_leaves_for_good(const struct tb_conn *conn, __u32 reason)
 {
-	if (reason == TB_REASON_MEMORY && !tb_under_pressure(conn))
-		conn->scarce += tb_weight(size);
-	return conn->scarce > TB_STUCK_LONG || (reason == TB_REASON_BACKLOG && !conn->bound);
+	return (reason == TB_REASON_BACKLOG && !conn->bound) ||
+	       (reason == TB_REASON_MEMORY && conn->scarce > TB_STUCK_LONG);
 }
 
 /*
@@ -1676,7 +1676,9 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 			tb_part(conn);
 		return clean ? TB_REASON_STREAM : TB_REASONS;
 	}
-	if (tb_leaves_for_good(conn, reason, size) && clean)
+	if (reason == TB_REASON_MEMORY && !tb_under_pressure(conn))
+		conn->scarce += tb_weight(size);
+	if (clean && tb_leaves_for_good(conn, reason))
 		tb_part(conn);
 	conn->overdue += tb_cost(size);
 	if (!clean && conn->overdue < tb_patience(conn, reason, alone))

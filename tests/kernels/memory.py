@@ -65,7 +65,7 @@ SITUATIONS = (
     Situation("tight", 8 << 20),
     Situation("full", 4 << 20),
     Situation("cached", is_cached=True),
-    Situation("late", 8 << 20, is_late=True),
+    Situation("late", 48 << 20, is_late=True),
 )
 
 

@@ -43,10 +43,11 @@ UNSHOWN = """\
   thread that is held up between two instructions for all of it is left to chance.
 - **An edge-triggered reader that takes a short read for the end of what is there** (epoll(7) allows
   it), and that does not look at its socket while more than its receive buffer and 512 KB arrive
-  (1.2 MB inside a pod; 64 KB where its container is short of memory): what came after by TCP can
-  lie there until the next byte comes. The same at `pause` and `unload` with as much unread, and
-  between two pods without sidecars, in a moment in which the reader's own thread is inside send.
-  nginx with large uploads is such a reader: exclude its port, or proxy-only.
+  (1.2 MB inside a pod; 64 KB where its container is short of memory, and on kernels that drop what
+  passes the receive buffer, see below): what came after by TCP can lie there until the next byte
+  comes. The same at `pause` and `unload` with as much unread, and between two pods without
+  sidecars, in a moment in which the reader's own thread is inside send. nginx with large uploads is
+  such a reader: exclude its port, or proxy-only.
 - **A receive buffer that cannot grow** while bypassed bytes lie in it: then TCP drops what comes
   behind them, and it comes again by a timer, 0.2 s later or, behind a reader that rests, after
   about as long again. Where it never can, nothing bypasses, for good and in either direction: once
@@ -55,17 +56,20 @@ UNSHOWN = """\
   unread; a node above the first number of `net.ipv4.tcp_mem`, or a container whose memory is
   reclaimed all the time; and applications of two pods without sidecars, inside a read with more
   than 150 KB unread. Kernels that drop whatever passes the receive buffer (6.17, 6.18 before
-  6.18.17, 6.19 before 6.19.7) bypass what a quarter of it holds, 32 KB as it begins, and as much
-  again towards an application; less where TCP has offered a large window.
+  6.18.17, 6.19 before 6.19.7) bypass what a quarter of it holds, 32 KB as it begins, and 32 KB more
+  towards an application; less where TCP has offered a large window.
 - **A container near its memory limit** (cgroup2's `memory.max`, its own or that of one of three
   cgroups above it). Unread bytes count to it, bypassed or not, and over TCP up to the receive
   buffer (131 KB as it begins, later up to 6 MB and more) for each connection. Bypassed ones may be
-  more on a new connection (1.2 MB), so each takes at most a 16th of what the limit leaves, beyond a
-  reserve of a 16th of it or 32 MB; half of the file cache that is not in use counts as free. A
-  container without such room is on TCP (reason `memory`), a connection for good after 260,000
-  messages.
-- **Bytes sent before the connection is accepted** go by TCP before Linux 6.12.6 (but for 6.6 from
-  6.6.68 on): such kernels would forget them in the container's memory usage.
+  more on a new connection (1.2 MB), so each takes a 16th of what the limit leaves, beyond a reserve
+  of a 16th of it or 32 MB, and 64 KB more where earlier bytes lie unread; half of the file cache
+  that is not in use counts as free. A container without such room is on TCP (reason `memory`), a
+  connection for good after 260,000 messages.
+- **Bytes sent before the connection is accepted** are charged to the container when it is, also
+  past its limit: then a process there is killed. Bypassed they may be 1.2 MB, over TCP 64 KB.
+  Before Linux 6.12.8 (but for 6.6 from 6.6.69 on, and 6.1 from 6.1.123 on) they go by TCP, since
+  such kernels would forget them in the container's memory usage; and so does then all of a one-way
+  stream to a reader that sleeps in recv.
 - **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
