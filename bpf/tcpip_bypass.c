@@ -1478,11 +1478,11 @@ static __always_inline __u64 tb_room(const struct tb_end *end)
 	int level;
 
 #pragma unroll
-	for (level = 0; level < TB_LEVELS && counter; level++) {
-		__u64 bytes = tb_free(counter);
+	for (level = 0; level < TB_LEVELS; level++) {
+		__u64 bytes = counter ? tb_free(counter) : ~0ULL;
 
 		least = bytes < least ? bytes : least;
-		counter = tb_read64(counter + OFF_PAGE_COUNTER_PARENT);
+		counter = counter ? tb_read64(counter + OFF_PAGE_COUNTER_PARENT) : 0;
 	}
 	return least / TB_SHARE;
 }
