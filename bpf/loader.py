@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -30,7 +30,9 @@ MAP_PINS = (
 )
 PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
 
-_OFFSETS = {
+_Place = tuple[str, str]  # a struct, and the path of a member of it
+
+_OFFSETS: dict[str, _Place | None] = {
     "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
     "NET_TCP_RMEM": ("net", "ipv4.sysctl_tcp_rmem"),
@@ -85,10 +87,10 @@ class Limits:
 
 def kernel_flags(btf: KernelBTF) -> list[str]:
     """The compiler flags that specialise the programs to this kernel's struct layouts."""
-    flags = [
-        f"-DOFF_{name}={btf.member(struct, path).offset}"
-        for name, (struct, path) in sorted(_OFFSETS.items())
-    ]
+    shrinks = ("net", "ipv4.sysctl_tcp_shrink_window")  # since Linux 6.5
+    can_shrink = btf.has_member(*shrinks)
+    optional = {"NET_TCP_SHRINK_WINDOW": shrinks if can_shrink else None}
+    flags = _offsets(btf, _OFFSETS | optional | _memcg_members(btf))
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
@@ -96,10 +98,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     userlocks = btf.member("sock", "sk_userlocks")
     is_chosen = btf.member("inet_connection_sock", "icsk_ca_setsockopt")
     is_limited = btf.member("tcp_sock", "is_cwnd_limited")
-    shrinks = "ipv4.sysctl_tcp_shrink_window"  # since Linux 6.5
-    can_shrink = btf.has_member("net", shrinks)
     flags += [
-        f"-DOFF_NET_TCP_SHRINK_WINDOW={btf.member('net', shrinks).offset if can_shrink else 0}",
         f"-DOFF_ICSK_CA_SETSOCKOPT={is_chosen.offset}",
         f"-DMASK_ICSK_CA_SETSOCKOPT={is_chosen.mask:#x}",
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
@@ -113,9 +112,20 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DTB_STRICT={int(is_strict(platform.release()))}",
         f"-DTB_CHARGES={int(charges(platform.release()))}",
+        f"-DTB_VMSTATS_APART={int(_has_vmstats_apart(btf))}",
+        f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
+        f"-DTB_PAGE_SIZE={resource.getpagesize()}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
-    return flags + _memcg_flags(btf)
+    return flags
+
+
+def _offsets(btf: KernelBTF, members: Mapping[str, _Place | None]) -> list[str]:
+    """OFF_NAME for each name of a struct's member; 0 for None, which this kernel has not."""
+    return [
+        f"-DOFF_{name}={btf.member(*place).offset if place else 0}"
+        for name, place in sorted(members.items())
+    ]
 
 
 def _version(release: str) -> tuple[int, ...]:
@@ -140,35 +150,31 @@ def charges(release: str) -> bool:
     )
 
 
-def _memcg_flags(btf: KernelBTF) -> list[str]:
-    """Where a socket is charged to its process' memory cgroup, and what that has and may have.
+def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
+    """Where a socket is charged to its process' memory cgroup, and what that has and may have;
+    nowhere without CONFIG_MEMCG.
 
-    Without CONFIG_MEMCG there is none. Its statistics are an array before Linux 5.13, a struct
-    that begins with it, and later a pointer to one; those of the pages of files stand in it where
-    enum node_stat_item has them (mm/memcontrol.c: memcg_node_stat_items begins alike).
+    Its statistics are an array before Linux 5.13, a struct that begins with it, and later a pointer
+    to one; those of the pages of files stand in it where enum node_stat_item has them
+    (mm/memcontrol.c: memcg_node_stat_items begins alike).
     """
-    has_memcg = btf.has_member("sock", "sk_memcg")
     has_stats = btf.has_member("mem_cgroup", "vmstats")
-    is_apart = btf.has_struct("memcg_vmstats") and not btf.has_member("mem_cgroup", "vmstats.state")
-    places = {
+    members: dict[str, _Place | None] = {
         "MEMCG_MEMORY": ("mem_cgroup", "memory"),
         # Without it no file cache counts as free.
         "MEMCG_VMSTATS": ("mem_cgroup", "vmstats") if has_stats else None,
-        "MEMCG_VMSTATS_STATE": ("memcg_vmstats", "state") if is_apart else None,
+        "MEMCG_VMSTATS_STATE": ("memcg_vmstats", "state") if _has_vmstats_apart(btf) else None,
         "PAGE_COUNTER_MAX": ("page_counter", "max"),
         "PAGE_COUNTER_PARENT": ("page_counter", "parent"),
         "PAGE_COUNTER_USAGE": ("page_counter", "usage"),
         "SOCK_MEMCG": ("sock", "sk_memcg"),
     }
-    return [
-        *(
-            f"-DOFF_{name}={btf.member(*place).offset if has_memcg and place else 0}"
-            for name, place in places.items()
-        ),
-        f"-DTB_VMSTATS_APART={int(is_apart)}",
-        f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
-        f"-DTB_PAGE_SIZE={resource.getpagesize()}",
-    ]
+    return members if btf.has_member("sock", "sk_memcg") else dict.fromkeys(members)
+
+
+def _has_vmstats_apart(btf: KernelBTF) -> bool:
+    """Whether a memory cgroup has but a pointer to its statistics."""
+    return btf.has_struct("memcg_vmstats") and not btf.has_member("mem_cgroup", "vmstats.state")
 
 
 Instructions = ctypes.Array[ctypes.c_uint64]  # struct bpf_insn, little-endian

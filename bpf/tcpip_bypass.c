@@ -1517,14 +1517,16 @@ static __always_inline __u32 tb_bound(const struct tb_end *peer)
 	__u32 sndbuf = tb_read32(peer->sk + OFF_SOCK_SNDBUF);
 	__u32 most = tb_read32(net + OFF_NET_TCP_RMEM + 2 * sizeof(__u32)) / 2;
 	__u32 spared = peer->is_proxy ? TB_SPARED : TB_MAX_OVERDUE;
-	__u32 window = tb_read32(peer->sk + OFF_TCP_SOCK_RCV_WND);
 
 	if (most < spared + TB_SPARED ||
 	    (tb_read8(peer->sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK) ||
 	    (OFF_NET_TCP_SHRINK_WINDOW && tb_read8(net + OFF_NET_TCP_SHRINK_WINDOW)))
 		return 0;
-	if (TB_STRICT)
+	if (TB_STRICT) {
+		__u32 window = tb_read32(peer->sk + OFF_TCP_SOCK_RCV_WND);
+
 		return tb_min(rcvbuf / 4, (rcvbuf - tb_min(rcvbuf, window)) / 2);
+	}
 	return tb_min(tb_min(most - spared, TB_MAX_BOUND),
 		      rcvbuf + sndbuf / (peer->is_proxy ? 2 : 4));
 }

@@ -104,7 +104,7 @@ def _mount() -> Path:
     return mount
 
 
-def _remove(folder: Path) -> None:
+def remove_cgroup(folder: Path) -> None:
     """Removes a cgroup whose processes have ended, or are about to."""
     deadline = time.monotonic() + 10
     while True:
@@ -131,4 +131,4 @@ def accelerated(programs: Programs | None = None, *, keepalive_s: int = 0) -> It
         finally:
             pod.detach()
     finally:
-        _remove(folder)
+        remove_cgroup(folder)

@@ -22,7 +22,15 @@ from bpf.loader import Programs
 from cni_plugin import names
 from tests.bed import cgroups
 from tests.kernels.probe import owned_by
-from tests.light import CLIENT_IP, LIMITS, SERVER_IP, LightPod, accelerated, away_from_pods
+from tests.light import (
+    CLIENT_IP,
+    LIMITS,
+    SERVER_IP,
+    LightPod,
+    accelerated,
+    away_from_pods,
+    remove_cgroup,
+)
 
 CONNECTIONS = 24
 LIMIT = 64 << 20  # bytes; a 16th of it is nobody's but the container's
@@ -168,7 +176,7 @@ def containers(pod: LightPod) -> Iterator[tuple[Path, Path]]:
     finally:
         away_from_pods()
         for folder in (sidecar, app):
-            folder.rmdir()
+            remove_cgroup(folder)
 
 
 def try_it(pod: LightPod, situation: Situation) -> Found:

@@ -164,6 +164,11 @@ def attempt(call: Callable[..., Any], *arguments: Any) -> Any:
         return errno.errorcode[error.errno or 0] if error.errno else str(error)
 
 
+def or_error(returned: int) -> int | str:
+    """What a function of libc returned, or the name of the errno it failed with."""
+    return returned if returned >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
 def recv(sock: socket.socket, size: int, flags: int = 0) -> bytes | str:
     """recv(2) as it is: Python's own answers for size 0 and tries again after EINTR."""
     buffer = ctypes.create_string_buffer(max(size, 1))

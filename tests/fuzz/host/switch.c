@@ -81,8 +81,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 	memset(&switches, 0, sizeof(switches));
 	steps_taken = 0;
 	proto.memory_pressure = 0;
-	pod.memory.max = container.memory.max = ~0ULL >> 13;
-	pod.memory.usage = container.memory.usage = 0;
+	container = pod = (struct memcg){.memory = {.max = ~0ULL >> 13}};
 	container.memory.parent = (__u64)&pod.memory;
 	for (int i = 0; i < 2; i++) {
 		struct host_end *end = &ends[i];

@@ -21,6 +21,7 @@ from tests.semantics.scenario import (
     exactly,
     libc,
     message_headers,
+    or_error,
     readable,
     recv,
     scenario,
@@ -203,7 +204,7 @@ def discard(io: Io) -> None:
     sender.sendall(b"0123456789")
     settle()
     got = libc.recv(receiver.fileno(), None, 4, socket.MSG_TRUNC)
-    io.log("recv(NULL, 4, MSG_TRUNC)", got if got >= 0 else errno.errorcode[ctypes.get_errno()])
+    io.log("recv(NULL, 4, MSG_TRUNC)", or_error(got))
     io.log("what is left", receiver.recv(100))
 
 
@@ -284,7 +285,7 @@ def splice_from(io: Io) -> None:
     receiver.setblocking(False)
     out, into = os.pipe()
     moved = libc.splice(receiver.fileno(), None, into, None, 100, SPLICE_F_NONBLOCK)
-    io.log("moved", moved if moved >= 0 else errno.errorcode[ctypes.get_errno()])
+    io.log("moved", or_error(moved))
     os.close(into)
     io.log("in the pipe", os.read(out, 100))
     os.close(out)

@@ -26,6 +26,7 @@ from tests.semantics.scenario import (
     libc,
     mask_names,
     message_headers,
+    or_error,
     poll_mask,
     scenario,
     settle,
@@ -322,14 +323,10 @@ def bad_address(io: Io) -> None:
     """send from and recv to memory that is not mapped; the stream goes on unharmed"""
     sender, receiver = io.pair()
     unmapped = ctypes.c_void_p(8)
-
-    def result(returned: int) -> Value:
-        return returned if returned >= 0 else errno.errorcode[ctypes.get_errno()]
-
-    io.log("send", result(libc.send(sender.fileno(), unmapped, 100, 0)))
+    io.log("send", or_error(libc.send(sender.fileno(), unmapped, 100, 0)))
     sender.sendall(b"0123456789")
     settle()
-    io.log("recv", result(libc.recv(receiver.fileno(), unmapped, 100, 0)))
+    io.log("recv", or_error(libc.recv(receiver.fileno(), unmapped, 100, 0)))
     io.log("received", attempt(receiver.recv, 100, socket.MSG_DONTWAIT))
 
 
