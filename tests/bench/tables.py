@@ -208,7 +208,7 @@ CHAPTERS = {
         "BBR paces what it sends, and keeps its window small: small writes gather for good, and "
         "on one CPU TCP is faster than a redirect for each. So such streams leave the sockhash, at "
         "both ends. Large ones pacing costs more than half of their speed: inside a pod Reno "
-        "stands in for BBR, until a stream that has left turns out to be one of small writes "
+        "stands in for BBR, until it turns out that small writes stream by TCP "
         "(docs/architecture.md). Tried without gain: bounds of 128 KB to 4 MB; never leaving (0.45 "
         "on one CPU).",
         STREAMS,

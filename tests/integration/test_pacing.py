@@ -185,14 +185,16 @@ def test_a_client_whose_offer_was_dropped_has_it(node: LightNode, pod: LightPod)
         assert chosen(*ends) == [BBR, RENO]
 
 
-def streamed(sender: socket.socket, reader: socket.socket, write: int) -> None:
+def streamed(sender: socket.socket, reader: socket.socket, write: int, writes: int = 2048) -> None:
     """A stream of such writes, of which hardly two share an acknowledgement: see TB_FINE_ACKS."""
-    for _ in range(2048):
+    for _ in range(writes):
         sender.sendall(bytes(write))
         assert receive(reader, write) == bytes(write)
 
 
-def test_in_the_sockhash_small_writes_change_nothing(node: LightNode, pod: LightPod) -> None:
+def test_in_the_sockhash_small_writes_of_their_own_change_nothing(
+    node: LightNode, pod: LightPod
+) -> None:
     with connected(pod, pod) as ends:
         for _ in range(1024):
             by_tcp(*ends, 1)
@@ -200,28 +202,56 @@ def test_in_the_sockhash_small_writes_change_nothing(node: LightNode, pod: Light
         assert node.sockets() == 2
 
 
-@pytest.mark.parametrize("first", [100, BULK])
-def test_outside_the_sockhash_only_streams_of_large_writes_go_without(
-    node: LightNode, pod: LightPod, first: int
+def test_many_that_the_order_rule_keeps_on_tcp_bring_it_back(
+    node: LightNode, pod: LightPod
 ) -> None:
-    """Also one that has large writes first and small ones then."""
+    """See TB_FINE_WAITS."""
     with connected(pod, pod) as (sender, reader):
-        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        reader.setblocking(True)
+        by_tcp(sender, reader)
+        streamed(sender, reader, 100, writes=250)
+        assert chosen(sender) == [RENO]
+        streamed(sender, reader, 100, writes=20)
+        assert chosen(sender, reader) == [BBR, RENO]
+        assert node.sockets() == 2
+
+
+def test_one_that_leaves_with_small_writes_has_it_at_once(node: LightNode, pod: LightPod) -> None:
+    """They were bypassed, so that the order rule has not kept any."""
+    with connected(pod, pod) as (sender, reader):
 
         def has_left() -> bool:
-            by_tcp(sender, reader)
-            for _ in range(400):
-                sender.sendall(bytes(100))
-            assert receive(reader, 40_000) == bytes(40_000)
+            streamed(sender, reader, 100, writes=1)
+            return node.sockets() == 0
+
+        for _ in range(400):
+            sender.sendall(bytes(100))
+        assert receive(reader, 40_000) == bytes(40_000)
+        assert chosen(sender) == [RENO]
+        assert eventually(has_left)
+        by_tcp(sender, reader)
+        assert chosen(sender, reader) == [BBR, RENO]
+
+
+def test_one_that_leaves_with_large_writes_has_it_for_small_ones(
+    node: LightNode, pod: LightPod
+) -> None:
+    """Nobody sees them there but for what is acknowledged; and it stays then."""
+    with connected(pod, pod) as (sender, reader):
+        reader.setblocking(True)
+        by_tcp(sender, reader)
+
+        def has_left() -> bool:
+            streamed(sender, reader, BULK, writes=16)
             return node.sockets() == 0
 
         assert eventually(has_left)
-        if first == BULK:
-            streamed(sender, reader, BULK)
-            assert chosen(sender) == [RENO]
+        streamed(sender, reader, BULK)
+        assert chosen(sender) == [RENO]
         streamed(sender, reader, 100)
         assert chosen(sender) == [BBR]
         streamed(sender, reader, BULK)
+        streamed(reader, sender, BULK)
         assert chosen(sender, reader) == [BBR, RENO]
         streamed(reader, sender, 100)
         assert chosen(reader) == [BBR]
