@@ -97,8 +97,8 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 /* Smaller writes are read, and acknowledged, one by one: they gather in few packets only. */
 #define TB_TINY 128
 /* Streams whose acknowledgements are for fewer bytes, so many in a row, go better where TCP paces
- * them; and so do 256 small messages that the order rule has kept on TCP, as tb_weight() counts
- * them. See tb_pace_not(), tb_is_fine(). */
+ * them; and so does what the order rule keeps on TCP once it is 256 small messages more than it is
+ * large ones, as tb_weight() counts them. See tb_pace_not(), tb_is_fine(). */
 #define TB_FINE 16384
 #define TB_FINE_ACKS 512
 #define TB_FINE_WAITS 512
@@ -1188,19 +1188,19 @@ static __always_inline void tb_count_waits(struct bpf_sock_ops *skops, struct tb
 }
 
 /*
- * Does this end stream small writes by TCP? In the sockhash they are counted, and one that has
- * left it had a last one there. What it streams later nobody sees. But the acknowledgements are
- * then for few bytes each: writes of 1 KB, in a held window, for 10 to 16 KB, of 4 KB for 46 KB and
- * more.
+ * Does this end stream small writes by TCP? In the sockhash they are counted, against large ones,
+ * and one that has left it for a crowd of them streams on. What it streams later nobody sees. But
+ * the acknowledgements are then for few bytes each: writes of 1 KB, in a held window, for 10 to
+ * 16 KB, of 4 KB for 46 KB and more.
  */
 static __always_inline int tb_is_fine(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	int is_small = conn->size && conn->size < TB_SMALL;
-
-	if (is_small && (conn->parting == TB_PARTED || conn->waiting > TB_FINE_WAITS))
+	if (conn->waiting > TB_FINE_WAITS + conn->stuck)
 		return 1;
 	if (conn->parting != TB_PARTED)
 		return 0;
+	if (conn->crowd > TB_CROWD)
+		return 1;
 	if (!conn->acks)
 		conn->acked_at = skops->snd_una;
 	if (conn->acks++ < TB_FINE_ACKS)

@@ -216,6 +216,18 @@ def test_many_that_the_order_rule_keeps_on_tcp_bring_it_back(
         assert node.sockets() == 2
 
 
+def test_those_between_large_ones_do_not(node: LightNode, pod: LightPod) -> None:
+    """Records of a short header and a long body."""
+    with connected(pod, pod) as (sender, reader):
+        reader.setblocking(True)
+        by_tcp(sender, reader)
+        for _ in range(300):
+            streamed(sender, reader, 60_000, writes=1)
+            streamed(sender, reader, 100, writes=1)
+        assert chosen(sender) == [RENO]
+        assert node.sockets() == 2
+
+
 def test_one_that_leaves_with_small_writes_has_it_at_once(node: LightNode, pod: LightPod) -> None:
     """They were bypassed, so that the order rule has not kept any."""
     with connected(pod, pod) as (sender, reader):
@@ -229,8 +241,12 @@ def test_one_that_leaves_with_small_writes_has_it_at_once(node: LightNode, pod: 
         assert receive(reader, 40_000) == bytes(40_000)
         assert chosen(sender) == [RENO]
         assert eventually(has_left)
-        by_tcp(sender, reader)
-        assert chosen(sender, reader) == [BBR, RENO]
+
+        def has_it() -> bool:
+            by_tcp(sender, reader)
+            return chosen(sender, reader) == [BBR, RENO]
+
+        assert eventually(has_it)
 
 
 def test_one_that_leaves_with_large_writes_has_it_for_small_ones(
