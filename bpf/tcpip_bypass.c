@@ -231,7 +231,7 @@ struct tb_secret {
 	__u64 key[2];
 };
 
-/* ---- Maps ------------------------------------------------------------------------------- */
+/* ---- Maps ------------------------------------------------------------------------------ */
 
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
@@ -251,7 +251,7 @@ static __always_inline __u32 tb_min(__u32 a, __u32 b)
 	return a < b ? a : b;
 }
 
-/* ---- Reading kernel memory -------------------------------------------------------------- */
+/* ---- Reading kernel memory ------------------------------------------------------------- */
 
 /* A member of the socket that this program runs for, from its struct tcp_sock pointer: a plain
  * load on any kernel. Other memory goes through tb_read*, which costs 33 ns before 6.2. */
@@ -376,7 +376,7 @@ static __always_inline int tb_paused(struct tb_conn *conn)
 	       (paused_pods.lookup(&conn->me.pod_id) || paused_pods.lookup(&conn->peer.pod_id));
 }
 
-/* ---- Addresses and policy --------------------------------------------------------------- */
+/* ---- Addresses and policy -------------------------------------------------------------- */
 
 static __always_inline int tb_addr_equal(const struct tb_addr *a, const struct tb_addr *b)
 {
@@ -471,7 +471,7 @@ static __always_inline __u32 tb_hop(const struct tb_end *client, const struct tb
 	return client->is_proxy ? TB_HOP_INBOUND : TB_HOP_OUTBOUND;
 }
 
-/* ---- Counters ----------------------------------------------------------------------------- */
+/* ---- Counters -------------------------------------------------------------------------- */
 
 static __always_inline struct tb_counters *tb_counters_of(__u64 pod_id, __u32 hop)
 {
@@ -514,7 +514,7 @@ static __always_inline void tb_flush_tally(struct tb_conn *conn)
 	conn->bytes = 0;
 }
 
-/* ---- Joining: tb_sock_ops ----------------------------------------------------------------- */
+/* ---- Joining the sockhash -------------------------------------------------------------- */
 
 /*
  * RULE (conntrack). A bypassed connection sends no packets, so its NAT entry would expire and
@@ -743,7 +743,7 @@ static __always_inline void tb_announce(struct bpf_sock_ops *skops, const struct
 	halves.insert(&key, &half);
 }
 
-/* ---- Joining through a Service ------------------------------------------------------------ */
+/* ---- Joining through a Service --------------------------------------------------------- */
 
 #define TB_ROTL(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
 
@@ -892,7 +892,7 @@ static __always_inline int tb_has_token(struct bpf_sock_ops *skops, const struct
 	return token == tb_token(key, half->server.pod_id);
 }
 
-/* ---- Joining, again ------------------------------------------------------------------------ */
+/* ---- Joining: the two ends find each other --------------------------------------------- */
 
 /* The client's end is established, before the server's. It joins if it was announced. */
 static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
@@ -1063,6 +1063,8 @@ static __always_inline int tb_paired(struct tb_conn *conn)
 	return 1;
 }
 
+/* ---- Leaving the sockhash -------------------------------------------------------------- */
+
 /* The peer looks at the word when it sees the count changed, see tb_peers_parting(). */
 static __always_inline void tb_step(struct tb_conn *conn, __u32 parting)
 {
@@ -1148,6 +1150,8 @@ static __always_inline void tb_follow(struct bpf_sock_ops *skops, struct tb_conn
 	    tb_has_read_all(&conn->me))
 		tb_depart(skops, conn);
 }
+
+/* ---- TCP's window inside a pod --------------------------------------------------------- */
 
 /*
  * Did an acknowledgement come late, for which the window made this end wait? srtt is of the last
@@ -1287,6 +1291,8 @@ static __always_inline void tb_data_acknowledged(struct bpf_sock_ops *skops, str
 		tb_call_no_more(skops, conn);
 }
 
+/* ---- The program tb_sock_ops ----------------------------------------------------------- */
+
 /*
  * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its
  * bypass queue belongs to the old connection, and the old peer may not have heard of the end: out
@@ -1357,7 +1363,7 @@ int tb_sock_ops(struct bpf_sock_ops *skops)
 	return 1;
 }
 
-/* ---- Sending: tb_sk_msg ------------------------------------------------------------------- */
+/* ---- Sending: from TCP to bypass ------------------------------------------------------- */
 
 /*
  * A redirect takes the peer's socket lock, and waits for it in a sleep that no signal ends. An
@@ -1438,6 +1444,8 @@ static __always_inline int tb_alone(struct tb_conn *conn, __u64 thread)
 	return !conn->writer || conn->writer == thread ||
 	       tb_read32(conn->me.psock + OFF_PSOCK_REFCNT) == 2;
 }
+
+/* ---- Sending: what a peer may leave unread --------------------------------------------- */
 
 /* Pages of files, of a memory cgroup and those below, that reclaim takes first. The kernel's
  * statistics are two seconds old, and may be negative meanwhile; and some pages must be written
@@ -1596,10 +1604,12 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if (looks && unread > conn->bound)
+	if (unread > conn->bound)
 		return TB_REASON_BACKLOG;
 	return TB_REASONS;
 }
+
+/* ---- Sending: from bypass to TCP, and out of the sockhash ------------------------------ */
 
 /* First step out of the sockhash; no redirect of this end's may be on its way. */
 static __always_inline void tb_part(struct tb_conn *conn)
@@ -1749,6 +1759,8 @@ static __always_inline void tb_gained(struct tb_conn *conn, __u32 weight)
 	conn->waiting -= tb_min(conn->waiting, weight - of_stuck);
 	conn->scarce -= tb_min(conn->scarce, weight);
 }
+
+/* ---- The program tb_sk_msg ------------------------------------------------------------- */
 
 /* Redirects the message and returns TB_REASONS, or returns why it must go by TCP. */
 static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *conn,
