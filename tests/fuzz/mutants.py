@@ -130,6 +130,16 @@ LEAVING_OPENLY = Mutant(
     (Edit(r"tb_peers_parting\(conn\) >= TB_CLOSED", "0"),),
 )
 
+UNACCEPTED = Mutant(
+    "memory: to the bypass although nobody is charged for it",
+    (Edit(r"!TB_CHARGES && !tb_is_accepted\(&conn->peer\)", "0"),),
+)
+
+STRICTNESS = Mutant(
+    "loss: as much as elsewhere where TCP drops what passes sk_rcvbuf",
+    (Edit(r"if \(TB_STRICT\) \{", "if (0) {"),),
+)
+
 SILENT_ORDER = Mutant(
     "order: to the bypass although TCP bytes lie unread at a non-blocking reader",
     (Edit(r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == seq", "1"),),

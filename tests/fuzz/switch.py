@@ -24,23 +24,54 @@ RCVBUF = 131_072
 SNDBUF = 2_629_632  # what a socket begins with on lo
 LOOK = 16_384  # TB_LOOK
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
+SHORT_OVERDUE = 64 * 1024  # TB_SHORT_OVERDUE
 # What makes an end's small writes gather, see host_connect().
 NOTHING, PACING, NAGLE, WINDOW = range(4)
 BOUND = RCVBUF + SNDBUF // 2  # tb_bound() of a sidecar, and more than that of an application
 
 
-def built(folder: Path, edit: Callable[[str], str] = lambda source: source) -> ctypes.CDLL:
-    """The rules as a shared library, from the source as edited."""
+@dataclass(frozen=True)
+class Kernel:
+    """What kernels differ in, see bpf/loader.py: is_strict() and charges()."""
+
+    strict: bool = False
+    charges: bool = True
+
+    @property
+    def flags(self) -> list[str]:
+        return [f"-DTB_STRICT={int(self.strict)}", f"-DTB_CHARGES={int(self.charges)}"]
+
+    @property
+    def bounded(self) -> int:
+        """Bypassed bytes that lie unread at most."""
+        return RCVBUF // 4 + SHORT_OVERDUE // 2 if self.strict else BOUND + OVERDUE + LARGEST
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The real C as a shared library, for kernels of one kind."""
+
+    library: ctypes.CDLL
+    kernel: Kernel
+
+
+NEWEST, STRICT, FORGETFUL = Kernel(), Kernel(strict=True), Kernel(charges=False)
+
+
+def built(
+    folder: Path, kernel: Kernel, edit: Callable[[str], str] = lambda source: source
+) -> Rules:
+    """The rules from the source as edited, for such kernels."""
     program = folder / "program.c"
     program.write_text(edit(SOURCE.read_text()))
     library = folder / "switch.so"
-    limits = [f"-DTB_MAX_{name}=1" for name in ("SOCKETS", "PENDING", "COUNTERS")]
+    flags = [*kernel.flags, *(f"-DTB_MAX_{name}=1" for name in ("SOCKETS", "PENDING", "COUNTERS"))]
     warnings = ["-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas"]
     folders = [f"-I{HOST}", f"-I{SOURCE.parent}"]
     source = [f'-DPROGRAM="{program}"', str(HOST / "switch.c")]
     output = ["-O1", "-g", "-shared", "-fPIC", "-o", str(library)]
-    subprocess.run(["gcc", *output, *warnings, *folders, *limits, *source], check=True)
-    return ctypes.CDLL(str(library))
+    subprocess.run(["gcc", *output, *warnings, *folders, *flags, *source], check=True)
+    return Rules(ctypes.CDLL(str(library)), kernel)
 
 
 class Broken(AssertionError):
@@ -66,6 +97,7 @@ class End:
     on_its_way: int | None = None  # size of a redirect by another thread: decided, not yet queued
     left: bool = False  # the sockhash: plain TCP from here on
     encrypted: bool = False  # it has got kTLS
+    accepted: bool = True  # by the application, which can do nothing with it before
 
 
 class Connection:
@@ -73,23 +105,24 @@ class Connection:
 
     def __init__(
         self,
-        rules: ctypes.CDLL,
+        rules: Rules,
         isn: tuple[int, int],
         proxies: tuple[bool, bool],
         nonblocking: tuple[bool, bool],
         gathers: tuple[int, int] = (PACING, PACING),
     ) -> None:
-        self._rules = rules
+        self._rules, self._kernel = rules.library, rules.kernel
         two = ctypes.c_uint32 * 2
         flags = (os.O_NONBLOCK if each else 0 for each in nonblocking)
-        rules.host_connect(two(*isn), two(*proxies), two(*flags), two(*gathers), RCVBUF, SNDBUF)
+        ends = two(*isn), two(*proxies), two(*flags), two(*gathers)
+        self._rules.host_connect(*ends, RCVBUF, SNDBUF)
         self.ends = [
             End(isn[0], isn[1], nonblocking=nonblocking[0]),
             End(isn[1], isn[0], nonblocking=nonblocking[1]),
         ]
         self.paused = False
         self.addresses = 1  # that messages get in turn, as they are freed and made
-        self.bounded = BOUND + OVERDUE + LARGEST
+        self.bounded = rules.kernel.bounded
 
     def _tell(self, sender: int | None = None) -> None:
         for number, end in enumerate(self.ends):
@@ -146,6 +179,8 @@ class Connection:
         bypassed = bool(self._rules.host_send(sender, size, ctypes.c_uint64(thread)))
         if bypassed and self.ends[1 - sender].left:
             raise Broken("a redirect to a socket that has left the sockhash: the send fails")
+        if bypassed and not (self._kernel.charges or self.ends[1 - sender].accepted):
+            raise Broken("a redirect that nobody is charged for")
         if bypassed and any(end.encrypted for end in self.ends):
             raise Broken("a redirect past kTLS")
         return bypassed
@@ -181,6 +216,15 @@ class Connection:
     def set_rcvbuf(self, number: int, size: int) -> None:
         """setsockopt(SO_RCVBUF), which keeps it from growing."""
         self._rules.host_set_rcvbuf(number, size)
+
+    def accept(self, number: int, *, accepted: bool = True) -> None:
+        """accept(2), which gives an end its file; or it is still to come."""
+        self.ends[number].accepted = accepted
+        self._rules.host_accept(number, int(accepted))
+
+    def offer(self, number: int, window: int) -> None:
+        """TCP has told the peer that it takes so many bytes."""
+        self._rules.host_offer(number, window)
 
     def encrypt(self, number: int) -> None:
         """An end gets kTLS."""
@@ -229,8 +273,8 @@ class Connection:
     def read(self, reader: int, size: int, *, wait_for_all: bool = False) -> int:
         """recv(2), not blocking unless it waits for all; how many bytes it got at once."""
         end = self.ends[reader]
-        if end.wants:
-            return 0  # somebody is in there already
+        if end.wants or not end.accepted:
+            return 0  # somebody is in there already, or nobody can be
         if end.bypass_queue:
             return self._take(end, end.bypass_queue, size)
         if not end.tcp_queue:

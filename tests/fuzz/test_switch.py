@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -15,18 +14,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.fuzz import mutants, switch
 from tests.fuzz.mutants import Mutant
 from tests.fuzz.switch import (
+    FORGETFUL,
     LARGEST,
     LOOK,
     NAGLE,
+    NEWEST,
     NOTHING,
     OVERDUE,
     PACING,
     RCVBUF,
     SNDBUF,
+    STRICT,
     WINDOW,
     WRAP,
     Broken,
     Connection,
+    Kernel,
+    Rules,
 )
 
 SIDE = st.sampled_from((0, 1))
@@ -38,30 +42,52 @@ ISN = st.one_of(st.integers(WRAP - 5000, WRAP - 1), st.integers(0, WRAP - 1))
 
 
 @cache
-def rules(mutant: Mutant | None = None) -> ctypes.CDLL:
-    """Compiled once; a library of its own for each mutant."""
+def rules(mutant: Mutant | None = None, kernel: Kernel = NEWEST) -> Rules:
+    """Compiled once; a library of its own for each mutant and kind of kernel."""
     edit = mutant.edit if mutant else str
-    return switch.built(Path(tempfile.mkdtemp(prefix="tb-switch-")), edit)
+    return switch.built(Path(tempfile.mkdtemp(prefix="tb-switch-")), kernel, edit)
 
 
 class Machine(RuleBasedStateMachine):
     """Everything two applications and an operator can do to one connection."""
 
-    mutant: Mutant | None = None
+    kernel = NEWEST
 
-    @initialize(isn=st.tuples(ISN, ISN), proxies=BOTH, nonblocking=BOTH, gathers=GATHERS)
+    @initialize(
+        isn=st.tuples(ISN, ISN),
+        proxies=BOTH,
+        nonblocking=BOTH,
+        gathers=GATHERS,
+        accepted=st.booleans(),
+    )
     def connect(
         self,
         isn: tuple[int, int],
         proxies: tuple[bool, bool],
         nonblocking: tuple[bool, bool],
         gathers: tuple[int, int],
+        *,
+        accepted: bool,
     ) -> None:
-        self.connection = Connection(rules(self.mutant), isn, proxies, nonblocking, gathers)
+        self.compiled = rules(kernel=self.kernel)
+        self.connection = Connection(self.compiled, isn, proxies, nonblocking, gathers)
+        self.connection.accept(1, accepted=accepted)
+
+    def is_accepted(self) -> bool:
+        return self.connection.ends[1].accepted
+
+    @precondition(lambda self: not self.is_accepted())
+    @rule()
+    def accept(self) -> None:
+        self.connection.accept(1)
 
     @rule(sender=SIDE, size=SIZE, times=st.integers(1, 4))
     def send(self, sender: int, size: int, times: int) -> None:
         for _ in range(times):
+            self._send(sender, size)
+
+    def _send(self, sender: int, size: int) -> None:
+        if self.connection.ends[sender].accepted:
             self.connection.send(sender, size)
 
     @rule(reader=SIDE, size=SIZE)
@@ -76,6 +102,7 @@ class Machine(RuleBasedStateMachine):
     def read_and_wait_for_all(self, reader: int, size: int) -> None:
         self.connection.read(reader, size, wait_for_all=True)
 
+    @precondition(is_accepted)
     @rule(reader=SIDE, polling=st.booleans(), lowat=st.sampled_from((1, 1, 1, 100)))
     def wait(self, reader: int, polling: bool, lowat: int) -> None:
         end = self.connection.ends[reader]
@@ -94,7 +121,7 @@ class Machine(RuleBasedStateMachine):
         """Small writes, read in one go now and then."""
         for _ in range(rounds):
             for _ in range(60):
-                self.connection.send(sender, 10)
+                self._send(sender, 10)
             self.read_everything(1 - sender)
 
     @rule(number=SIDE)
@@ -113,12 +140,13 @@ class Machine(RuleBasedStateMachine):
     def lock(self, reader: int, locked: bool) -> None:
         self.connection.ends[reader].locked = locked
 
+    @precondition(is_accepted)
     @precondition(lambda self: not any(end.wants for end in self.connection.ends))
     @rule(sender=SIDE, unread=st.integers(0, 2000), off=st.sampled_from((0, 0, 1, -1)))
     def wrap(self, sender: int, unread: int, off: int) -> None:
         """4 GiB by TCP, to where the sender's number is again what the peer last declared."""
         self.read_everything(1 - sender)
-        declared = rules(self.mutant).host_mark(1 - sender) & (WRAP - 1)
+        declared = self.compiled.library.host_mark(1 - sender) & (WRAP - 1)
         distance = (declared - self.connection.ends[sender].write_seq) % WRAP or WRAP
         # Only the last stretch is sent message by message: of 4 GiB nothing else would come.
         jump = max(distance - 2 * LARGEST, 0)
@@ -130,20 +158,44 @@ class Machine(RuleBasedStateMachine):
         self.connection.send_by_tcp(sender, total, min(unread, total))
 
 
+class StrictMachine(Machine):
+    """The same on kernels whose TCP drops what passes sk_rcvbuf."""
+
+    kernel = STRICT
+
+
+class ForgetfulMachine(Machine):
+    """The same on kernels that forget redirected bytes at accept(2)."""
+
+    kernel = FORGETFUL
+
+
+def examples(number: int) -> settings:
+    return settings(
+        max_examples=number,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+
 TestSwitch = Machine.TestCase
-TestSwitch.settings = settings(
-    max_examples=300,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+TestSwitch.settings = examples(300)
+TestStrictSwitch = StrictMachine.TestCase
+TestStrictSwitch.settings = examples(100)
+TestForgetfulSwitch = ForgetfulMachine.TestCase
+TestForgetfulSwitch.settings = examples(100)
 
 
 def fresh(
-    mutant: Mutant | None = None, *, nonblocking: bool = False, sidecar: bool = False
+    mutant: Mutant | None = None,
+    kernel: Kernel = NEWEST,
+    *,
+    nonblocking: bool = False,
+    sidecar: bool = False,
 ) -> Connection:
     """A connection between two applications; end 1 may be non-blocking, or a sidecar."""
-    return Connection(rules(mutant), (1000, 2000), (False, sidecar), (False, nonblocking))
+    return Connection(rules(mutant, kernel), (1000, 2000), (False, sidecar), (False, nonblocking))
 
 
 def test_bypasses_from_the_first_byte() -> None:
@@ -485,7 +537,34 @@ def asleep_before_it_was_nonblocking(connection: Connection) -> None:
     connection.send(0, 10)
 
 
+def said_before_it_is_accepted(connection: Connection) -> None:
+    """A client's first requests, on a kernel that forgets what is redirected before accept(2)."""
+    connection.accept(1, accepted=False)
+    for _ in range(3):
+        connection.send(0, 100)
+    connection.accept(1)
+    connection.read_everything(1)
+    connection.send(1, 100)
+    assert connection.send(0, 100)
+
+
+def piles_up(connection: Connection) -> None:
+    """A peer that does not read, for a while."""
+    for _ in range(300):
+        connection.send(0, 1000)
+
+
+@pytest.mark.parametrize("offered", [0, RCVBUF // 4, RCVBUF * 3 // 4, RCVBUF * 15 // 16])
+def test_leaves_a_strict_kernel_what_tcp_has_offered(offered: int) -> None:
+    connection = fresh(kernel=STRICT, sidecar=True)
+    connection.offer(1, offered)
+    bound = min(RCVBUF // 4, (RCVBUF - offered) // 2)
+    assert bound / 3 <= sum(connection.send(0, 1000) for _ in range(300)) * 1000 <= bound
+
+
 BREAKS = [
+    (mutants.UNACCEPTED, said_before_it_is_accepted),
+    (mutants.STRICTNESS, piles_up),
     (mutants.ORDER, unread_by_tcp),
     (mutants.WAKE_UP, asleep_on_tcp),
     (mutants.STALE_MARK, unread_after_wrap),
@@ -503,10 +582,14 @@ BREAKS = [
 ]
 
 
+KERNELS = {mutants.UNACCEPTED: FORGETFUL, mutants.STRICTNESS: STRICT}
+
+
 @pytest.mark.parametrize(("mutant", "story"), BREAKS, ids=lambda value: getattr(value, "rule", ""))
 def test_stories_break_without_their_rule(mutant: Mutant, story: object) -> None:
     assert callable(story)
     nonblocking, sidecar = mutant is mutants.SILENT_ORDER, mutant is mutants.FOLLOWING_UNREAD
-    story(fresh(nonblocking=nonblocking, sidecar=sidecar))
+    kernel = KERNELS.get(mutant, NEWEST)
+    story(fresh(kernel=kernel, nonblocking=nonblocking, sidecar=sidecar))
     with pytest.raises(Broken):
-        story(fresh(mutant, nonblocking=nonblocking, sidecar=sidecar))
+        story(fresh(mutant, kernel, nonblocking=nonblocking, sidecar=sidecar))

@@ -95,8 +95,12 @@ struct request {
 #define OFF_PAGE_COUNTER_PARENT offsetof(struct page_counter, parent)
 #define OFF_PAGE_COUNTER_USAGE offsetof(struct page_counter, usage)
 #define TB_VMSTATS_APART 0
+#ifndef TB_CHARGES
 #define TB_CHARGES 1
+#endif
+#ifndef TB_STRICT
 #define TB_STRICT 0
+#endif
 #define TB_INACTIVE_FILE 0
 #define TB_PAGE_SIZE 4096
 #define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
@@ -160,11 +164,15 @@ struct request {
 #define BPF_FUNC_probe_read_kernel host_probe_read_kernel
 #define BPF_FUNC_get_socket_cookie host_socket_cookie
 
+#define HOST_LOWEST 4096 /* where memory begins; what a null pointer leads to reads as zero */
+
 static __u64 host_thread;
 
 static inline int host_probe_read_kernel(void *to, __u32 size, const void *from)
 {
-	memcpy(to, from, size);
+	memset(to, 0, size);
+	if ((__u64)from >= HOST_LOWEST)
+		memcpy(to, from, size);
 	return 0;
 }
 

@@ -171,6 +171,18 @@ void host_make_nonblocking(int end)
 	ends[end].file.flags = O_NONBLOCK;
 }
 
+/* Whether the application has accepted this end, so that it has a file. */
+void host_accept(int end, int accepted)
+{
+	ends[end].sock.socket = accepted ? (__u64)&ends[end].socket : 0;
+}
+
+/* How much TCP has offered to take. */
+void host_offer(int end, __u32 window)
+{
+	ends[end].sock.rcv_wnd = window;
+}
+
 /* setsockopt(TCP_ULP, "tls"), which some kernels allow in a sockhash. */
 void host_encrypt(int end)
 {
