@@ -218,7 +218,7 @@ struct tb_conn {
 	__u32 wider;	  /* how often the window was doubled, see tb_count_waits() */
 	__u32 waits;	  /* for acknowledgements, in the widest window */
 	__u32 waited_at;  /* the sequence number of the last of them */
-	__u32 acks;	  /* since the sequence number `acked_at`, outside the sockhash */
+	__u32 acks;	  /* since the sequence number `acked_at`, on its way out of the sockhash */
 	__u32 acked_at;
 	char paced_by[TB_CONTROL_NAME]; /* the congestion control that Reno stands in for, or "" */
 	struct tb_end me;
@@ -1192,18 +1192,18 @@ static __always_inline void tb_count_waits(struct bpf_sock_ops *skops, struct tb
 }
 
 /*
- * Does this end stream small writes by TCP? In the sockhash they are counted, against large ones,
- * and one that has left it for a crowd of them streams on. What it streams later nobody sees. But
- * the acknowledgements are then for few bytes each: writes of 1 KB, in a held window, for 10 to
- * 16 KB, of 4 KB for 46 KB and more.
+ * Does this end stream small writes by TCP? They are counted, against large ones, until it begins
+ * to leave the sockhash, and one that has left for a crowd of them streams on. What it streams then
+ * nobody sees. But acknowledgements are for few bytes each: writes of 1 KB, in a held window, for
+ * 10 to 16 KB, of 4 KB for 46 KB and more.
  */
 static __always_inline int tb_is_fine(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	if (conn->waiting > TB_FINE_WAITS + conn->stuck)
 		return 1;
-	if (conn->parting != TB_PARTED)
+	if (!conn->parting)
 		return 0;
-	if (conn->crowd > TB_CROWD)
+	if (conn->crowd > TB_CROWD + conn->stuck)
 		return 1;
 	if (!conn->acks)
 		conn->acked_at = skops->snd_una;

@@ -43,7 +43,7 @@ class Kernel:
 
     @property
     def bounded(self) -> int:
-        """Bypassed bytes that lie unread at most."""
+        """Bypassed bytes that lie unread at most, where one thread sends them."""
         return RCVBUF // 4 + SHORT_OVERDUE // 2 if self.strict else BOUND + OVERDUE + LARGEST
 
 

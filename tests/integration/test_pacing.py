@@ -249,12 +249,17 @@ def test_one_that_leaves_with_small_writes_has_it_at_once(node: LightNode, pod: 
         assert eventually(has_it)
 
 
+@pytest.mark.parametrize("crowd", [0, 400])
 def test_one_that_leaves_with_large_writes_has_it_for_small_ones(
-    node: LightNode, pod: LightPod
+    node: LightNode, pod: LightPod, crowd: int
 ) -> None:
     """Nobody sees them there but for what is acknowledged; and it stays then."""
     with connected(pod, pod) as (sender, reader):
+        sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         reader.setblocking(True)
+        for _ in range(crowd):  # bypassed, long before
+            sender.sendall(bytes(100))
+        assert receive(reader, crowd * 100) == bytes(crowd * 100)
         by_tcp(sender, reader)
 
         def has_left() -> bool:
