@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import socket
 import struct
 
+from bpf.loader import charges
 from tests.semantics.scenario import (
     PATIENCE_S,
     SETTLE_S,
@@ -261,7 +263,7 @@ def linger(io: Io) -> None:
     io.log("received", to_end(receiver))
 
 
-@scenario()
+@scenario(bypassed=charges(platform.release()))
 def close_before_accept(io: Io) -> None:
     """The client writes and closes before the server accepts"""
     listener = io.listener()
