@@ -90,7 +90,8 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     shrinks = ("net", "ipv4.sysctl_tcp_shrink_window")  # since Linux 6.5
     can_shrink = btf.has_member(*shrinks)
     optional = {"NET_TCP_SHRINK_WINDOW": shrinks if can_shrink else None}
-    flags = _offsets(btf, _OFFSETS | optional | _memcg_members(btf))
+    memcg = _memcg_members(btf)
+    flags = _offsets(btf, _OFFSETS | optional | memcg)
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
@@ -112,7 +113,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DTB_STRICT={int(is_strict(platform.release()))}",
         f"-DTB_CHARGES={int(charges(platform.release()))}",
-        f"-DTB_VMSTATS_APART={int(_has_vmstats_apart(btf))}",
+        f"-DTB_VMSTATS_APART={int(memcg['MEMCG_VMSTATS_STATE'] is not None)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DTB_PAGE_SIZE={resource.getpagesize()}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
@@ -159,22 +160,18 @@ def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
     (mm/memcontrol.c: memcg_node_stat_items begins alike).
     """
     has_stats = btf.has_member("mem_cgroup", "vmstats")
+    is_apart = btf.has_struct("memcg_vmstats") and not btf.has_member("mem_cgroup", "vmstats.state")
     members: dict[str, _Place | None] = {
         "MEMCG_MEMORY": ("mem_cgroup", "memory"),
         # Without it no file cache counts as free.
         "MEMCG_VMSTATS": ("mem_cgroup", "vmstats") if has_stats else None,
-        "MEMCG_VMSTATS_STATE": ("memcg_vmstats", "state") if _has_vmstats_apart(btf) else None,
+        "MEMCG_VMSTATS_STATE": ("memcg_vmstats", "state") if is_apart else None,
         "PAGE_COUNTER_MAX": ("page_counter", "max"),
         "PAGE_COUNTER_PARENT": ("page_counter", "parent"),
         "PAGE_COUNTER_USAGE": ("page_counter", "usage"),
         "SOCK_MEMCG": ("sock", "sk_memcg"),
     }
     return members if btf.has_member("sock", "sk_memcg") else dict.fromkeys(members)
-
-
-def _has_vmstats_apart(btf: KernelBTF) -> bool:
-    """Whether a memory cgroup has but a pointer to its statistics."""
-    return btf.has_struct("memcg_vmstats") and not btf.has_member("mem_cgroup", "vmstats.state")
 
 
 Instructions = ctypes.Array[ctypes.c_uint64]  # struct bpf_insn, little-endian

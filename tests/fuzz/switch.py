@@ -23,6 +23,7 @@ LARGEST = 17 * 32768  # bytes: what one sk_msg holds at most
 RCVBUF = 131_072
 SNDBUF = 2_629_632  # what a socket begins with on lo
 LOOK = 16_384  # TB_LOOK
+MESSAGE_COST = 1024  # TB_MESSAGE_COST
 OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
 SHORT_OVERDUE = 64 * 1024  # TB_SHORT_OVERDUE
 # What makes an end's small writes gather, see host_connect().
@@ -139,6 +140,10 @@ class Connection:
         if not end.bypass_queue:
             return 0
         return 1 + end.bypass_queue[0][0] // 2 % self.addresses
+
+    def declared(self, number: int) -> int:
+        """The sequence number up to which an end last said that it has read everything."""
+        return int(self._rules.host_mark(number)) & (WRAP - 1)
 
     def pause(self, paused: bool) -> None:
         self.paused = paused
