@@ -17,21 +17,38 @@ POD_FORCED = 2
 POD_SERVICES = 4
 CONTROL_PAUSED = 1
 CONTROL_PODS_PAUSED = 2
+CONTROL_LEAVE = 4
 
 HOPS = ("none", "inbound", "outbound", "sidecars", "local", "direct")
 REASONS = (
-    "unpaired",
+    "none",
+    "waiting",
+    "leaving",
     "order",
     "backlog",
+    "blocking",
     "busy",
     "memory",
     "corked",
     "stream",
+    "refresh",
     "paused",
+    "half_closed",
     "ineligible",
-    "gone",
 )
-OUTCOMES = ("paired", "no_peer", "mismatch", "excluded", "ineligible", "busy", "full")
+OUTCOMES = (
+    "none",
+    "paired",
+    "no_peer",
+    "mismatch",
+    "excluded",
+    "ineligible",
+    "blocking",
+    "options",
+    "splice",
+    "busy",
+    "full",
+)
 
 
 class Addr(ctypes.Structure):
@@ -53,10 +70,8 @@ class Pod(ctypes.Structure):
         ("id", c_uint64),
         ("flags", c_uint32),
         ("proxy_uid", c_uint32),
-        ("keepalive_s", c_uint32),
         ("ip_count", c_uint32),
         ("excluded_count", c_uint32),
-        ("reserved", c_uint32),
         ("ip", Addr * MAX_IPS),
         ("excluded", PortRange * MAX_PORT_RANGES),
     ]
@@ -74,6 +89,17 @@ class Control(ctypes.Structure):
     _fields_ = [("flags", c_uint32), ("reserved", c_uint32)]
 
 
+class Due(ctypes.Structure):
+    """Value of map ``due``, by pod ID: when a pass over a pod's sockets is worth its cost."""
+
+    _fields_ = [
+        ("missed", c_uint64),
+        ("cost", c_uint64),
+        ("pending", c_uint32),
+        ("netns", c_uint32),
+    ]
+
+
 class CounterKey(ctypes.Structure):
     """Key of map ``counters``."""
 
@@ -89,4 +115,6 @@ class Counters(ctypes.Structure):
         ("tcp_messages", c_uint64 * len(REASONS)),
         ("tcp_bytes", c_uint64),
         ("connections", c_uint64 * len(OUTCOMES)),
+        ("joined", c_uint64),
+        ("left", c_uint64),
     ]

@@ -11,31 +11,39 @@ import os
 import platform
 import re
 import resource
+import socket
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from bpf.btf import BTFError, KernelBTF, Member
 from cni_plugin import bpfsys, names
 
 _HERE = Path(__file__).parent
 SOURCE = _HERE / "tcpip_bypass.c"
+LOCK_PROBE = _HERE / "lock_probe.c"
+_INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 
 # Names in the C file, and what they are pinned as.
+VISIT = "bpf_iter__tcp"
 PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG}
 MAP_PINS = (
     *("conns", "halves"),
     *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
+    *(names.DUE, names.BELL),
 )
-PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
+PINS = (*PROGRAM_PINS.values(), *MAP_PINS, names.PASS)
 
 _Place = tuple[str, str]  # a struct, and the path of a member of it
 
 _OFFSETS: dict[str, _Place | None] = {
     "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
+    "NET_INUM": ("net", "ns.inum"),
     "NET_TCP_RMEM": ("net", "ipv4.sysctl_tcp_rmem"),
+    "POLL_WQUEUES_TASK": ("poll_wqueues", "polling_task"),
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
@@ -46,29 +54,32 @@ _OFFSETS: dict[str, _Place | None] = {
     "SOCK_LOCK_OWNED": ("sock", "sk_lock.owned"),
     "SOCK_NET": ("sock", "__sk_common.skc_net.net"),
     "SOCK_OPS_SK": ("bpf_sock_ops_kern", "sk"),
-    "SOCK_PACING_STATUS": ("sock", "sk_pacing_status"),
+    "SOCK_PEEK_OFF": ("sock", "sk_peek_off"),
     "SOCK_PROT": ("sock", "__sk_common.skc_prot"),
     "SOCK_RCVBUF": ("sock", "sk_rcvbuf"),
     "SOCK_RCVLOWAT": ("sock", "sk_rcvlowat"),
     "SOCK_SNDBUF": ("sock", "sk_sndbuf"),
     "SOCK_SOCKET": ("sock", "sk_socket"),
+    "SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "SOCK_UID": ("sock", "sk_uid"),
     "SOCK_USER_DATA": ("sock", "sk_user_data"),
     "SOCK_WQ": ("sock", "sk_wq"),
+    "TASK_STACK": ("task_struct", "stack"),
     "TCP_REQUEST_RCV_ISN": ("tcp_request_sock", "rcv_isn"),
     "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
+    "TCP_SOCK_BYTES_ACKED": ("tcp_sock", "bytes_acked"),
+    "TCP_SOCK_BYTES_RECEIVED": ("tcp_sock", "bytes_received"),
     "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
-    "TCP_SOCK_KEEPALIVE_TIME": ("tcp_sock", "keepalive_time"),
+    "TCP_SOCK_RCV_NXT": ("tcp_sock", "rcv_nxt"),
     "TCP_SOCK_RCV_WND": ("tcp_sock", "rcv_wnd"),
-    "TCP_SOCK_SND_CWND_CLAMP": ("tcp_sock", "snd_cwnd_clamp"),
-    "TCP_SOCK_TLP_HIGH_SEQ": ("tcp_sock", "tlp_high_seq"),
+    "TCP_SOCK_SND_UNA": ("tcp_sock", "snd_una"),
     "TCP_SOCK_WRITE_SEQ": ("tcp_sock", "write_seq"),
     "WAIT_ENTRY": ("wait_queue_entry", "entry"),
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),
 }
 
-TCP_NAGLE_OFF = 1  # in tcp_sock.nonagle, include/net/tcp.h: TCP_NODELAY
-TCP_NAGLE_CORK = 2  # there as well
+TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
+SO_COOKIE = 57  # asm-generic/socket.h
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
 
@@ -83,6 +94,8 @@ class Limits:
     sockets: int = 262_144  # sockhash: two per connection; 16 bytes each are taken at once
     pending: int = 32_768  # LRU: connections being set up; about 200 bytes each, at once
     counters: int = 16_384  # pods times hops; taken as needed
+    exchanges: int = 8  # so many a connection makes by TCP before it may join
+    age_ms: int = 50  # and so old it is
 
 
 def kernel_flags(btf: KernelBTF) -> list[str]:
@@ -97,25 +110,18 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
     nonagle = btf.member("tcp_sock", "nonagle")
     userlocks = btf.member("sock", "sk_userlocks")
-    is_chosen = btf.member("inet_connection_sock", "icsk_ca_setsockopt")
-    is_limited = btf.member("tcp_sock", "is_cwnd_limited")
     flags += [
-        f"-DOFF_ICSK_CA_SETSOCKOPT={is_chosen.offset}",
-        f"-DMASK_ICSK_CA_SETSOCKOPT={is_chosen.mask:#x}",
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
         f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
         f"-DOFF_TCP_SOCK_NONAGLE={nonagle.offset}",
-        f"-DMASK_TCP_NAGLE_OFF={TCP_NAGLE_OFF * nonagle.lowest_bit:#x}",
         f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * nonagle.lowest_bit:#x}",
-        f"-DOFF_TCP_SOCK_IS_CWND_LIMITED={is_limited.offset}",
-        f"-DMASK_TCP_SOCK_IS_CWND_LIMITED={is_limited.mask:#x}",
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DTB_STRICT={int(is_strict(platform.release()))}",
-        f"-DTB_CHARGES={int(charges(platform.release()))}",
         f"-DTB_VMSTATS_APART={int(memcg['MEMCG_VMSTATS_STATE'] is not None)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DTB_PAGE_SIZE={resource.getpagesize()}",
+        f"-DBIT_SOCK_KEEPOPEN={btf.enumerator('sock_flags', 'SOCK_KEEPOPEN')}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
     return flags
@@ -140,15 +146,6 @@ def is_strict(release: str) -> bool:
     for it as long again (tcp_can_ingest, of Linux 6.17; 7.0 and stable releases took it back)."""
     version = _version(release)
     return (6, 17) <= version < (6, 18, 17) or (6, 19) <= version < (6, 19, 7)
-
-
-def charges(release: str) -> bool:
-    """Whether redirected bytes are in their receiver's sk_rmem_alloc, which accept(2) charges to
-    the application (bpf_tcp_ingress, of Linux 6.13 and stable releases)."""
-    version = _version(release)
-    return (
-        version >= (6, 12, 8) or (6, 6, 69) <= version < (6, 7) or (6, 1, 123) <= version < (6, 2)
-    )
 
 
 def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
@@ -214,19 +211,92 @@ def rdonly_cast(btf: KernelBTF) -> KernelFunction | None:
     return KernelFunction(btf_id, flags)
 
 
+def source_text() -> str:
+    """The C file and the headers that are its own, as one text: bcc rewrites the accesses to maps
+    in the main file only. The compiler's messages keep each file's name and lines."""
+    text = SOURCE.read_text()
+
+    def joined(include: re.Match[str]) -> str:
+        header = _HERE / include[1]
+        line = text.count("\n", 0, include.start()) + 2
+        return f'#line 1 "{include[1]}"\n{header.read_text()}#line {line} "{SOURCE.name}"'
+
+    return _INCLUDE.sub(joined, text)
+
+
+def _bcc() -> Any:
+    """The module bcc, told to do without kernel headers; raises LoadError."""
+    os.environ["BCC_KERNEL_SOURCE"] = str(_HERE / "kernel")
+    try:
+        import bcc  # noqa: PLC0415 - loads libbcc and LLVM
+    except ImportError as error:
+        raise LoadError(
+            f"cannot import bcc: {error}; install python3-bpfcc, and run under the"
+            " distribution's own Python"
+        ) from error
+    bcc.lib.bcc_iter_attach.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
+    return bcc
+
+
+def _attach_iterator(bcc: Any, program: int) -> int:
+    """A link of an iterator program, whose pin or fd can be read; raises LoadError."""
+    link: int = bcc.lib.bcc_iter_attach(program, None, 0)
+    if link < 0:
+        raise LoadError(f"the kernel refused to attach an iterator: {os.strerror(-link)}")
+    return link
+
+
+def run_pass(link: int) -> None:
+    """Visits every TCP socket of the calling thread's network namespace. Waits for each one's lock,
+    and longer than any signal: lock_sock() cannot be interrupted."""
+    iterator = bpfsys.iterator(link)
+    try:
+        while os.read(iterator, 4096):
+            pass
+    finally:
+        os.close(iterator)
+
+
+def has_visits_under_lock() -> bool:
+    """Whether an iterator over TCP sockets holds the lock of the socket it visits, lock_sock().
+
+    Tried with a program that only reads, on idle sockets of this process: from Linux 6.5, 6.4.7 and
+    6.1.42 on it does. On other kernels an update of a sockhash from a visit hangs the CPU. Raises
+    LoadError when the kernel has no such iterators at all.
+    """
+    bcc = _bcc()
+    try:
+        btf = KernelBTF()
+        flags = _offsets(btf, {"SOCK_LOCK_OWNED": _OFFSETS["SOCK_LOCK_OWNED"]})
+        with socket.create_server(("127.0.0.1", 0)) as idle:
+            cookie = int.from_bytes(idle.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
+            probe = bcc.BPF(
+                text=LOCK_PROBE.read_text().encode(),
+                cflags=[f"-I{_HERE}", "-idirafter", "/usr/include", f"-DCOOKIE={cookie}", *flags],
+            )
+            link = _attach_iterator(bcc, probe.load_func(VISIT.encode(), bcc.BPF.TRACING).fd)
+            with bpfsys.closing(link):
+                run_pass(link)
+            seen, owned = (int(value.value) for value in probe["found"].values())
+    except BTFError as error:
+        raise LoadError(str(error)) from error
+    except Exception as error:  # bcc raises bare Exception
+        raise LoadError(f"this kernel has no iterators over TCP sockets: {error}") from error
+    return seen == 1 and owned == 1
+
+
 class Programs:
     """The compiled and loaded programs, held by this process until they are pinned."""
 
     def __init__(self, limits: Limits = Limits(), extra_flags: tuple[str, ...] = ()) -> None:
-        os.environ["BCC_KERNEL_SOURCE"] = str(_HERE / "kernel")
-        try:
-            import bcc  # noqa: PLC0415 - loads libbcc and LLVM
-        except ImportError as error:
+        """Raises LoadError, also on kernels whose visits do not hold a socket's lock."""
+        if not has_visits_under_lock():
             raise LoadError(
-                f"cannot import bcc: {error}; install python3-bpfcc, and run under the"
-                " distribution's own Python"
-            ) from error
-        self._bcc, self._lib = bcc.BPF, bcc.lib
+                "on this kernel a visit does not hold the socket's lock;"
+                " Linux 6.5, 6.4.7 or 6.1.42 is needed"
+            )
+        bcc = _bcc()
+        self._module, self._bcc, self._lib = bcc, bcc.BPF, bcc.lib
         flags = [
             f"-I{_HERE}",
             "-idirafter",
@@ -235,6 +305,9 @@ class Programs:
             f"-DTB_MAX_SOCKETS={limits.sockets}",
             f"-DTB_MAX_PENDING={limits.pending}",
             f"-DTB_MAX_COUNTERS={limits.counters}",
+            f"-DTB_MIN_EXCHANGES={limits.exchanges}",
+            f"-DTB_MIN_AGE_MS={limits.age_ms}ULL",
+            f"-DPAGE_SIZE={resource.getpagesize()}",
             *extra_flags,
         ]
         try:
@@ -248,19 +321,21 @@ class Programs:
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
         self._draw_secret()
         self._attach_sk_msg()
+        self.fds[names.PASS] = _attach_iterator(self._module, self._visit)
 
     def _build(self, flags: list[str], cast: KernelFunction | None) -> None:
         """Compiles and loads; without the kernel function where this kernel's JIT calls none."""
         more = cast.flags if cast else []
-        self._bpf = self._bcc(text=SOURCE.read_text().encode(), cflags=flags + more)
+        self._bpf = self._bcc(text=source_text().encode(), cflags=flags + more)
         if cast:
-            for name in PROGRAM_PINS:
+            for name in (*PROGRAM_PINS, VISIT):
                 cast.link(self._instructions(name))
         try:
             self.fds = {
                 "tb_sock_ops": self._bpf.load_func(b"tb_sock_ops", self._bcc.SOCK_OPS).fd,
                 "tb_sk_msg": self._bpf.load_func(b"tb_sk_msg", self._bcc.SK_MSG).fd,
             }
+            self._visit: int = self._bpf.load_func(VISIT.encode(), self._bcc.TRACING).fd
         except Exception:  # bcc raises bare Exception
             if not cast:
                 raise

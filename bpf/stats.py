@@ -23,6 +23,8 @@ class HopCounters:
     tcp_bytes: int = 0
     tcp_messages: dict[str, int] = field(default_factory=dict)  # by reason, non-zero ones
     connections: dict[str, int] = field(default_factory=dict)  # by outcome, non-zero ones
+    joined: int = 0  # sockets put into the sockhash
+    left: int = 0  # and taken out while open
 
     def __add__(self, other: HopCounters) -> HopCounters:
         return HopCounters(
@@ -31,6 +33,8 @@ class HopCounters:
             self.tcp_bytes + other.tcp_bytes,
             _sum(self.tcp_messages, other.tcp_messages),
             _sum(self.connections, other.connections),
+            self.joined + other.joined,
+            self.left + other.left,
         )
 
     def since(self, before: HopCounters) -> HopCounters:
@@ -41,9 +45,12 @@ class HopCounters:
             self.tcp_bytes - before.tcp_bytes,
             _difference(self.tcp_messages, before.tcp_messages),
             _difference(self.connections, before.connections),
+            self.joined - before.joined,
+            self.left - before.left,
         )
         numbers = (
             *(added.bypassed_messages, added.bypassed_bytes, added.tcp_bytes),
+            *(added.joined, added.left),
             *added.tcp_messages.values(),
             *added.connections.values(),
         )
@@ -97,4 +104,6 @@ def _named(value: abi.Counters) -> HopCounters:
         value.tcp_bytes,
         {name: count for name, count in zip(abi.REASONS, value.tcp_messages) if count},
         {name: count for name, count in zip(abi.OUTCOMES, value.connections) if count},
+        value.joined,
+        value.left,
     )

@@ -42,10 +42,8 @@ struct tb_pod {
 	__u64 id; /* unique per attachment, cni_plugin/attachment.py: pod_id() */
 	__u32 flags;
 	__u32 proxy_uid;   /* whose sockets are the sidecar's, as the host counts uids */
-	__u32 keepalive_s; /* 0: leave the sockets' keepalive alone */
 	__u32 ip_count;
 	__u32 excluded_count;
-	__u32 reserved;
 	struct tb_addr ip[TB_MAX_IPS]; /* ip[0] names the pod's network namespace */
 	struct tb_port_range excluded[TB_MAX_PORT_RANGES];
 };
@@ -54,6 +52,7 @@ struct tb_pod {
 enum tb_control_flag {
 	TB_CONTROL_PAUSED = 1,	    /* from the next message on, every byte goes by TCP */
 	TB_CONTROL_PODS_PAUSED = 2, /* so do those to and from pods in map "paused_pods" */
+	TB_CONTROL_LEAVE = 4,	    /* paused, and visits take every socket out of the sockhash */
 };
 
 /* Map "control" (BPF_MAP_TYPE_ARRAY, one element): the node's switch. Map "paused_pods"
@@ -74,31 +73,50 @@ enum tb_hop {
 	TB_HOPS,
 };
 
-/* Why a message of a socket in the sockhash went by TCP after all. */
+/* Why a message went by TCP after all. */
 enum tb_reason {
-	TB_REASON_UNPAIRED,   /* the other end has not joined (yet), or is not accepted */
-	TB_REASON_ORDER,      /* the peer may not have consumed all earlier TCP bytes */
-	TB_REASON_BACKLOG,    /* the peer would have more unread than tb_bound() */
-	TB_REASON_BUSY,	      /* a thread of the peer's is inside a call on its socket */
-	TB_REASON_MEMORY,     /* the kernel is short of memory for TCP, or the peer's container */
-	TB_REASON_CORKED,     /* TCP_CORK: the sender wants it held back */
-	TB_REASON_STREAM,     /* a stream that gains nothing: it is about to leave the sockhash */
-	TB_REASON_PAUSED,     /* the operator paused the bypass */
-	TB_REASON_INELIGIBLE, /* an end got a ULP or SO_ZEROCOPY after it joined */
-	TB_REASON_GONE,	      /* the peer has left the sockhash: it is closing */
+	TB_REASON_NONE,	       /* it did not */
+	TB_REASON_WAITING,     /* its socket has not joined the sockhash yet */
+	TB_REASON_LEAVING,     /* its socket, or the peer, is not in the sockhash any more */
+	TB_REASON_ORDER,       /* the peer has not consumed all earlier TCP bytes */
+	TB_REASON_BACKLOG,     /* the peer would have more unread than tb_bound() */
+	TB_REASON_BLOCKING,    /* the peer's file is blocking: its reader may sleep in recv */
+	TB_REASON_BUSY,	       /* a thread of the peer's is inside a call on its socket */
+	TB_REASON_MEMORY,      /* the kernel is short of memory for TCP, or the peer's container */
+	TB_REASON_CORKED,      /* TCP_CORK: the sender wants it held back */
+	TB_REASON_STREAM,      /* much was sent without an answer */
+	TB_REASON_REFRESH,     /* one message in a second: conntrack */
+	TB_REASON_PAUSED,      /* the operator paused the bypass */
+	TB_REASON_HALF_CLOSED, /* one end has shut down or closed */
+	TB_REASON_INELIGIBLE,  /* an end got a ULP or SO_ZEROCOPY after it joined */
 	TB_REASONS,
 };
 
 /* What became of a connection of an accelerated pod. */
 enum tb_outcome {
-	TB_OUTCOME_PAIRED,     /* both ends joined; counted once at each end */
+	TB_OUTCOME_NONE,
+	TB_OUTCOME_PAIRED,     /* both ends are known; counted once at each end */
 	TB_OUTCOME_NO_PEER,    /* the other end is no accelerated socket of this node */
 	TB_OUTCOME_MISMATCH,   /* sequence numbers met, addresses did not fit */
 	TB_OUTCOME_EXCLUDED,   /* a port was opted out, or the pod is proxy-only */
-	TB_OUTCOME_INELIGIBLE, /* MPTCP, ULP or SO_ZEROCOPY */
-	TB_OUTCOME_BUSY,       /* another program's sockmap owns the socket (EBUSY) */
+	TB_OUTCOME_INELIGIBLE, /* paired, but MPTCP, ULP or SO_ZEROCOPY */
+	TB_OUTCOME_BLOCKING,   /* paired, but an end's file is blocking: its reader may sleep */
+	TB_OUTCOME_OPTIONS,    /* paired, but an end set SO_RCVBUF, SO_RCVLOWAT or SO_PEEK_OFF */
+	TB_OUTCOME_SPLICE,     /* paired, but an end has spliced from its socket */
+	TB_OUTCOME_BUSY,       /* paired, but another program's sockmap has the socket */
 	TB_OUTCOME_FULL,       /* a map was full or memory short */
 	TB_OUTCOMES,
+};
+
+/*
+ * Map "due" (BPF_MAP_TYPE_HASH, by __u64 pod ID): when a pass over a pod's network namespace is
+ * worth its cost. Ring buffer "bell" gets the pod ID when `pending` is set.
+ */
+struct tb_due {
+	__u64 missed; /* exchanges that waiting connections have made by TCP since the last pass */
+	__u64 cost;   /* what a pass costs there, in exchanges; the joiner measures it */
+	__u32 pending;
+	__u32 netns; /* inode of the network namespace */
 };
 
 /* Map "counters" (BPF_MAP_TYPE_PERCPU_HASH). */
@@ -113,7 +131,9 @@ struct tb_counters {
 	__u64 bypassed_bytes;
 	__u64 tcp_messages[TB_REASONS];
 	__u64 tcp_bytes;
-	__u64 connections[TB_OUTCOMES]; /* TB_OUTCOME_PAIRED by hop, the rest under TB_HOP_NONE */
+	__u64 connections[TB_OUTCOMES]; /* of those that were never paired: under TB_HOP_NONE */
+	__u64 joined;			/* sockets put into the sockhash */
+	__u64 left;			/* and taken out while open */
 };
 
 #endif

@@ -126,7 +126,7 @@ def _draft(
         | (abi.POD_FORCED if conf.mode != "auto" else 0)
         | (0 if pod.in_mesh else abi.POD_SERVICES),  # Envoy dials pods
         proxy_uid=conf.proxy_uid,
-        keepalive_s=conntrack.keepalive_s(call.netns),
+        keepalive_s=0,
         ips=[list(address) for address in addresses[: abi.MAX_IPS]],
         excluded_ports=[list(ports) for ports in plan.excluded_ports],
     )

@@ -90,7 +90,6 @@ def record_of(attachment: Attachment) -> abi.Pod:
         id=attachment.pod_id,
         flags=attachment.flags,
         proxy_uid=attachment.proxy_uid,
-        keepalive_s=attachment.keepalive_s,
         ip_count=min(len(attachment.ips), abi.MAX_IPS),
         excluded_count=min(len(attachment.excluded_ports), abi.MAX_PORT_RANGES),
     )

@@ -32,6 +32,7 @@ _PROG_GET_FD_BY_ID = 13
 _MAP_GET_FD_BY_ID = 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_QUERY = 16
+_ITER_CREATE = 33
 
 CGROUP_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS of enum bpf_attach_type
 MAP_TYPE_CGROUP_STORAGE = 19
@@ -174,6 +175,11 @@ def prog_query(cgroup_fd: int) -> list[int]:
     _bpf(_PROG_QUERY, attr)
     (count,) = struct.unpack_from("=I", attr.raw, 24)
     return list(ids[:count])
+
+
+def iterator(link_fd: int) -> int:
+    """A run of an iterator's link over the calling thread's network namespace, to be read."""
+    return _bpf(_ITER_CREATE, _attr("=II", link_fd, 0))
 
 
 def prog_open(prog_id: int) -> int:

@@ -25,6 +25,9 @@ SK_MSG = "sk_msg"
 SOCKHASH = "sockhash"
 CONTROL = "control"
 PAUSED_PODS = "paused_pods"
+DUE = "due"
+BELL = "bell"
+PASS = "pass"  # the iterator: opened and read in a network namespace, it is one pass
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.
 SOCK_OPS_NAME = "tb_sock_ops"

@@ -38,7 +38,7 @@ class LightPod:
         self._attach()
 
     def _attach(self) -> None:
-        pod = abi.Pod(id=self.id, proxy_uid=names.PROXY_UID, keepalive_s=self.keepalive_s)
+        pod = abi.Pod(id=self.id, proxy_uid=names.PROXY_UID)
         pod.ip_count = 1
         pod.ip[0].word[3] = self.id & 0xFFFFFFFF
         key = abi.CgroupStorageKey(self.folder.stat().st_ino, bpfsys.CGROUP_SOCK_OPS, 0)

@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What is counted for the operator, per pod and hop.
+ */
+
+static __always_inline struct tb_counters *tb_counters_of(__u64 pod_id, __u32 hop)
+{
+	struct tb_counter_key key = {.pod_id = pod_id, .hop = hop};
+
+	return counters.lookup(&key);
+}
+
+/* Only here are a pod's counters created: messages of a pod that was DELed must not. */
+static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outcome)
+{
+	struct tb_counter_key key = {.pod_id = pod_id, .hop = hop};
+	struct tb_counters *c = counters.lookup(&key), *zeros;
+	int zero = 0;
+
+	if (!c) {
+		zeros = no_counters.lookup(&zero);
+		if (zeros)
+			counters.insert(&key, zeros);
+		c = counters.lookup(&key);
+	}
+	if (c && outcome < TB_OUTCOMES)
+		c->connections[outcome]++;
+}
+
+static __always_inline void tb_count_membership(const struct tb_conn *conn, int joins)
+{
+	struct tb_counters *c = tb_counters_of(conn->me.pod_id, conn->hop);
+
+	if (c && joins)
+		c->joined++;
+	else if (c)
+		c->left++;
+}
+
+/* Bypassed messages are tallied in the socket's own storage and carried over once a tick: the
+ * lookup would be a tenth of what a message costs here. */
+static __always_inline void tb_flush_tally(struct tb_conn *conn)
+{
+	struct tb_counters *c;
+
+	if (!conn->tally.messages)
+		return;
+	c = tb_counters_of(conn->me.pod_id, conn->hop);
+	if (c) {
+		c->bypassed_messages += conn->tally.messages;
+		c->bypassed_bytes += conn->tally.bytes;
+	}
+	conn->tally.messages = 0;
+	conn->tally.bytes = 0;
+}
+
+/* Asks to be called when the socket closes, to flush its tally. */
+static __always_inline void tb_call_for_its_end(struct bpf_sock_ops *skops)
+{
+	int flags = skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG;
+
+	if (flags != skops->bpf_sock_ops_cb_flags)
+		bpf_sock_ops_cb_flags_set(skops, flags);
+}
+
+static __always_inline void tb_count_bypassed(struct tb_conn *conn, __u32 size, __u64 now)
+{
+	conn->tally.messages++;
+	conn->tally.bytes += size;
+	if (conn->tally.at == now)
+		return;
+	conn->tally.at = now;
+	tb_flush_tally(conn);
+}
+
+/* `reason` is an enum tb_reason. */
+static __always_inline void tb_count_tcp(struct tb_conn *conn, __u32 reason, __u32 bytes)
+{
+	struct tb_counters *c = tb_counters_of(conn->me.pod_id, conn->hop);
+
+	if (!c || reason >= TB_REASONS)
+		return;
+	c->tcp_messages[reason]++;
+	c->tcp_bytes += bytes;
+}

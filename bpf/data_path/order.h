@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * One message: by TCP, or redirected to the peer's socket.
+ *
+ * RULE (one queue). A receiver reads bypassed bytes before anything in its TCP queue. So a direction
+ * changes its path, either way, only while the path that it leaves is empty:
+ *   - to the bypass when the peer has consumed every byte sent by TCP (its copied_seq is the own
+ *     write_seq), and no thread sleeps in recv there: that one would not wake for bypassed bytes;
+ *   - to TCP when no bypassed byte lies unread at the peer and no redirect is on its way to it.
+ * Whatever asks for TCP waits for that moment. Only RULE (bound) does not. Then TCP bytes lie behind
+ * bypassed ones, still in order, and the sender notes it: edge.h. FIN needs no rule, since a reader
+ * meets it last.
+ *
+ * RULE (lock). A redirect takes the peer's socket lock in process context and waits for it in a sleep
+ * that no signal ends. An application may hold it for long (throttled, swapping), and over TCP the
+ * sender would not notice. So a direction does not begin to bypass to an application's socket whose
+ * lock is owned, and leaves the bypass there if it can. Sidecars do not hold it for long.
+ *
+ * RULE (half-closed). Conntrack forgets half-closed connections in a minute or two, unless it sees
+ * packets. From the first FIN on all bytes go by TCP.
+ *
+ * RULE (conntrack). It forgets established ones after days, or whatever the node has set. So one
+ * message in a second goes by TCP.
+ */
+
+/* A run of so much without an answer is a stream, which goes by TCP until it is answered: so that it
+ * has left the bypass before its reader rests. */
+#define TB_STREAM (256 * 1024)
+/* So often in vain in the sockhash, and a connection leaves it; an exchange makes up for some. */
+#define TB_WASTE 1024
+#define TB_RELIEF 8
+
+/* Is the connection at both ends neither closed nor about to be? */
+static __always_inline int tb_is_open(const struct tb_conn *conn, const void *tp)
+{
+	return TB_OWN(__u8, tp, OFF_SOCK_STATE) == BPF_TCP_ESTABLISHED &&
+	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED;
+}
+
+/* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
+ * that it closes, or has a ULP. Then nothing that was bypassed is unread. */
+static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
+{
+	return state / TB_MEMBERSHIPS > conn->peer_state / TB_MEMBERSHIPS + 1 ||
+	       tb_membership(state) == TB_OUT ||
+	       tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot;
+}
+
+/* Why this message should go by TCP, whichever path the direction is on; TB_REASON_NONE: it need
+ * not. `state` is the peer's. */
+static __always_inline __u32 tb_reason(struct tb_conn *conn, const void *tp, __u32 state,
+				       __u32 size, __u64 now)
+{
+	if (tb_is_paused(conn))
+		return TB_REASON_PAUSED;
+	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER)
+		return TB_REASON_LEAVING;
+	if (!tb_is_open(conn, tp))
+		return TB_REASON_HALF_CLOSED;
+	if (!tb_is_nonblocking(conn->there.file))
+		return TB_REASON_BLOCKING;
+	/* An application's lock, RULE (lock). */
+	if (!conn->peer.is_proxy && tb_is_owned(conn->peer.sk))
+		return TB_REASON_BUSY;
+	/* Only TCP can hold back what TCP_CORK holds back. */
+	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
+		return TB_REASON_CORKED;
+	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
+	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS))
+		return TB_REASON_INELIGIBLE;
+	if (tb_has_passed(NS_PER_S, conn->tcp_at, now))
+		return TB_REASON_REFRESH;
+	if (conn->run > TB_STREAM)
+		return TB_REASON_STREAM;
+	return tb_too_much(conn, size);
+}
+
+/* May a direction that is on TCP go to the bypass with this message? */
+static __always_inline int tb_may_bypass(struct tb_conn *conn, const void *tp)
+{
+	__u64 sk = conn->peer.sk;
+
+	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ) &&
+	       tb_is_empty(conn->there.psock) && !tb_has_options(sk) && !tb_has_sleeper(sk) &&
+	       tb_bound(&conn->peer) > TB_LOOK;
+}
+
+/* Is this the only thread inside a send or a read on this socket? One reference is the sockhash's,
+ * one this call's. (The kernel lets go of the socket lock between verdict and redirect.) */
+static __always_inline int tb_is_alone(const struct tb_conn *conn)
+{
+	return tb_psock_refs(conn->at.psock) == 2;
+}
+
+/* May a direction that is on the bypass go to TCP with this message, for this reason?
+ *
+ * RULE (leaving). A peer that leaves gets nothing into its empty queue, also while another thread
+ * is on its way there. */
+static __always_inline int tb_may_leave(struct tb_conn *conn, __u32 reason, __u32 state)
+{
+	int is_clean = tb_is_empty(conn->there.psock);
+
+	if (reason == TB_REASON_LEAVING && tb_is_gone(conn, state))
+		return 1;
+	if (is_clean && tb_is_alone(conn))
+		return 1;
+	if ((is_clean && reason == TB_REASON_LEAVING) || reason == TB_REASON_BACKLOG ||
+	    reason == TB_REASON_MEMORY) {
+		conn->is_behind = 1;
+		return 1;
+	}
+	return 0;
+}
+
+/* Counts what the peer has answered, and what lies between its answers. */
+static __always_inline void tb_note_answers(struct tb_conn *conn, __u32 size)
+{
+	__u32 sent = TB_PEERS(__u32, conn, sent);
+
+	conn->sent++;
+	if (sent == conn->peer_sent) {
+		conn->run += tb_cost(size);
+		return;
+	}
+	conn->peer_sent = sent;
+	conn->run = tb_cost(size);
+	if (conn->path == TB_PATH_BYPASS)
+		conn->wasted -= tb_min(conn->wasted, TB_RELIEF);
+}
+
+/* The path of this message: TB_REASON_NONE for the bypass, or why it goes by TCP. */
+static __always_inline __u32 tb_choose_path(struct tb_conn *conn, const void *tp, __u32 size,
+					    __u64 now)
+{
+	__u32 state = TB_PEERS(__u32, conn, state), reason;
+
+	if (conn->path == TB_PATH_TCP && state != conn->peer_state &&
+	    tb_membership(state) == TB_MEMBER) {
+		conn->peer_state = state;
+		conn->there.psock = TB_PEERS(__u64, conn, at.psock);
+		conn->there.prot = TB_PEERS(__u64, conn, at.prot);
+		conn->there.file = TB_PEERS(__u64, conn, at.file);
+	}
+	reason = tb_reason(conn, tp, state, size, now);
+	if (conn->path == TB_PATH_BYPASS) {
+		if (reason && tb_may_leave(conn, reason, state))
+			conn->path = TB_PATH_TCP;
+	} else if (!reason) {
+		if (!tb_may_bypass(conn, tp))
+			return TB_REASON_ORDER;
+		conn->path = TB_PATH_BYPASS;
+		conn->queued = 0;
+		conn->is_behind = 0;
+	}
+	return conn->path == TB_PATH_BYPASS ? TB_REASON_NONE : reason;
+}
+
+/* A message goes by TCP from a socket in the sockhash, where that costs more than outside. */
+static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u32 size, __u64 now)
+{
+	conn->tcp_at = now;
+	tb_count_tcp(conn, reason, size);
+	if (reason == TB_REASON_BLOCKING)
+		tb_ring(conn->peer.pod_id); /* a pass takes it out */
+	if (reason == TB_REASON_PAUSED || conn->wasted++ < TB_WASTE)
+		return;
+	tb_miss(conn->me.pod_id, 1);
+}
+
+/* Redirects the message or lets it go by TCP. */
+static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn, const void *tp)
+{
+	__u64 now = tb_tick_ns();
+	__u32 reason;
+
+	tb_note_answers(conn, msg->size);
+	reason = tb_choose_path(conn, tp, msg->size, now);
+	/* RULE (identity), RULE (reads). The id is found only for the very same connection. */
+	if (!reason && sockhash.msg_redirect_hash(msg, &conn->peer.id, BPF_F_INGRESS) != SK_PASS) {
+		conn->path = TB_PATH_TCP;
+		reason = TB_REASON_LEAVING;
+	}
+	if (reason)
+		return tb_note_tcp(conn, reason, msg->size, now);
+	conn->queued += tb_cost(msg->size);
+	tb_count_bypassed(conn, msg->size, now);
+}

@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Which sockets may be in the sockhash.
+ *
+ * RULE (readers). recv(2) of a socket in a sockhash waits once: whatever wakes it without data ends
+ * it with EAGAIN (tcp_bpf_recvmsg). And splice(2) never sees bypassed bytes. So a socket whose
+ * reader may sleep in recv, or splices, is not in the sockhash. Its file is O_NONBLOCK at each
+ * packet that it sends, from the handshake on, and at each message that is bypassed to it.
+ */
+
+/* A wait queue with more entries is not walked: a reader counts as asleep. */
+#define TB_MAX_WAITERS 8
+#define TB_STACK_SIZE (32 * 1024) /* at least THREAD_SIZE */
+
+/* Why the kernel or TCP needs this socket out of a sockhash, as an enum tb_outcome; 0: it does not.
+ * MPTCP subflows in a sockhash crashed kernels. kTLS (a ULP) would have plaintext redirected. For a
+ * bypassed MSG_ZEROCOPY no completion comes. */
+static __always_inline __u32 tb_is_ineligible(__u64 sk)
+{
+	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
+	    tb_read64(sk + OFF_ICSK_ULP_OPS) ||
+	    (tb_read64(sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)))
+		return TB_OUTCOME_INELIGIBLE;
+	return 0;
+}
+
+/* Has the application set an option that changes when its reads return? SO_RCVBUF also makes the
+ * buffer one that cannot grow: RULE (bound). */
+static __always_inline int tb_has_options(__u64 sk)
+{
+	return (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) > 1 ||
+	       (int)tb_read32(sk + OFF_SOCK_PEEK_OFF) >= 0 ||
+	       (tb_read8(sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK);
+}
+
+static __always_inline int tb_is_nonblocking(__u64 file)
+{
+	return (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) != 0;
+}
+
+/* Why this socket must stay out of the sockhash for good, as an enum tb_outcome; 0: it need not. */
+static __always_inline __u32 tb_unfit(__u64 sk)
+{
+	__u64 file = tb_file(sk);
+	__u32 outcome = tb_is_ineligible(sk);
+
+	if (outcome)
+		return outcome;
+	if (file && !tb_is_nonblocking(file))
+		return TB_OUTCOME_BLOCKING;
+	return tb_has_options(sk) ? TB_OUTCOME_OPTIONS : 0;
+}
+
+/*
+ * Does this entry of a socket's wait queue belong to a thread in poll(2) or select(2)? Its `private`
+ * is then the struct poll_wqueues on that thread's own kernel stack. That of a thread in recv is the
+ * thread's task.
+ */
+static __always_inline int tb_is_polling(__u64 private)
+{
+	__u64 task = tb_read64(private + OFF_POLL_WQUEUES_TASK);
+	__u64 stack = task ? tb_read64(task + OFF_TASK_STACK) : 0;
+
+	return stack && private >= stack && private < stack + TB_STACK_SIZE;
+}
+
+/*
+ * Is any thread asleep in recv, or in another call on this socket? Its entry of the wait queue has
+ * `private` set. epoll does not sleep there and leaves it NULL (init_waitqueue_func_entry). Errs
+ * towards yes.
+ */
+static __always_inline int tb_has_sleeper(__u64 sk)
+{
+	__u64 wq = tb_read64(sk + OFF_SOCK_WQ);
+	__u64 head, entry, private;
+	int i;
+
+	if (!wq)
+		return 0;
+	head = wq + OFF_SOCKET_WQ_HEAD;
+	entry = tb_read64(head);
+#pragma unroll
+	for (i = 0; i < TB_MAX_WAITERS; i++) {
+		if (entry == head)
+			return 0;
+		private = entry ? tb_read64(entry - OFF_WAIT_ENTRY + OFF_WAIT_PRIVATE) : 1;
+		if (private && !tb_is_polling(private))
+			return 1;
+		entry = tb_read64(entry);
+	}
+	return 1;
+}
+
+/* Does a thread inside a call hold this socket's lock? */
+static __always_inline int tb_is_owned(__u64 sk)
+{
+	return tb_read32(sk + OFF_SOCK_LOCK_OWNED) != 0;
+}

@@ -1,0 +1,171 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Connections through a Service's address translation.
+ *
+ * RULE (identity). Where a Service's address was dialled, the node's address translation chooses
+ * the server, and the client knows nothing that tells which pod that is. So the server's pod proves
+ * itself: its SYN-ACK has a token, a MAC (SipHash-2-4) over the connection and the pod, under a
+ * secret that never leaves the kernel. The SYN-ACK takes the way that the node's own rules gave it.
+ * A pod that did not get this very SYN cannot make the token, and one token fits one connection.
+ */
+
+/* A TCP option for experiments (RFC 6994), in SYN-ACKs between two accelerated pods of one node. */
+struct tb_option {
+	__u8 kind;
+	__u8 length;
+	__u8 id[2];
+	__u8 token[8];
+};
+
+#define TB_OPTION_KIND 253
+#define TB_OPTION_ID                                                                               \
+	{                                                                                          \
+		't', 'b'                                                                           \
+	}
+
+#define TB_ROTL(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
+
+#define TB_SIPROUND(v0, v1, v2, v3)                                                                \
+	do {                                                                                       \
+		v0 += v1;                                                                          \
+		v2 += v3;                                                                          \
+		v1 = TB_ROTL(v1, 13) ^ v0;                                                         \
+		v3 = TB_ROTL(v3, 16) ^ v2;                                                         \
+		v0 = TB_ROTL(v0, 32);                                                              \
+		v2 += v1;                                                                          \
+		v0 += v3;                                                                          \
+		v1 = TB_ROTL(v1, 17) ^ v2;                                                         \
+		v3 = TB_ROTL(v3, 21) ^ v0;                                                         \
+		v2 = TB_ROTL(v2, 32);                                                              \
+	} while (0)
+
+static __always_inline __u64 tb_token(const struct tb_half_key *key, __u64 pod_id)
+{
+	int zero = 0;
+	struct tb_secret *s = secret.lookup(&zero);
+	__u64 word[5] = {
+		(__u64)key->client.word[0] << 32 | key->client.word[1],
+		(__u64)key->client.word[2] << 32 | key->client.word[3],
+		(__u64)key->client_isn << 32 | key->server_isn,
+		pod_id,
+		32ULL << 56, /* the length, as SipHash has it */
+	};
+	__u64 v0, v1, v2, v3;
+	int i;
+
+	if (!s)
+		return 0;
+	v0 = s->key[0] ^ 0x736f6d6570736575ULL;
+	v1 = s->key[1] ^ 0x646f72616e646f6dULL;
+	v2 = s->key[0] ^ 0x6c7967656e657261ULL;
+	v3 = s->key[1] ^ 0x7465646279746573ULL;
+#pragma unroll
+	for (i = 0; i < 5; i++) {
+		v3 ^= word[i];
+		TB_SIPROUND(v0, v1, v2, v3);
+		TB_SIPROUND(v0, v1, v2, v3);
+		v0 ^= word[i];
+	}
+	v2 ^= 0xff;
+#pragma unroll
+	for (i = 0; i < 4; i++)
+		TB_SIPROUND(v0, v1, v2, v3);
+	return v0 ^ v1 ^ v2 ^ v3;
+}
+
+/* What a request socket and its SYN tell of the key; `netns` is not in it. */
+static __always_inline int tb_requested(struct bpf_sock_ops *skops, __u64 request,
+					struct tb_half_key *key)
+{
+	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
+	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
+	return TB_ADDR(skops, remote, &key->client);
+}
+
+/* Asks for callbacks when this socket sends a packet, or for none. A listener of a pod that serves
+ * Services asks for its SYN-ACKs; its connections inherit that. */
+static __always_inline void tb_call_for_packets(struct bpf_sock_ops *skops, int on)
+{
+	int flags = skops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+
+	if (on)
+		flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+	if (flags != skops->bpf_sock_ops_cb_flags)
+		bpf_sock_ops_cb_flags_set(skops, flags);
+}
+
+/* The client says that its SYN comes from this node: no other peer gets to see the option. */
+static __always_inline void tb_note_dial(struct bpf_sock_ops *skops)
+{
+	__u64 sk = tb_context_sock(skops);
+	struct tb_dial dial = {};
+	__u32 one = 1;
+
+	if (!TB_ADDR(skops, local, &dial.client))
+		return;
+	dial.client_isn = tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ) + 1;
+	dials.update(&dial, &one);
+}
+
+/* Fills the key of the connection whose SYN-ACK is being made. True if this pod has announced it,
+ * and if its SYN came from this node. */
+static __always_inline int tb_gets_token(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					 struct tb_half_key *key)
+{
+	__u64 request = tb_context_sock(skops);
+	struct tb_dial dial = {};
+	struct tb_half *half;
+
+	if (skops->is_fullsock || !tb_requested(skops, request, key))
+		return 0;
+	dial.client = key->client;
+	dial.client_isn = key->client_isn;
+	if (!dials.lookup(&dial))
+		return 0;
+	half = halves.lookup(key);
+	return half && half->server.pod_id == pod->id;
+}
+
+static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const struct tb_pod *pod)
+{
+	struct tb_option option = {TB_OPTION_KIND, sizeof(option), TB_OPTION_ID};
+	struct tb_half_key key = {};
+	__u64 token;
+
+	if (!tb_gets_token(skops, pod, &key))
+		return;
+	if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
+		bpf_reserve_hdr_opt(skops, sizeof(option), 0);
+		return;
+	}
+	token = tb_token(&key, pod->id);
+	__builtin_memcpy(option.token, &token, sizeof(token));
+	bpf_store_hdr_opt(skops, &option, sizeof(option), 0);
+}
+
+static __always_inline void tb_serve_services(struct bpf_sock_ops *skops, const struct tb_pod *pod)
+{
+	if (skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		tb_note_dial(skops);
+	else if (skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+		tb_call_for_packets(skops, 1);
+	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		tb_call_for_packets(skops, 0);
+	else if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB ||
+		 skops->op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB)
+		tb_write_option(skops, pod);
+}
+
+/* Does the SYN-ACK that the client has just got show that the announcing pod has sent it? */
+static __always_inline int tb_has_token(struct bpf_sock_ops *skops, const struct tb_half_key *key,
+					const struct tb_half *half)
+{
+	/* To search by kind and ID, the length is that of the two (bpf_helpers(7)). */
+	struct tb_option option = {TB_OPTION_KIND, 4, TB_OPTION_ID};
+	__u64 token;
+
+	if (bpf_load_hdr_opt(skops, &option, sizeof(option), 0) != sizeof(option))
+		return 0;
+	__builtin_memcpy(&token, option.token, sizeof(token));
+	return token == tb_token(key, half->server.pod_id);
+}

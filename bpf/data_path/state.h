@@ -1,0 +1,190 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the programs remember: of a connection being set up, of each paired socket, of the node.
+ *
+ * RULE (state). A socket's struct tb_conn is written by its own programs alone: in its callbacks, in
+ * its sends and in visits, all under its own socket lock. The peer reads `state`, `sent`, `at` and
+ * `is_behind` of it, each one aligned word.
+ */
+
+/* An id is the socket's cookie and, in its low bits, a count of its connections. */
+#define TB_ID_SHIFT 16
+#define TB_MAX_PODS 4096
+
+/* One end of a connection. Kernel addresses are numbers here: RULE (reads). */
+struct tb_end {
+	__u64 id;   /* its key in the sockhash; 0: none */
+	__u64 sk;   /* struct sock * */
+	__u64 conn; /* struct tb_conn * */
+	__u64 pod_id;
+	__u32 is_proxy;
+	__u32 is_client;
+};
+
+/* Where a socket in the sockhash has what its peer looks at. Written when it joins. */
+struct tb_place {
+	__u64 psock; /* struct sk_psock * */
+	__u64 prot;  /* struct proto *, the one it has in the sockhash */
+	__u64 file;  /* struct file * */
+};
+
+/*
+ * The key of a connection that is being set up: RULE (identity) in pairing.h. `netns` is 0 for a
+ * client address that ADD recorded for one pod, which is unique on the node.
+ */
+struct tb_half_key {
+	struct tb_addr client;
+	__u64 netns;	  /* struct net *, where each namespace has the address `client` */
+	__u32 client_isn; /* sequence number of the client's first data byte */
+	__u32 server_isn;
+};
+
+/* A connection that is being set up: announced, then claimed by its client, then its server. */
+struct tb_half {
+	struct tb_end client;	/* id 0: not claimed */
+	struct tb_end server;	/* id 0: not claimed; pod_id: the pod that has announced it */
+	__u64 server_netns;	/* struct net *, of the listener */
+	struct tb_addr dialled; /* where the client meant to go */
+	__u32 dialled_port;	/* host byte order */
+	__u32 has_token;	/* the SYN-ACK had the announcing pod's token: services.h */
+};
+
+/* A connect of a pod that dials Services: its SYN is about to go out. */
+struct tb_dial {
+	struct tb_addr client;
+	__u32 client_isn;
+	__u32 reserved;
+};
+
+/* Which way a direction's bytes go. */
+enum tb_path { TB_PATH_TCP, TB_PATH_BYPASS };
+
+/* Is a paired socket in the sockhash? In the low bits of tb_conn.state; above them a count of its
+ * changes, so that a peer that has seen one state knows it again. */
+enum tb_membership {
+	TB_OUT,
+	TB_MEMBER,
+	TB_LEAVING, /* the peer must bypass nothing into its empty queue */
+	TB_MEMBERSHIPS = 4,
+};
+
+/* How far a connection's TCP was at its last exchange. */
+struct tb_moved {
+	__u32 received; /* rcv_nxt */
+	__u32 sent;	/* write_seq */
+};
+
+/* An application's keepalive, while a shorter one is set for it: edge.h. */
+struct tb_keepalive {
+	__u32 idle_s; /* its TCP_KEEPIDLE; 0: it has its own */
+	__u32 is_on;
+};
+
+/* Bypassed messages that are not in the counters yet. */
+struct tb_tally {
+	__u64 messages;
+	__u64 bytes;
+	__u64 at;
+};
+
+/* A paired socket, in its sk_storage. Times are nanoseconds. */
+struct tb_conn {
+	/* The connection: pairing.h */
+	struct tb_end me;
+	struct tb_end peer;	 /* id 0: not paired yet */
+	struct tb_half_key half; /* the client: to be asked for its server while `peer` is unknown */
+	__u64 last_id;		 /* the newest id of this socket, kept over a disconnect */
+	__u32 hop;
+	/* Whether it joins, and leaves: readers.h, joining.h */
+	__u32 refused;	 /* enum tb_outcome that keeps it out for good; 0: none */
+	__u32 state;	 /* enum tb_membership and the count of its changes */
+	__u32 exchanges; /* since it was born, or has left: bytes went there and back */
+	__u32 wanted;	 /* so many exchanges before it joins */
+	struct tb_moved moved;
+	__u64 since; /* when it was born, or `state` changed */
+	struct tb_place at;
+	/* Its sends: order.h, unread.h */
+	__u32 path;	  /* enum tb_path */
+	__u32 sent;	  /* messages sent, on either path; wraps */
+	__u32 is_behind;  /* went to TCP while bypassed bytes lay unread at the peer */
+	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
+	__u32 peer_sent;  /* of the peer's, at the last message */
+	__u32 run;	  /* what was sent since the peer last sent, in units of tb_cost() */
+	__u32 queued;	  /* what the peer may have unread, in the same units */
+	__u32 wasted;	  /* a score: messages on TCP in the sockhash, less those that gained */
+	__u64 tcp_at;	  /* when a message last went by TCP */
+	struct tb_place there;
+	/* Fresh edges: edge.h */
+	struct tb_keepalive own;
+	/* Not yet in the counters */
+	struct tb_tally tally;
+};
+
+/* What only the kernel's own programs know. */
+struct tb_secret {
+	__u64 key[2];
+};
+
+/*
+ * map          key                     value
+ * pods         cgroup (storage)        struct tb_pod, written by ADD
+ * conns        socket (storage)        struct tb_conn
+ * sockhash     tb_conn.me.id           the socket
+ * halves       struct tb_half_key      struct tb_half, until both ends have found each other
+ * dials        struct tb_dial          1, from SYN to SYN-ACK of a connect to a Service
+ * secret       0                       drawn anew by each load
+ * counters     struct tb_counter_key   struct tb_counters, on each CPU
+ * control      0                       struct tb_control, written by the node program
+ * paused_pods  pod id                  1
+ * due          pod id                  struct tb_due: what its connections miss without a pass
+ * bell         -                       pod ids whose pass has become due
+ */
+BPF_CGROUP_STORAGE(pods, struct tb_pod);
+BPF_SK_STORAGE(conns, struct tb_conn);
+BPF_SOCKHASH(sockhash, __u64, TB_MAX_SOCKETS);
+BPF_F_TABLE("lru_hash", struct tb_half_key, struct tb_half, halves, TB_MAX_PENDING, 0);
+BPF_F_TABLE("lru_hash", struct tb_dial, __u32, dials, TB_MAX_PENDING, 0);
+BPF_ARRAY(secret, struct tb_secret, 1);
+BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, TB_MAX_COUNTERS,
+	    BPF_F_NO_PREALLOC);
+BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros, too many for the stack */
+BPF_ARRAY(control, struct tb_control, 1);
+BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
+BPF_RINGBUF_OUTPUT(bell, 1);
+
+static __always_inline __u32 tb_membership(__u32 state)
+{
+	return state % TB_MEMBERSHIPS;
+}
+
+static __always_inline void tb_set_membership(struct tb_conn *conn, __u32 membership, __u64 now)
+{
+	__u32 changes = conn->state / TB_MEMBERSHIPS + 1;
+
+	conn->since = now;
+	conn->state = changes * TB_MEMBERSHIPS + membership;
+}
+
+static __always_inline __u32 tb_control_flags(void)
+{
+	int zero = 0;
+	struct tb_control *node = control.lookup(&zero);
+
+	return node ? node->flags : TB_CONTROL_PAUSED;
+}
+
+static __always_inline int tb_is_paused(const struct tb_conn *conn)
+{
+	__u32 flags = tb_control_flags();
+
+	if (flags & (TB_CONTROL_PAUSED | TB_CONTROL_LEAVE))
+		return 1;
+	return (flags & TB_CONTROL_PODS_PAUSED) &&
+	       (paused_pods.lookup((__u64 *)&conn->me.pod_id) ||
+		paused_pods.lookup((__u64 *)&conn->peer.pod_id));
+}
+
+/* A member of the peer's struct tb_conn. */
+#define TB_PEERS(type, conn, member)                                                               \
+	TB_READ(type, (conn)->peer.conn + offsetof(struct tb_conn, member))
