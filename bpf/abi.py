@@ -90,13 +90,13 @@ class Control(ctypes.Structure):
 
 
 class Due(ctypes.Structure):
-    """Value of map ``due``, by pod ID: when a pass over a pod's sockets is worth its cost."""
+    """Value of map ``due``, by pod ID: when a pass over a pod's processes is worth its cost."""
 
     _fields_ = [
         ("missed", c_uint64),
         ("cost", c_uint64),
         ("pending", c_uint32),
-        ("netns", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 

@@ -11,8 +11,6 @@ import os
 import platform
 import re
 import resource
-import socket
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,25 +21,23 @@ from cni_plugin import bpfsys, names
 
 _HERE = Path(__file__).parent
 SOURCE = _HERE / "tcpip_bypass.c"
-LOCK_PROBE = _HERE / "lock_probe.c"
 _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 
 # Names in the C file, and what they are pinned as.
-VISIT = "bpf_iter__tcp"
-PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG}
+VISIT = "bpf_iter__task_file"
+PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG, VISIT: names.VISIT}
 MAP_PINS = (
     *("conns", "halves"),
     *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
     *(names.DUE, names.BELL),
 )
-PINS = (*PROGRAM_PINS.values(), *MAP_PINS, names.PASS)
+PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
 
 _Place = tuple[str, str]  # a struct, and the path of a member of it
 
 _OFFSETS: dict[str, _Place | None] = {
     "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
-    "NET_INUM": ("net", "ns.inum"),
     "NET_TCP_RMEM": ("net", "ipv4.sysctl_tcp_rmem"),
     "POLL_WQUEUES_TASK": ("poll_wqueues", "polling_task"),
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
@@ -49,6 +45,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
     "REQUEST_SOCK_LISTENER": ("request_sock", "__req_common.skc_listener"),
     "SOCKET_FILE": ("socket", "file"),
+    "SOCKET_SK": ("socket", "sk"),
     "SOCKET_WQ_HEAD": ("socket_wq", "wait.head"),
     "SOCK_FLAGS": ("sock", "__sk_common.skc_flags"),
     "SOCK_LOCK_OWNED": ("sock", "sk_lock.owned"),
@@ -79,7 +76,6 @@ _OFFSETS: dict[str, _Place | None] = {
 }
 
 TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
-SO_COOKIE = 57  # asm-generic/socket.h
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
 
@@ -234,69 +230,15 @@ def _bcc() -> Any:
             f"cannot import bcc: {error}; install python3-bpfcc, and run under the"
             " distribution's own Python"
         ) from error
-    bcc.lib.bcc_iter_attach.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
     return bcc
-
-
-def _attach_iterator(bcc: Any, program: int) -> int:
-    """A link of an iterator program, whose pin or fd can be read; raises LoadError."""
-    link: int = bcc.lib.bcc_iter_attach(program, None, 0)
-    if link < 0:
-        raise LoadError(f"the kernel refused to attach an iterator: {os.strerror(-link)}")
-    return link
-
-
-def run_pass(link: int) -> None:
-    """Visits every TCP socket of the calling thread's network namespace. Waits for each one's lock,
-    and longer than any signal: lock_sock() cannot be interrupted."""
-    iterator = bpfsys.iterator(link)
-    try:
-        while os.read(iterator, 4096):
-            pass
-    finally:
-        os.close(iterator)
-
-
-def has_visits_under_lock() -> bool:
-    """Whether an iterator over TCP sockets holds the lock of the socket it visits, lock_sock().
-
-    Tried with a program that only reads, on idle sockets of this process: from Linux 6.5, 6.4.7 and
-    6.1.42 on it does. On other kernels an update of a sockhash from a visit hangs the CPU. Raises
-    LoadError when the kernel has no such iterators at all.
-    """
-    bcc = _bcc()
-    try:
-        btf = KernelBTF()
-        flags = _offsets(btf, {"SOCK_LOCK_OWNED": _OFFSETS["SOCK_LOCK_OWNED"]})
-        with socket.create_server(("127.0.0.1", 0)) as idle:
-            cookie = int.from_bytes(idle.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), sys.byteorder)
-            probe = bcc.BPF(
-                text=LOCK_PROBE.read_text().encode(),
-                cflags=[f"-I{_HERE}", "-idirafter", "/usr/include", f"-DCOOKIE={cookie}", *flags],
-            )
-            link = _attach_iterator(bcc, probe.load_func(VISIT.encode(), bcc.BPF.TRACING).fd)
-            with bpfsys.closing(link):
-                run_pass(link)
-            seen, owned = (int(value.value) for value in probe["found"].values())
-    except BTFError as error:
-        raise LoadError(str(error)) from error
-    except Exception as error:  # bcc raises bare Exception
-        raise LoadError(f"this kernel has no iterators over TCP sockets: {error}") from error
-    return seen == 1 and owned == 1
 
 
 class Programs:
     """The compiled and loaded programs, held by this process until they are pinned."""
 
     def __init__(self, limits: Limits = Limits(), extra_flags: tuple[str, ...] = ()) -> None:
-        """Raises LoadError, also on kernels whose visits do not hold a socket's lock."""
-        if not has_visits_under_lock():
-            raise LoadError(
-                "on this kernel a visit does not hold the socket's lock;"
-                " Linux 6.5, 6.4.7 or 6.1.42 is needed"
-            )
         bcc = _bcc()
-        self._module, self._bcc, self._lib = bcc, bcc.BPF, bcc.lib
+        self._bcc, self._lib = bcc.BPF, bcc.lib
         flags = [
             f"-I{_HERE}",
             "-idirafter",
@@ -321,21 +263,20 @@ class Programs:
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
         self._draw_secret()
         self._attach_sk_msg()
-        self.fds[names.PASS] = _attach_iterator(self._module, self._visit)
 
     def _build(self, flags: list[str], cast: KernelFunction | None) -> None:
         """Compiles and loads; without the kernel function where this kernel's JIT calls none."""
         more = cast.flags if cast else []
         self._bpf = self._bcc(text=source_text().encode(), cflags=flags + more)
         if cast:
-            for name in (*PROGRAM_PINS, VISIT):
+            for name in PROGRAM_PINS:
                 cast.link(self._instructions(name))
         try:
             self.fds = {
                 "tb_sock_ops": self._bpf.load_func(b"tb_sock_ops", self._bcc.SOCK_OPS).fd,
                 "tb_sk_msg": self._bpf.load_func(b"tb_sk_msg", self._bcc.SK_MSG).fd,
+                VISIT: self._bpf.load_func(VISIT.encode(), self._bcc.TRACING).fd,
             }
-            self._visit: int = self._bpf.load_func(VISIT.encode(), self._bcc.TRACING).fd
         except Exception:  # bcc raises bare Exception
             if not cast:
                 raise

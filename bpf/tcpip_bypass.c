@@ -4,7 +4,7 @@
  *
  *   tb_sock_ops     runs for the TCP sockets of an accelerated pod's cgroup. It finds the two
  *                   sockets that are one connection, and counts what they exchange.
- *   bpf_iter__tcp   visits the sockets of a network namespace when a pass is due. It puts paired
+ *   tb_visit        visits the open files of a pod's processes when a pass is due. It puts paired
  *                   sockets into the sockhash, and takes them out again.
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes to
  *                   the peer's socket (bypass), or lets them go by TCP.
@@ -22,7 +22,7 @@
  *   bound        a peer has unread only what its TCP finds room beside                 unread.h
  *   memory       and only a share of what its container has free                       unread.h
  *   edges        an edge-triggered reader gets a new edge for bytes behind others         edge.h
- *   joining      under the socket's lock, and only a socket that is known              joining.h
+ *   joining      only a socket that is known joins, while no call on it is under way  joining.h
  *   leaving      nothing unread, nothing on its way                                    joining.h
  *
  * Compiled on the node by bcc, as one text with the headers (bpf/loader.py).
@@ -129,23 +129,30 @@ int tb_sk_msg(struct sk_msg_md *msg)
 	return SK_PASS;
 }
 
-/* The context of an iterator over TCP sockets (net/ipv4/tcp_ipv4.c). */
+/* The context of an iterator over the open files of a process (kernel/bpf/task_iter.c). */
 struct bpf_iter_meta;
-struct sock_common;
-struct bpf_iter__tcp {
+struct task_struct;
+struct file;
+struct bpf_iter__task_file {
 	struct bpf_iter_meta *meta;
-	struct sock_common *sk_common;
-	unsigned int uid;
+	struct task_struct *task;
+	__u32 fd;
+	struct file *file;
 };
 
 /* The kernel wants this name of bcc's: it chooses what is iterated. */
-int bpf_iter__tcp(struct bpf_iter__tcp *context)
+int bpf_iter__task_file(struct bpf_iter__task_file *context)
 {
-	void *socket = context->sk_common;
+	void *file = context->file, *socket;
 
+	if (!file)
+		return 0;
+	socket = tb_sock_from_file(file);
 	if (!socket)
 		return 0;
-	socket = bpf_skc_to_tcp_sock(socket); /* NULL for TIME_WAIT and request sockets */
+	socket = *(void *volatile *)(socket + OFF_SOCKET_SK); /* its struct sock */
+	if (socket)
+		socket = bpf_skc_to_tcp_sock(socket); /* NULL for all but TCP's */
 	if (socket)
 		tb_visit(socket, (__u64)socket);
 	return 0;

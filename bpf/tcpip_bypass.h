@@ -109,14 +109,14 @@ enum tb_outcome {
 };
 
 /*
- * Map "due" (BPF_MAP_TYPE_HASH, by __u64 pod ID): when a pass over a pod's network namespace is
- * worth its cost. Ring buffer "bell" gets the pod ID when `pending` is set.
+ * Map "due" (BPF_MAP_TYPE_HASH, by __u64 pod ID): when a pass over a pod's processes is worth
+ * its cost. Ring buffer "bell" gets the pod ID when `pending` is set.
  */
 struct tb_due {
 	__u64 missed; /* exchanges that waiting connections have made by TCP since the last pass */
 	__u64 cost;   /* what a pass costs there, in exchanges; the joiner measures it */
 	__u32 pending;
-	__u32 netns; /* inode of the network namespace */
+	__u32 reserved;
 };
 
 /* Map "counters" (BPF_MAP_TYPE_PERCPU_HASH). */

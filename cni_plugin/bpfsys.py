@@ -32,8 +32,10 @@ _PROG_GET_FD_BY_ID = 13
 _MAP_GET_FD_BY_ID = 14
 _OBJ_GET_INFO_BY_FD = 15
 _PROG_QUERY = 16
+_LINK_CREATE = 28
 _ITER_CREATE = 33
 
+_TRACE_ITER = 28  # BPF_TRACE_ITER of enum bpf_attach_type
 CGROUP_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS of enum bpf_attach_type
 MAP_TYPE_CGROUP_STORAGE = 19
 _F_ALLOW_MULTI = 2
@@ -177,9 +179,19 @@ def prog_query(cgroup_fd: int) -> list[int]:
     return list(ids[:count])
 
 
-def iterator(link_fd: int) -> int:
-    """A run of an iterator's link over the calling thread's network namespace, to be read."""
-    return _bpf(_ITER_CREATE, _attr("=II", link_fd, 0))
+def visit_files(prog_fd: int, pid: int) -> None:
+    """Run an iterator program (bpf_iter/task_file) over the open files of one process.
+
+    ``pid`` is of the caller's PID namespace; ESRCH (ProcessLookupError) when there is no such
+    process. Before Linux 6.1 an iterator cannot be limited to a process: E2BIG or EINVAL.
+    """
+    # union bpf_iter_link_info, its member task: tid, pid, pid_fd
+    of_process = ctypes.create_string_buffer(struct.pack("=III", 0, pid, 0), 12)
+    attr = _attr("=IIIIQI20x", prog_fd, 0, _TRACE_ITER, 0, _address(of_process), 12)
+    with closing(_bpf(_LINK_CREATE, attr)) as link:
+        with closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator:
+            while os.read(iterator, 4096):
+                pass
 
 
 def prog_open(prog_id: int) -> int:

@@ -27,7 +27,7 @@ CONTROL = "control"
 PAUSED_PODS = "paused_pods"
 DUE = "due"
 BELL = "bell"
-PASS = "pass"  # the iterator: opened and read in a network namespace, it is one pass
+VISIT = "visit"  # the iterator over the open files of a process
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.
 SOCK_OPS_NAME = "tb_sock_ops"

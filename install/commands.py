@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
 from cni_plugin.state import Attachment, State
-from install import freshness, installer, log, report
+from install import freshness, installer, leaving, log, report
 from install import selftest as selftests
 from install.generations import Generation, Generations, is_bpffs
 from install.pods import attached_cgroups
@@ -100,6 +101,8 @@ def load(node: Node) -> None:
         try:
             _move_pods(node, generation, ours, verdict.mode)
         finally:
+            older = [each for each in generations.complete() if each != generation]
+            leaving.empty_all(older, _folders(generations))
             generations.remove_idle(_attached_ids(generations))
         if verdict.is_final:
             _write_node_json(node, verdict, freshness.mark(generation))
@@ -112,10 +115,6 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
     """
     pins = attachment.Generation(generation.folder)
     states = {record.pod_id: record for record in node.attachments()}
-    if mode == "off":
-        for older in node.generations.complete():
-            if older != generation:
-                older.set_paused(True)
     for pod in attached_cgroups(ours):
         record = pod.record
         forced = record is not None and record.flags & abi.POD_FORCED
@@ -137,6 +136,11 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
                 f"{pod.path} stays on its generation: {error}",
                 **log.of(states.get(record.id)),
             )
+
+
+def _folders(generations: Generations) -> list[Path]:
+    """The cgroups of all pods that have our programs."""
+    return [pod.path for pod in attached_cgroups(generations.program_ids())]
 
 
 def _attached_ids(generations: Generations) -> set[int]:
@@ -165,9 +169,10 @@ def unload(node: Node) -> None:
         generations = node.generations
         ours = generations.program_ids()
         generations.withdraw()
-        _set_paused(node, True)
+        pods = list(_folders(generations))
         for pod in attached_cgroups(ours):
             pod.take_out()
+        leaving.empty_all(generations.complete(), pods)
         generations.remove_all()
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
@@ -216,6 +221,23 @@ def uninstall(node: Node, places: installer.Places, *, purge: bool) -> None:
             f"{places.files.link}: a stub, with which pods can end that the plugin has seen; "
             "when they are gone, `uninstall --purge` removes it"
         )
+
+
+def join(node: Node, host_proc: Path) -> None:
+    """Runs passes as they become due, until it is told to end."""
+    from install.joiner import Joiner  # noqa: PLC0415 - for this command alone
+    from install.passes import Runner  # noqa: PLC0415
+
+    stopped, stop = os.pipe()
+    told: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        told.append(number)
+        os.write(stop, b"\0")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    Joiner(node.bpffs, Runner(host_proc)).run(lambda: bool(told), stopped)
 
 
 def pause(node: Node, pod: str | None = None) -> None:

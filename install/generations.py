@@ -63,6 +63,10 @@ class Generation:
         others = self.flags() & ~abi.CONTROL_PAUSED
         self.set_flags(others | (abi.CONTROL_PAUSED if paused else 0))
 
+    def retire(self) -> None:
+        """From now on every visit takes sockets out of its sockhash, and none joins."""
+        self.set_flags(self.flags() | abi.CONTROL_LEAVE)
+
     def paused_pods(self) -> set[int]:
         """The IDs of the pods all of whose bytes go by TCP."""
         with opened(self.folder / names.PAUSED_PODS) as fd:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ from unittest import mock
 from bpf import abi, loader, stats
 from bpf.loader import Limits, Programs
 from cni_plugin import bpfsys, cgroup, names
+from install import passes
 
 CLIENT_IP = "127.0.0.6"
 SERVER_IP = "127.0.0.1"
-LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024)
+LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, exchanges=1, age_ms=0)
+PASSES_S = 0.003  # between two passes
+PATIENCE_S = 10.0
 
 _numbers = itertools.count(1)
 
@@ -30,10 +34,9 @@ _numbers = itertools.count(1)
 class LightPod:
     """An accelerated cgroup. Its pod's id is as good as any that ADD would draw."""
 
-    def __init__(self, folder: Path, programs: Programs, keepalive_s: int) -> None:
+    def __init__(self, folder: Path, programs: Programs) -> None:
         self.folder = folder
         self.programs = programs
-        self.keepalive_s = keepalive_s
         self.id = os.getpid() << 16 | next(_numbers)
         self._attach()
 
@@ -67,6 +70,23 @@ class LightPod:
         control = bytes(abi.Control(flags, 0))
         bpfsys.map_update(self.programs.fds[names.CONTROL], bytes(4), control)
 
+    def visit(self) -> None:
+        """One pass over its processes."""
+        passes.visit_pod(self.programs.fds[loader.VISIT], self.folder)
+
+    def members(self) -> int:
+        """How many of its sockets have joined and not left; those that have closed count still."""
+        total = self.total()
+        return total.joined - total.left
+
+    def until_joined(self, sockets: int = 2) -> None:
+        """Waits until so many are in the sockhash. Raises TimeoutError."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.members() < sockets:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.members()} of {sockets} sockets have joined")
+            time.sleep(0.001)
+
     def counters(self) -> dict[str, stats.HopCounters]:
         """What the running programs have counted for this pod, by hop."""
         lookup = functools.partial(bpfsys.map_lookup, self.programs.fds[names.COUNTERS])
@@ -80,9 +100,8 @@ class LightPod:
 @contextmanager
 def source_edited(edit: Callable[[str], str]) -> Iterator[None]:
     """Programs made meanwhile are as if their source were edited; nothing on disk changes."""
-    source = mock.Mock(spec=Path)
-    source.read_text.return_value = edit(loader.SOURCE.read_text())
-    with mock.patch.object(loader, "SOURCE", source):
+    text = edit(loader.source_text())
+    with mock.patch.object(loader, "source_text", return_value=text):
         yield
 
 
@@ -117,17 +136,36 @@ def remove_cgroup(folder: Path) -> None:
 
 
 @contextmanager
-def accelerated(programs: Programs | None = None, *, keepalive_s: int = 0) -> Iterator[LightPod]:
+def _passes(pod: LightPod) -> Iterator[None]:
+    """Passes one after the other, by a thread of this process."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(PASSES_S):
+            pod.visit()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def accelerated(programs: Programs | None = None) -> Iterator[LightPod]:
     """An accelerated cgroup, removed on leaving; its processes must have ended by then.
 
-    keepalive_s is the pod's keepalive as ADD would choose it; 0 leaves the sockets' own alone.
+    Its sockets join as soon as they have made one exchange: passes go on all the time meanwhile.
     """
     folder = _mount() / f"tb-light-{os.getpid()}-{next(_numbers)}"
     folder.mkdir()
     try:
-        pod = LightPod(folder, programs or Programs(LIMITS), keepalive_s)
+        pod = LightPod(folder, programs or Programs(LIMITS))
         try:
-            yield pod
+            with _passes(pod):
+                yield pod
         finally:
             pod.detach()
     finally:

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * When a pass over a pod's sockets is due.
+ * When a pass over a pod's processes is due.
  *
  * A pass costs as much as some hundred exchanges save. So the connections that wait to join, or to
  * leave, add up what they miss. When that is what a pass costs there, the joiner hears of it. It
@@ -11,14 +11,12 @@
 #define TB_FIRST_COST 500
 #define TB_EXCHANGE_BYTES 32768 /* so many bytes count as another exchange */
 
-static __always_inline void tb_expect_passes(__u64 pod_id, __u64 sk)
+static __always_inline void tb_expect_passes(__u64 pod_id)
 {
 	struct tb_due first = {.cost = TB_FIRST_COST};
 
-	if (due.lookup(&pod_id))
-		return;
-	first.netns = tb_read32(tb_netns_of(sk) + OFF_NET_INUM);
-	due.insert(&pod_id, &first);
+	if (!due.lookup(&pod_id))
+		due.insert(&pod_id, &first);
 }
 
 /* Tells the joiner at once. An event that finds no room is not lost: the joiner looks at `pending`

@@ -2,29 +2,30 @@
 /*
  * Joining the sockhash, and leaving it.
  *
- * RULE (lock of a visit). An iterator over TCP sockets holds the visited socket's lock (lock_sock)
- * from Linux 6.5, 6.4.7 and 6.1.42 on. So no thread is inside a call on it, and it cannot close. On
- * older kernels a visit holds another lock, and an update of the sockhash hangs the CPU. The loader
- * tries the kernel before it loads this program (bpf/lock_probe.c), and each visit looks again.
+ * A pass visits the open files of a pod's processes: an iterator over the files of one process
+ * (bpf_iter/task_file, Linux 6.1). The iterator holds a reference to the file, so the socket cannot
+ * be closed during a visit, and accept(2) is over. It does not hold the socket's lock. Therefore a
+ * visit writes only what no other program writes while it does.
  *
  * RULE (joining). A socket joins when it is known: accepted, as it is read, with bytes sent there
- * and back. Everything that RULE (readers) and RULE (identity) ask is asked anew.
+ * and back, and no thread inside a call on it. Everything that RULE (readers) and RULE (identity)
+ * ask is asked anew, and once more after it has joined what another thread may have changed.
  *
  * RULE (leaving). What lies unread in a removed socket's bypass queue is lost, and a redirect to it
- * on its way fails. So a socket leaves in a visit when
- *   1. an earlier visit has written TB_LEAVING; the peer's sends see it, and bypass nothing into an
- *      empty queue any more;
- *   2. no thread is inside a call at the peer: its psock has the sockhash's reference alone;
- *   3. none is inside a call here;
- *   4. the queue is empty. The visit holds the lock, so nothing was read during it: the queue was
- *      empty at 2 as well, and no later send bypasses into it.
+ * on its way fails. So a socket leaves in three visits, each of a pass of its own:
+ *   1. The first writes TB_LEAVING. The peer's sends that begin from then on see it, and bypass
+ *      nothing into an empty queue.
+ *   2. The second finds no thread inside a call at the peer: its psock has the sockhash's reference
+ *      alone. It notes how many sends the peer has begun on the bypass.
+ *   3. The third finds that number again, no thread inside a call at either end, and the queue
+ *      empty. So no redirect is on its way, none has begun since 2, and none can begin.
+ * If 3 finds anything else, 2 is next.
  */
 
 /* So long after the handshake, at least, it may join. */
 #define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
-/* How long a member waits for its peer to join, and how long between 1 and the rest above. */
+/* How long a member waits for its peer to join. */
 #define TB_LONELY NS_PER_S
-#define TB_SEEN 1000000ULL
 #define TB_MAX_WANTED 65536
 
 static __always_inline void tb_refuse(struct tb_conn *conn, __u32 outcome)
@@ -107,9 +108,9 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 
 static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u64 now)
 {
-	return tb_is_known(conn, now) && !tb_is_paused(conn) && tb_file(sk) &&
+	return tb_is_known(conn, now) && !tb_is_paused(conn) && tb_has_peer(conn) &&
 	       tb_tcp_state(sk) == BPF_TCP_ESTABLISHED &&
-	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED && tb_has_peer(conn) &&
+	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED && !tb_is_owned(sk) &&
 	       !tb_has_sleeper(sk) && tb_is_same_connection(conn, sk);
 }
 
@@ -121,38 +122,54 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	/* Another program's sockmap has it already: the kernel would let both. */
 	if (tb_read64(sk + OFF_SOCK_USER_DATA))
 		return tb_refuse(conn, TB_OUTCOME_BUSY);
+	conn->path = TB_PATH_TCP;
+	conn->wasted = 0;
+	conn->tcp_at = now;
 	if (sockhash.update(&id, socket)) {
 		conn->exchanges = 0; /* the map is full, or memory short: another time */
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
+	/* A thread has set up a ULP meanwhile: setsockopt, and its sk_prot is overwritten. */
+	if (tb_is_ineligible(sk)) {
+		sockhash.delete(&id);
+		return tb_refuse(conn, TB_OUTCOME_INELIGIBLE);
+	}
 	conn->at.psock = tb_psock(sk);
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);
 	conn->at.file = tb_file(sk);
-	conn->path = TB_PATH_TCP;
-	conn->wasted = 0;
-	conn->tcp_at = now;
 	tb_set_membership(conn, TB_MEMBER, now);
 	tb_count_membership(conn, 1);
-	if (conn->peer.pod_id != conn->me.pod_id && tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT)
+	if (conn->peer.pod_id != conn->me.pod_id &&
+	    tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT)
 		tb_ring(conn->peer.pod_id);
 }
 
 static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 now)
 {
-	int is_lone = !tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
+	int is_lone = !tb_has_peer(conn) ||
+		      tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
 
 	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
-static __always_inline int tb_may_go(const struct tb_conn *conn)
+/* Is no thread inside a call at the peer? One that has closed, or has left itself, sends nothing. */
+static __always_inline int tb_is_peer_idle(const struct tb_conn *conn)
 {
-	__u32 state = TB_PEERS(__u32, conn, state);
+	return !tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT ||
+	       tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1;
+}
 
-	if (tb_has_peer(conn) && tb_membership(state) != TB_OUT &&
-	    tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1)
-		return 0;
-	return tb_psock_refs(conn->at.psock) == 1 && tb_is_empty(conn->at.psock);
+/* May it leave in this visit? The second condition of RULE (leaving), or the third. */
+static __always_inline int tb_may_go(struct tb_conn *conn)
+{
+	__u64 begun = 1ULL + TB_PEERS(__u32, conn, begun);
+	int is_idle = tb_is_empty(conn->at.psock) && tb_psock_refs(conn->at.psock) == 1;
+
+	if (!tb_is_peer_idle(conn) || conn->noted == begun)
+		return is_idle && conn->noted == begun && tb_is_peer_idle(conn);
+	conn->noted = begun;
+	return 0;
 }
 
 static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
@@ -167,39 +184,39 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 	tb_count_membership(conn, 0);
 }
 
+/* A member stays, or takes a step on its way out. */
 static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u64 now)
 {
 	__u32 outcome = conn->refused ? 0 : tb_reason_to_refuse(conn, sk);
 
 	if (outcome)
 		tb_refuse(conn, outcome);
-	if (tb_membership(conn->state) == TB_MEMBER) {
+	if (tb_membership(conn->state) == TB_LEAVING) {
+		if (tb_may_go(conn))
+			return tb_leave(conn, now);
+	} else {
 		if (!conn->refused && !tb_gains_nothing(conn, now) &&
 		    !(tb_control_flags() & TB_CONTROL_LEAVE))
 			return;
+		conn->noted = 0;
 		tb_set_membership(conn, TB_LEAVING, now);
-	} else if (tb_has_passed(TB_SEEN, conn->since, now) && tb_may_go(conn)) {
-		tb_leave(conn, now);
-		return;
 	}
-	tb_ring(conn->me.pod_id);
+	tb_ring(conn->me.pod_id); /* for the next step */
 }
 
-/* The socket at `sk`, which the iterator has locked; `socket` is its verified pointer. */
+/* The TCP socket at `sk`, of an open file; `socket` is its verified pointer. */
 static __always_inline void tb_visit(void *socket, __u64 sk)
 {
 	struct tb_conn *conn = conns.sk_storage_get(socket, 0, 0);
 	__u64 now = bpf_ktime_get_ns();
 	__u32 outcome;
 
-	if (!conn || !conn->me.id || !tb_is_owned(sk))
+	if (!conn || !conn->me.id)
 		return;
 	if (!tb_is_paired(conn))
 		tb_seek(conn);
-	if (tb_membership(conn->state) != TB_OUT) {
-		tb_visit_member(conn, sk, now);
-		return;
-	}
+	if (tb_membership(conn->state) != TB_OUT)
+		return tb_visit_member(conn, sk, now);
 	if (conn->refused || !tb_may_join(conn, sk, now))
 		return;
 	outcome = tb_reason_to_refuse(conn, sk);

@@ -16,6 +16,7 @@
 static long (*tb_probe_read_kernel)(void *to, __u32 size,
 				    const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_cookie;
+static void *(*tb_sock_from_file)(void *file) = (void *)BPF_FUNC_sock_from_file;
 /* The time of the last tick, in nanoseconds: cheaper than bpf_ktime_get_ns(), which alone a visit may
  * ask. The two clocks are one, up to a tick: tb_has_passed(). */
 static __u64 (*tb_tick_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;

@@ -115,9 +115,11 @@ static __always_inline int tb_may_leave(struct tb_conn *conn, __u32 reason, __u3
 /* Counts what the peer has answered, and what lies between its answers. */
 static __always_inline void tb_note_answers(struct tb_conn *conn, __u32 size)
 {
-	__u32 sent = TB_PEERS(__u32, conn, sent);
+	__u32 sent;
 
 	conn->sent++;
+	conn->begun += conn->path == TB_PATH_BYPASS; /* first of all: RULE (leaving) */
+	sent = TB_PEERS(__u32, conn, sent);
 	if (sent == conn->peer_sent) {
 		conn->run += tb_cost(size);
 		return;

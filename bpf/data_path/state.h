@@ -2,9 +2,9 @@
 /*
  * What the programs remember: of a connection being set up, of each paired socket, of the node.
  *
- * RULE (state). A socket's struct tb_conn is written by its own programs alone: in its callbacks, in
- * its sends and in visits, all under its own socket lock. The peer reads `state`, `sent`, `at` and
- * `is_behind` of it, each one aligned word.
+ * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and its
+ * sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `sent`, `begun`
+ * and `is_behind` of it, each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
@@ -103,9 +103,11 @@ struct tb_conn {
 	struct tb_moved moved;
 	__u64 since; /* when it was born, or `state` changed */
 	struct tb_place at;
+	__u64 noted; /* the peer's `begun` at the second visit of leaving, plus 1; 0: none */
 	/* Its sends: order.h, unread.h */
 	__u32 path;	  /* enum tb_path */
-	__u32 sent;	  /* messages sent, on either path; wraps */
+	__u32 sent;	  /* messages sent from the sockhash; wraps */
+	__u32 begun;	  /* of those, begun while on the bypass */
 	__u32 is_behind;  /* went to TCP while bypassed bytes lay unread at the peer */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */

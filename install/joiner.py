@@ -1,0 +1,213 @@
+"""The joiner: begins a pass over a pod when what its connections miss is what a pass costs.
+
+Without it everything goes on; only new connections stay on TCP. All passes together take at most a
+fiftieth of a CPU. docs/architecture.md has the reasons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bpf import abi
+from cni_plugin import bpfsys, names
+from install import log
+from install.generations import Generation, Generations
+from install.passes import PassTimeout, Runner
+from install.pods import attached_cgroups
+
+SHARE = 0.02  # of a CPU, for all passes
+BURST_NS = 50_000_000
+EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
+FIRST_COST = 500  # of a pass, in exchanges; data_path/due.h has the same
+LEAST_COST = 50
+LOOK_S = 2.0  # how often for new generations, and for events that were lost
+RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
+
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Bell:
+    """The ring buffer in which programs say that a pass is due. Read through libbpf."""
+
+    def __init__(self, map_fd: int) -> None:
+        self._lib = ctypes.CDLL(ctypes.util.find_library("bpf") or "libbpf.so.1")
+        self._lib.ring_buffer__new.restype = ctypes.c_void_p
+        self._lib.ring_buffer__new.argtypes = [ctypes.c_int, _CALLBACK] + [ctypes.c_void_p] * 2
+        for name in ("ring_buffer__consume", "ring_buffer__epoll_fd", "ring_buffer__free"):
+            getattr(self._lib, name).argtypes = [ctypes.c_void_p]
+        self._callback = _CALLBACK(lambda _context, _data, _size: 0)  # `due` has the rest
+        self._ring = self._lib.ring_buffer__new(map_fd, self._callback, None, None)
+        if not self._ring:
+            raise OSError("libbpf could not open the ring buffer")
+        self.fd: int = self._lib.ring_buffer__epoll_fd(self._ring)
+
+    def drain(self) -> None:
+        self._lib.ring_buffer__consume(self._ring)
+
+    def close(self) -> None:
+        self._lib.ring_buffer__free(self._ring)
+
+
+@dataclass
+class Opened:
+    """A generation that the joiner serves."""
+
+    generation: Generation
+    visit: int
+    due: int
+    bell: Bell
+
+    @staticmethod
+    def of(generation: Generation) -> Opened:
+        fds = [bpfsys.obj_get(str(generation.folder / pin)) for pin in (names.VISIT, names.DUE)]
+        with bpfsys.closing(bpfsys.obj_get(str(generation.folder / names.BELL))) as bell:
+            return Opened(generation, fds[0], fds[1], Bell(bell))
+
+    def pending(self) -> dict[int, abi.Due]:
+        """The pods whose pass is due."""
+        found = {}
+        for key in bpfsys.map_keys(self.due, 8):
+            with contextlib.suppress(FileNotFoundError):
+                raw = bpfsys.map_lookup(self.due, key, ctypes.sizeof(abi.Due))
+                due = abi.Due.from_buffer_copy(raw)
+                if due.pending:
+                    found[int.from_bytes(key, sys.byteorder)] = due
+        return found
+
+    def begin(self, pod_id: int, cost: int) -> None:
+        """Nothing missed, nothing pending: before a pass, so that what comes meanwhile counts."""
+        key = pod_id.to_bytes(8, sys.byteorder)
+        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, 0, 0)))
+
+    def forget(self, pod_id: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            bpfsys.map_delete(self.due, pod_id.to_bytes(8, sys.byteorder))
+
+    def close(self) -> None:
+        self.bell.close()
+        os.close(self.visit)
+        os.close(self.due)
+
+
+@dataclass
+class Joiner:
+    """Serves all generations of one node."""
+
+    bpffs: Path
+    runner: Runner
+    _opened: dict[str, Opened] = field(default_factory=dict)
+    _folders: dict[int, Path] = field(default_factory=dict)
+    _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
+    _scanned_at: float = 0.0
+    _retired_at: float = 0.0
+    _credit_ns: float = BURST_NS
+    _counted_at: float = field(default_factory=time.monotonic)
+    _troubled: set[int] = field(default_factory=set)
+
+    def run(self, stop: Callable[[], bool], wake: int | None = None) -> None:
+        """Until ``stop`` says so; looked at when ``wake``, a file descriptor, can be read."""
+        try:
+            while not stop():
+                self._look_for_generations()
+                wait_s = self._serve()
+                fds = [each.bell.fd for each in self._opened.values()]
+                select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
+                for each in self._opened.values():
+                    each.bell.drain()
+        finally:
+            for each in self._opened.values():
+                each.close()
+            self._opened.clear()
+            self.runner.close()
+
+    def _look_for_generations(self) -> None:
+        complete = {each.folder.name: each for each in Generations(self.bpffs).complete()}
+        for name in [name for name in self._opened if name not in complete]:
+            self._opened.pop(name).close()
+        for name, generation in complete.items():
+            if name not in self._opened:
+                with contextlib.suppress(FileNotFoundError):
+                    self._opened[name] = Opened.of(generation)
+
+    def _serve(self) -> float:
+        """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
+        self._earn()
+        due = [
+            (waiting.missed, each, pod_id)
+            for each in self._opened.values()
+            for pod_id, waiting in each.pending().items()
+        ]
+        for _, each, pod_id in sorted(due, key=lambda one: one[0], reverse=True):
+            if self._credit_ns <= 0:
+                break
+            self._pass(each, pod_id)
+        self._retire()
+        if self._credit_ns > 0:
+            return LOOK_S
+        return min(LOOK_S, -self._credit_ns / 1e9 / SHARE + 0.001)
+
+    def _earn(self) -> None:
+        now = time.monotonic()
+        self._credit_ns += (now - self._counted_at) * 1e9 * SHARE
+        self._credit_ns = min(self._credit_ns, BURST_NS)
+        self._counted_at = now
+
+    def _retire(self) -> None:
+        """Old generations: what a load could not take out of them leaves when it can."""
+        current = Generations(self.bpffs).current()
+        if time.monotonic() - self._retired_at < LOOK_S:
+            return
+        self._retired_at = time.monotonic()
+        for each in self._opened.values():
+            if each.generation != current and each.generation.has_sockets():
+                self._scan()
+                for pod_id in self._folders:
+                    self._pass(each, pod_id)
+
+    def _pass(self, opened: Opened, pod_id: int) -> None:
+        folder = self._folder(pod_id)
+        if folder is None:
+            return
+        opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST))
+        try:
+            spent_ns = self.runner.run(opened.visit, folder)
+        except (PassTimeout, EOFError, OSError) as error:
+            if pod_id not in self._troubled:
+                log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)
+            self._troubled.add(pod_id)
+            self._credit_ns -= BURST_NS  # not again at once
+            return
+        self._troubled.discard(pod_id)
+        self._credit_ns -= spent_ns
+        before = self._costs.get(pod_id, FIRST_COST)
+        self._costs[pod_id] = max(LEAST_COST, (3 * before + spent_ns // EXCHANGE_NS) // 4)
+
+    def _folder(self, pod_id: int) -> Path | None:
+        """The pod's cgroup; None when it has none any more, or none has been seen yet."""
+        found = self._folders.get(pod_id)
+        if found is not None and found.exists():
+            return found
+        if time.monotonic() - self._scanned_at < RESCAN_S:
+            return None
+        self._scan()
+        if pod_id not in self._folders:
+            self._costs.pop(pod_id, None)
+            for each in self._opened.values():
+                each.forget(pod_id)
+        return self._folders.get(pod_id)
+
+    def _scan(self) -> None:
+        self._scanned_at = time.monotonic()
+        ours = Generations(self.bpffs).program_ids()
+        self._folders = {
+            pod.record.id: pod.path for pod in attached_cgroups(ours) if pod.record is not None
+        }

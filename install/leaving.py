@@ -1,0 +1,49 @@
+"""Takes the sockets of a generation out of its sockhash, as `unload` and a new `load` do."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from cni_plugin import names
+from install import log
+from install.generations import Generation, opened
+from install.passes import visit_pod
+
+PATIENCE_S = 5.0
+_PAUSE_S = 0.01  # between passes: a socket leaves in three of them
+
+
+def empty(generation: Generation, folders: Iterable[Path], patience_s: float = PATIENCE_S) -> bool:
+    """Whether no socket is in the generation's sockhash any more.
+
+    ``folders`` are the cgroups of the pods. A socket with unread bypassed bytes stays until its
+    reader has read them, and one that no process has open (in flight between two) cannot leave.
+    """
+    generation.retire()
+    deadline = time.monotonic() + patience_s
+    pods = list(folders)
+    with opened(generation.folder / names.VISIT) as visit:
+        while generation.has_sockets():
+            if time.monotonic() > deadline:
+                return False
+            for pod in pods:
+                with contextlib.suppress(FileNotFoundError):
+                    visit_pod(visit, pod)
+            time.sleep(_PAUSE_S)
+    return True
+
+
+def empty_all(generations: Iterable[Generation], folders: Iterable[Path]) -> None:
+    """The same for several; says which of them have not come to their end."""
+    pods = list(folders)
+    for generation in generations:
+        if not empty(generation, pods):
+            log.warning(
+                "sockets_left",
+                f"sockets of {generation.folder.name} have unread bypassed bytes, or cannot be"
+                " reached; they go on by TCP",
+                generation=generation.folder.name,
+            )

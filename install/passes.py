@@ -1,0 +1,183 @@
+"""Passes: visits to the open files of a pod's processes, in which its sockets join or leave.
+
+A visit takes and drops a reference to each open file, as lsof does. When the process closes a file
+at that very moment, the visitor closes it: in rare cases (a network file system, SO_LINGER) that
+can take long. So passes run in a process of their own, which may be left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cni_plugin import bpfsys, cgroup
+
+PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
+MOST_LEFT = 4  # so many at once; then no new pass until one has ended
+OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
+
+
+def visit_pod(visit: int, folder: Path) -> int:
+    """One pass over the processes below a cgroup; returns how many there were.
+
+    ``visit`` is the program, by its file descriptor. Raises OSError when the kernel refuses it.
+    """
+    visited = 0
+    for pid in _processes(folder):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            bpfsys.visit_files(visit, pid)
+            visited += 1
+    return visited
+
+
+def _processes(folder: Path) -> Iterator[int]:
+    for procs in [folder / "cgroup.procs", *folder.glob("*/**/cgroup.procs")]:
+        with contextlib.suppress(OSError):  # the cgroup has gone, or is a threaded one
+            yield from (int(pid) for pid in procs.read_text().split() if pid != "0")
+
+
+class PassTimeout(Exception):
+    """A pass has taken too long and was left to itself."""
+
+
+@dataclass
+class Runner:
+    """Runs passes one by one in a process of its own, and another one when that does not answer.
+
+    The process is of the host's PID namespace, whose numbers cgroups show, and of a cgroup of its
+    own: what becomes of it does not keep the agent's pod from ending.
+    """
+
+    host_proc: Path = Path("/proc")
+    _worker: _Worker | None = None
+    _left: list[_Worker] = field(default_factory=list)
+
+    def run(self, visit: int, folder: Path) -> int:
+        """One pass; returns the CPU time that it took, in nanoseconds.
+
+        Raises PassTimeout, also while too many have not ended, and OSError if the kernel refuses.
+        """
+        self._left = [worker for worker in self._left if not worker.has_ended()]
+        if len(self._left) >= MOST_LEFT:
+            raise PassTimeout(f"{len(self._left)} passes have not ended; no new one is begun")
+        if self._worker is None:
+            self._worker = _Worker.start(self.host_proc)
+        worker, self._worker = self._worker, None
+        try:
+            cost_ns = worker.ask(visit, folder)
+        except PassTimeout:
+            self._left.append(worker)
+            worker.end()
+            raise
+        except (OSError, EOFError):
+            worker.end()
+            raise
+        self._worker = worker
+        return cost_ns
+
+    def left(self) -> int:
+        """How many passes were left to themselves and have not ended."""
+        return len(self._left)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """The process, from outside."""
+
+    pid: int
+    line: socket.socket
+
+    @staticmethod
+    def start(host_proc: Path) -> _Worker:
+        """Forks twice: a process enters another PID namespace only with its children."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        child = os.fork()
+        if not child:
+            try:
+                ours.close()
+                _enter_host(host_proc)
+                pid = os.fork()
+                if not pid:
+                    _serve(theirs)
+                theirs.send(str(pid).encode())
+            finally:
+                os._exit(0)
+        theirs.close()
+        os.waitpid(child, 0)
+        first = ours.recv(64)
+        if not first:
+            raise OSError("the process for passes could not be started")
+        return _Worker(int(first), ours)
+
+    def ask(self, visit: int, folder: Path) -> int:
+        request = json.dumps(str(folder)).encode()
+        socket.send_fds(self.line, [request], [visit])
+        if not select.select([self.line], [], [], PATIENCE_S)[0]:
+            raise PassTimeout(f"a pass over {folder} takes longer than {PATIENCE_S:.0f} s")
+        answer = self.line.recv(4096)
+        if not answer:
+            raise EOFError("the process for passes has ended")
+        found = json.loads(answer)
+        if "errno" in found:
+            raise OSError(found["errno"], os.strerror(found["errno"]), str(folder))
+        return int(found["cost_ns"])
+
+    def has_ended(self) -> bool:
+        """Its end of the line is closed with the process."""
+        poller = select.poll()
+        poller.register(self.line, 0)
+        return bool(poller.poll(0))
+
+    def end(self) -> None:
+        """It ends when it next reads its line."""
+        with contextlib.suppress(OSError):
+            self.line.shutdown(socket.SHUT_WR)
+
+
+def _enter_host(host_proc: Path) -> None:
+    """Into the host's PID namespace, and out of the container's cgroup; as far as it can be done."""
+    mount = cgroup.mount()
+    if mount is not None:
+        with contextlib.suppress(OSError):
+            own = mount / OWN_CGROUP
+            own.mkdir(exist_ok=True)
+            (own / "cgroup.procs").write_text(str(os.getpid()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.suppress(OSError):
+        with bpfsys.closing(os.open(host_proc / "1/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as fd:
+            libc.setns(fd, 0x20000000)  # CLONE_NEWPID, linux/sched.h
+
+
+def _serve(line: socket.socket) -> None:
+    """The worker: answers until its line is closed. Never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        while True:
+            request, fds, _, _ = socket.recv_fds(line, 65_536, 1)
+            if not request or not fds:
+                return
+            began = time.process_time_ns()
+            try:
+                with bpfsys.closing(fds[0]) as visit:
+                    visit_pod(visit, Path(json.loads(request)))
+                answer = {"cost_ns": time.process_time_ns() - began}
+            except OSError as error:
+                answer = {"errno": error.errno or 5}
+            line.send(json.dumps(answer).encode())
+    finally:
+        os._exit(0)
