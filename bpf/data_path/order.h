@@ -46,10 +46,10 @@ static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 	       tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot;
 }
 
-/* Why this message should go by TCP, whichever path the direction is on; TB_REASON_NONE: it need
- * not. `state` is the peer's. */
-static __always_inline __u32 tb_reason(struct tb_conn *conn, const void *tp, __u32 state,
-				       __u32 size, __u64 now)
+/* Why this message should go by TCP as soon as it may; TB_REASON_NONE: it need not. `state` is the
+ * peer's. */
+static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp, __u32 state,
+				     __u64 now)
 {
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
@@ -70,9 +70,7 @@ static __always_inline __u32 tb_reason(struct tb_conn *conn, const void *tp, __u
 		return TB_REASON_INELIGIBLE;
 	if (tb_has_passed(NS_PER_S, conn->tcp_at, now))
 		return TB_REASON_REFRESH;
-	if (conn->run > TB_STREAM)
-		return TB_REASON_STREAM;
-	return tb_too_much(conn, size);
+	return conn->run > TB_STREAM ? TB_REASON_STREAM : TB_REASON_NONE;
 }
 
 /* May a direction that is on TCP go to the bypass with this message? */
@@ -92,24 +90,20 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
 	return tb_psock_refs(conn->at.psock) == 2;
 }
 
-/* May a direction that is on the bypass go to TCP with this message, for this reason?
+/* May a direction that is on the bypass go to TCP with this message, as it wishes to?
  *
  * RULE (leaving). A peer that leaves gets nothing into its empty queue, also while another thread
  * is on its way there. */
-static __always_inline int tb_may_leave(struct tb_conn *conn, __u32 reason, __u32 state)
+static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32 state)
 {
-	int is_clean = tb_is_empty(conn->there.psock);
-
-	if (reason == TB_REASON_LEAVING && tb_is_gone(conn, state))
+	if (wish == TB_REASON_LEAVING && tb_is_gone(conn, state))
 		return 1;
-	if (is_clean && tb_is_alone(conn))
+	if (!tb_is_empty(conn->there.psock))
+		return 0;
+	if (tb_is_alone(conn))
 		return 1;
-	if ((is_clean && reason == TB_REASON_LEAVING) || reason == TB_REASON_BACKLOG ||
-	    reason == TB_REASON_MEMORY) {
-		conn->is_behind = 1;
-		return 1;
-	}
-	return 0;
+	conn->is_behind = wish == TB_REASON_LEAVING;
+	return conn->is_behind;
 }
 
 /* Counts what the peer has answered, and what lies between its answers. */
@@ -130,31 +124,52 @@ static __always_inline void tb_note_answers(struct tb_conn *conn, __u32 size)
 		conn->wasted -= tb_min(conn->wasted, TB_RELIEF);
 }
 
-/* The path of this message: TB_REASON_NONE for the bypass, or why it goes by TCP. */
-static __always_inline __u32 tb_choose_path(struct tb_conn *conn, const void *tp, __u32 size,
-					    __u64 now)
+/* The peer's place in the sockhash, where it has joined since this direction last looked. */
+static __always_inline void tb_find_peer(struct tb_conn *conn, __u32 state)
 {
-	__u32 state = TB_PEERS(__u32, conn, state), reason;
+	if (state == conn->peer_state || tb_membership(state) != TB_MEMBER)
+		return;
+	conn->peer_state = state;
+	conn->there.psock = TB_PEERS(__u64, conn, at.psock);
+	conn->there.prot = TB_PEERS(__u64, conn, at.prot);
+	conn->there.file = TB_PEERS(__u64, conn, at.file);
+}
 
-	if (conn->path == TB_PATH_TCP && state != conn->peer_state &&
-	    tb_membership(state) == TB_MEMBER) {
-		conn->peer_state = state;
-		conn->there.psock = TB_PEERS(__u64, conn, at.psock);
-		conn->there.prot = TB_PEERS(__u64, conn, at.prot);
-		conn->there.file = TB_PEERS(__u64, conn, at.file);
+/* A direction on TCP: TB_REASON_NONE if it goes to the bypass with this message, or why not. */
+static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *tp, __u32 size,
+					     __u32 state, __u64 now)
+{
+	__u32 reason;
+
+	tb_find_peer(conn, state);
+	reason = tb_wish(conn, tp, state, now);
+	if (reason)
+		return reason;
+	if (!tb_may_bypass(conn, tp))
+		return TB_REASON_ORDER;
+	conn->queued = 0;
+	reason = tb_too_much(conn, size);
+	if (reason)
+		return reason;
+	conn->path = TB_PATH_BYPASS;
+	conn->is_behind = 0;
+	return TB_REASON_NONE;
+}
+
+/* A direction on the bypass: TB_REASON_NONE if it stays there with this message, or why not. */
+static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void *tp, __u32 size,
+					       __u32 state, __u64 now)
+{
+	__u32 reason = tb_wish(conn, tp, state, now);
+
+	if (!reason || !tb_may_return(conn, reason, state)) {
+		reason = tb_too_much(conn, size);
+		if (!reason)
+			return TB_REASON_NONE;
+		conn->is_behind = 1; /* RULE (bound): at once */
 	}
-	reason = tb_reason(conn, tp, state, size, now);
-	if (conn->path == TB_PATH_BYPASS) {
-		if (reason && tb_may_leave(conn, reason, state))
-			conn->path = TB_PATH_TCP;
-	} else if (!reason) {
-		if (!tb_may_bypass(conn, tp))
-			return TB_REASON_ORDER;
-		conn->path = TB_PATH_BYPASS;
-		conn->queued = 0;
-		conn->is_behind = 0;
-	}
-	return conn->path == TB_PATH_BYPASS ? TB_REASON_NONE : reason;
+	conn->path = TB_PATH_TCP;
+	return reason;
 }
 
 /* A message goes by TCP from a socket in the sockhash, where that costs more than outside. */
@@ -173,10 +188,14 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn, const void *tp)
 {
 	__u64 now = tb_tick_ns();
-	__u32 reason;
+	__u32 reason, state;
 
 	tb_note_answers(conn, msg->size);
-	reason = tb_choose_path(conn, tp, msg->size, now);
+	state = TB_PEERS(__u32, conn, state);
+	if (conn->path == TB_PATH_TCP)
+		reason = tb_go_to_bypass(conn, tp, msg->size, state, now);
+	else
+		reason = tb_stay_on_bypass(conn, tp, msg->size, state, now);
 	/* RULE (identity), RULE (reads). The id is found only for the very same connection. */
 	if (!reason && sockhash.msg_redirect_hash(msg, &conn->peer.id, BPF_F_INGRESS) != SK_PASS) {
 		conn->path = TB_PATH_TCP;

@@ -8,8 +8,10 @@
 
 #include <arpa/inet.h>
 #include <err.h>
+#include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -148,11 +150,13 @@ static inline uint64_t number(const char *text)
 static inline int send_all(int fd, const char *bytes, size_t size)
 {
 	for (size_t sent = 0; sent < size;) {
+		struct pollfd room = {.fd = fd, .events = POLLOUT};
 		ssize_t n = send(fd, bytes + sent, size - sent, MSG_NOSIGNAL);
 
-		if (n < 0)
+		if (n >= 0)
+			sent += n;
+		else if (errno != EAGAIN || poll(&room, 1, -1) < 0)
 			return 0;
-		sent += n;
 	}
 	return 1;
 }

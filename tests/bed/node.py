@@ -45,9 +45,20 @@ class NodeProgram:
         """The programs loaded and pinned; unloaded on leaving."""
         try:
             self.call("load")
-            yield
+            with self.joining():
+                yield
         finally:
             self.call("unload")
+
+    @contextmanager
+    def joining(self) -> Iterator[None]:
+        """A joiner runs meanwhile, as the agent's would."""
+        folders = ["--bpffs", str(self.bpffs), "--state-dir", str(self.state_dir)]
+        with subprocess.Popen([PROGRAM, "join", *folders], start_new_session=True) as joiner:
+            try:
+                yield
+            finally:
+                joiner.terminate()
 
     def status(self) -> dict[str, Any]:
         """`status --json`."""

@@ -11,13 +11,47 @@
  */
 #define _GNU_SOURCE
 #include "endpoint.h"
+#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
+#include <sys/epoll.h>
 #include <unistd.h>
 
 #define MAX_SIZE (1 << 20)
 
 static char buffer[MAX_SIZE];
+
+/* An event loop of one connection, which asks epoll before each recv. */
+static int watched(int fd)
+{
+	struct epoll_event readable = {.events = EPOLLIN};
+	int loop = epoll_create1(0);
+
+	if (fcntl(fd, F_SETFL, O_NONBLOCK) || loop < 0 ||
+	    epoll_ctl(loop, EPOLL_CTL_ADD, fd, &readable))
+		err(1, "epoll");
+	return loop;
+}
+
+/* Receives exactly size bytes. Returns 0 at the end of the stream, else 1. */
+static int receive(int loop, int fd, char *bytes, size_t size)
+{
+	for (size_t got = 0; got < size;) {
+		struct epoll_event event;
+		ssize_t n;
+
+		if (epoll_wait(loop, &event, 1, -1) < 0)
+			err(1, "epoll_wait");
+		n = recv(fd, bytes + got, size - got, 0);
+		if (n == 0)
+			return 0;
+		if (n > 0)
+			got += n;
+		else if (errno != EAGAIN)
+			err(1, "recv");
+	}
+	return 1;
+}
 
 static void serve(const struct endpoint *own, size_t size)
 {
@@ -26,12 +60,14 @@ static void serve(const struct endpoint *own, size_t size)
 	puts("ready");
 	fflush(stdout);
 	for (;;) {
-		int fd = accept(listener, NULL, NULL);
+		int fd = accept(listener, NULL, NULL), loop;
 
 		if (fd < 0)
 			err(1, "accept");
-		while (receive_all(fd, buffer, size) && send_all(fd, buffer, size))
+		loop = watched(fd);
+		while (receive(loop, fd, buffer, size) && send_all(fd, buffer, size))
 			;
+		close(loop);
 		close(fd);
 	}
 }
@@ -40,14 +76,14 @@ static void ask(const struct endpoint *own, const struct endpoint *server, size_
 		size_t warmup, size_t rounds)
 {
 	uint64_t *took = calloc(rounds, sizeof(*took));
-	int fd = connected(own, server);
+	int fd = connected(own, server), loop = watched(fd);
 
 	if (!took)
 		err(1, "calloc");
 	for (size_t i = 0; i < warmup + rounds; i++) {
 		uint64_t start = now_ns();
 
-		if (!send_all(fd, buffer, size) || !receive_all(fd, buffer, size))
+		if (!send_all(fd, buffer, size) || !receive(loop, fd, buffer, size))
 			errx(1, "the server closed the connection");
 		if (i >= warmup)
 			took[i - warmup] = now_ns() - start;
