@@ -37,6 +37,7 @@ ATTACHMENTS = "attachments"
 FAILURES = "failures"
 VALIDATED = "validated"
 NODE_JSON = "node.json"
+JOINER_JSON = "joiner.json"
 
 MODES = ("full", "proxy-only", "off")
 

@@ -177,7 +177,8 @@ def unload(node: Node) -> None:
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            (node.state_dir / names.NODE_JSON).unlink(missing_ok=True)
+            for file in (names.NODE_JSON, names.JOINER_JSON):
+                (node.state_dir / file).unlink(missing_ok=True)
             node.state_dir.rmdir()  # unless something that is not ours is in it
     selftests.sweep()
 
@@ -237,7 +238,7 @@ def join(node: Node, host_proc: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    Joiner(node.bpffs, Runner(host_proc)).run(lambda: bool(told), stopped)
+    Joiner(node.bpffs, node.state_dir, Runner(host_proc)).run(lambda: bool(told), stopped)
 
 
 def pause(node: Node, pod: str | None = None) -> None:

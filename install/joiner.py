@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import json
 import os
 import select
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bpf import abi
@@ -98,12 +99,39 @@ class Opened:
         os.close(self.due)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What the joiner has done since it began, as it leaves it in the state folder."""
+
+    passes: int = 0
+    cpu_ns: int = 0
+    failed: int = 0
+    left: int = 0  # passes that were left to themselves and have not ended
+
+    @staticmethod
+    def read(state_dir: Path) -> Passes:
+        """Zeros when no joiner has run, or its file cannot be read."""
+        try:
+            return Passes(**json.loads((state_dir / names.JOINER_JSON).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return Passes()
+
+    def write(self, state_dir: Path) -> None:
+        path = state_dir / names.JOINER_JSON
+        staged = path.with_suffix(".part")
+        with contextlib.suppress(OSError):  # a full disk is no reason not to join
+            staged.write_text(json.dumps(asdict(self)))
+            staged.rename(path)
+
+
 @dataclass
 class Joiner:
     """Serves all generations of one node."""
 
     bpffs: Path
+    state_dir: Path
     runner: Runner
+    done: Passes = Passes()
     _opened: dict[str, Opened] = field(default_factory=dict)
     _folders: dict[int, Path] = field(default_factory=dict)
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
@@ -117,8 +145,12 @@ class Joiner:
         """Until ``stop`` says so; looked at when ``wake``, a file descriptor, can be read."""
         try:
             while not stop():
+                before = self.done
                 self._look_for_generations()
                 wait_s = self._serve()
+                self.done = replace(self.done, left=self.runner.left())
+                if self.done != before:
+                    self.done.write(self.state_dir)
                 fds = [each.bell.fd for each in self._opened.values()]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
                 for each in self._opened.values():
@@ -185,9 +217,13 @@ class Joiner:
                 log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)
             self._troubled.add(pod_id)
             self._credit_ns -= BURST_NS  # not again at once
+            self.done = replace(self.done, failed=self.done.failed + 1)
             return
         self._troubled.discard(pod_id)
         self._credit_ns -= spent_ns
+        self.done = replace(
+            self.done, passes=self.done.passes + 1, cpu_ns=self.done.cpu_ns + spent_ns
+        )
         before = self._costs.get(pod_id, FIRST_COST)
         self._costs[pod_id] = max(LEAST_COST, (3 * before + spent_ns // EXCHANGE_NS) // 4)
 

@@ -11,6 +11,8 @@ import json
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +53,7 @@ class Settings:
     entry: Entry
     load_options: list[str]  # of the children that it runs
     gc_options: list[str]
+    join_options: list[str]
     cri_sockets: tuple[Path, ...]  # the first one that is there
     question: Question | None  # None: SIGTERM never means that we are to leave for good
     once: bool
@@ -70,11 +73,19 @@ class Agent:
         self._second_look = False
         self._conf_problems: set[str] = set()
         self._runtime: tuple[Path, int] | None = None
+        self._joiner: subprocess.Popen[bytes] | None = None
         self._programs = Task("programs", self._keep_programs, LOOK_S, 5.0, 600.0)
         self._files = Task("files", self._keep_files, FILES_S, 0.25, 60.0)
         self._sandboxes = Task("sandboxes", self._keep_sandboxes, SANDBOXES_S, 5.0, 300.0)
+        self._joining = Task("joiner", self._keep_joiner, LOOK_S, 1.0, 60.0)
         self._daemonset = Task("daemonset", self._know_daemonset, DAEMONSET_S, 5.0, 600.0)
-        self._tasks = (self._programs, self._files, self._sandboxes, self._daemonset)
+        self._tasks = (
+            self._programs,
+            self._files,
+            self._sandboxes,
+            self._joining,
+            self._daemonset,
+        )
 
     def run(self) -> int:
         """Until it is told to end; the exit status."""
@@ -89,6 +100,7 @@ class Agent:
                     return int(bool(self._problems()))
                 self._sleep(min(task.due for task in self._tasks) - time.monotonic())
                 self._own_the_node()
+            self._end_joiner()
             self._leave()
             return 0
 
@@ -202,8 +214,28 @@ class Agent:
         if self._was_loaded:
             self._metrics.repaired("pins")
         self._was_loaded = True
+        self._joining.start_over(time.monotonic())
         self._sandboxes.start_over(time.monotonic())
         return False
+
+    def _keep_joiner(self) -> bool:
+        """A joiner that runs, while programs are loaded: without it no connection joins."""
+        if self._joiner is not None:
+            status = self._joiner.poll()
+            if status is None:
+                return True
+            log.warning("joiner_ended", f"the joiner has ended with {status}; starting another")
+        if self._settings.once or self._node.generations.current() is None:
+            return True
+        command = [sys.executable, "-m", "install.node", "join", *self._settings.join_options]
+        self._joiner = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+        return False
+
+    def _end_joiner(self) -> None:
+        if self._joiner is not None:
+            self._joiner.terminate()
+            self._joiner.wait()
+            self._joiner = None
 
     def _keep_files(self) -> bool:
         """The plugin and its entry in the network configuration."""

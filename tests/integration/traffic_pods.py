@@ -27,14 +27,15 @@ import pyroute2
 from bcc import lib
 
 from bpf import abi, stats
-from bpf.loader import Limits, Programs
+from bpf.loader import VISIT, Limits, Programs
 from cni_plugin import bpfsys, names
+from install import passes
 from tests.bed import APP_UID, PROXY_UID, cgroups, congestion, netns
 from tests.bed.netns import NetNamespace
 from tests.bed.pod import ENTER
 from tests.integration import traffic
 
-LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024)
+LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, exchanges=1, age_ms=0)
 SO_MAX_PACING_RATE = 47  # socket(7)
 TIMEOUT_S = 10.0
 IPPROTO_MPTCP = 262
@@ -42,6 +43,7 @@ BRIDGE = "br0"
 HALF_KEY = struct.Struct("=16x8xII")  # struct tb_half_key of bpf/tcpip_bypass.c
 
 _numbers = itertools.count()
+_nodes: list[LightNode] = []
 
 
 class Place(Protocol):
@@ -232,7 +234,6 @@ class LightNode:
         accelerated: bool = True,
         excluded: Sequence[tuple[int, int]] = (),
         flags: int = 0,
-        keepalive_s: int = 0,
         wired: bool = True,
         cgroup: Path | None = None,
     ) -> Iterator[LightPod]:
@@ -245,7 +246,6 @@ class LightNode:
             id=os.getpid() << 20 | number + 1,
             flags=flags,
             proxy_uid=PROXY_UID,
-            keepalive_s=keepalive_s,
             ip_count=1,
             excluded_count=len(excluded),
         )
@@ -287,6 +287,12 @@ class LightNode:
                 route.link("set", index=index, net_ns_fd=str(pod.netns.path))
         for end, pod in zip(ends, (left, right)):
             _plug_in(pod.netns, end, pod.ip)
+
+    def visit(self, *pods: LightPod) -> None:
+        """A pass over this process, which has the tests' sockets open, and over those of pods."""
+        bpfsys.visit_files(self.programs.fds[VISIT], os.getpid())
+        for pod in pods:
+            passes.visit_pod(self.programs.fds[VISIT], pod.cgroup)
 
     def pending(self) -> list[tuple[int, int]]:
         """The connections being set up: first data byte of the client and of the server."""
@@ -364,7 +370,12 @@ def node(limits: Limits = LIMITS, *extra_flags: str) -> Iterator[LightNode]:
             (index,) = route.link_lookup(ifname=BRIDGE)
             route.link("set", index=index, state="up")
         maker = stack.enter_context(socket_maker())
-        yield LightNode(name, programs, cgroup, switch, maker)
+        made = LightNode(name, programs, cgroup, switch, maker)
+        _nodes.append(made)
+        try:
+            yield made
+        finally:
+            _nodes.remove(made)
 
 
 def _remove_dead() -> None:
@@ -417,8 +428,17 @@ def accepted(listener: socket.socket) -> socket.socket:
     return taken
 
 
+def visit() -> None:
+    """A pass over this process, by the programs of each node that it has."""
+    for each in _nodes:
+        each.visit()
+
+
 def exchange(left: socket.socket, right: socket.socket, *, rounds: int = 4) -> int:
-    """Send random bytes to and fro, checking each; returns how many went in all."""
+    """Send random bytes to and fro, checking each; returns how many went in all.
+
+    After the first round a pass lets both ends join.
+    """
     total = 0
     for number in range(rounds):
         for sender, receiver in ((left, right), (right, left)):
@@ -426,6 +446,8 @@ def exchange(left: socket.socket, right: socket.socket, *, rounds: int = 4) -> i
             sender.sendall(data)
             assert receive(receiver, len(data)) == data, f"round {number} from {sender}"
             total += len(data)
+        if number == 0:
+            visit()
     return total
 
 
@@ -439,6 +461,8 @@ def talk_all(pairs: Sequence[tuple[socket.socket, socket.socket]], *, rounds: in
             for side, sock in enumerate(pair):
                 wanted = f"round {number}, connection {who}, side {1 - side}".encode()
                 assert receive(sock, len(wanted)) == wanted
+        if number == 0:
+            visit()
 
 
 def reset(sock: socket.socket) -> None:
