@@ -26,6 +26,7 @@ REASONS = (
     "busy",
     "memory",
     "corked",
+    "half_closed",
     "stream",
     "paused",
     "ineligible",

@@ -34,7 +34,8 @@ static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_co
 #define TCP_KEEPIDLE 4
 #define TCP_KEEPINTVL 5
 #define TCP_CONGESTION 13
-#define TCP_INIT_CWND 10 /* packets; net/tcp.h */
+#define TCP_ESTABLISHED 1 /* net/tcp_states.h */
+#define TCP_INIT_CWND 10  /* packets; net/tcp.h */
 #define EBUSY 16
 #define O_NONBLOCK 04000
 
@@ -1445,6 +1446,19 @@ static __always_inline int tb_alone(struct tb_conn *conn, __u64 thread)
 	       tb_read32(conn->me.psock + OFF_PSOCK_REFCNT) == 2;
 }
 
+/*
+ * Has one end shut down its direction, or heard that the other has?
+ *
+ * RULE (conntrack). From the first FIN on conntrack keeps an entry for a minute or two only. So
+ * what the other direction still says goes by TCP, whose packets keep the entry as long as they
+ * come.
+ */
+static __always_inline int tb_is_half_closed(const struct tb_conn *conn, const void *tp)
+{
+	return TB_OWN(__u8, tp, OFF_SOCK_STATE) != TCP_ESTABLISHED ||
+	       tb_read8(conn->peer.sk + OFF_SOCK_STATE) != TCP_ESTABLISHED;
+}
+
 /* ---- Sending: what a peer may leave unread --------------------------------------------- */
 
 /* Pages of files, of a memory cgroup and those below, that reclaim takes first. The kernel's
@@ -1604,6 +1618,8 @@ static __always_inline __u32 tb_reason_to_leave(struct tb_conn *conn, const void
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
+	if (tb_is_half_closed(conn, tp))
+		return TB_REASON_HALF_CLOSED;
 	if (unread > conn->bound)
 		return TB_REASON_BACKLOG;
 	return TB_REASONS;

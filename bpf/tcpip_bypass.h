@@ -76,16 +76,17 @@ enum tb_hop {
 
 /* Why a message of a socket in the sockhash went by TCP after all. */
 enum tb_reason {
-	TB_REASON_UNPAIRED,   /* the other end has not joined (yet), or is not accepted */
-	TB_REASON_ORDER,      /* the peer may not have consumed all earlier TCP bytes */
-	TB_REASON_BACKLOG,    /* the peer would have more unread than tb_bound() */
-	TB_REASON_BUSY,	      /* a thread of the peer's is inside a call on its socket */
-	TB_REASON_MEMORY,     /* the kernel is short of memory for TCP, or the peer's container */
-	TB_REASON_CORKED,     /* TCP_CORK: the sender wants it held back */
-	TB_REASON_STREAM,     /* a stream that gains nothing: it is about to leave the sockhash */
-	TB_REASON_PAUSED,     /* the operator paused the bypass */
-	TB_REASON_INELIGIBLE, /* an end got a ULP or SO_ZEROCOPY after it joined */
-	TB_REASON_GONE,	      /* the peer has left the sockhash: it is closing */
+	TB_REASON_UNPAIRED,    /* the other end has not joined (yet), or is not accepted */
+	TB_REASON_ORDER,       /* the peer may not have consumed all earlier TCP bytes */
+	TB_REASON_BACKLOG,     /* the peer would have more unread than tb_bound() */
+	TB_REASON_BUSY,	       /* a thread of the peer's is inside a call on its socket */
+	TB_REASON_MEMORY,      /* the kernel is short of memory for TCP, or the peer's container */
+	TB_REASON_CORKED,      /* TCP_CORK: the sender wants it held back */
+	TB_REASON_HALF_CLOSED, /* one end has shut down: conntrack wants to see packets again */
+	TB_REASON_STREAM,      /* a stream that gains nothing: it is about to leave the sockhash */
+	TB_REASON_PAUSED,      /* the operator paused the bypass */
+	TB_REASON_INELIGIBLE,  /* an end got a ULP or SO_ZEROCOPY after it joined */
+	TB_REASON_GONE,	       /* the peer has left the sockhash: it is closing */
 	TB_REASONS,
 };
 

@@ -75,6 +75,11 @@ CONNTRACK = Mutant(
     (Edit(r"if \(!seconds \|\| [^\n]+\n\t\treturn;", "return;"),),
 )
 
+HALF_CLOSED = Mutant(
+    "conntrack: bypassed bytes on a half-closed connection",
+    (Edit(r"if \(tb_is_half_closed\(conn, tp\)\)", "if (0)"),),
+)
+
 WAKE_UP = Mutant(
     "wake-up: to the bypass although a reader sleeps on the TCP queue",
     (Edit(r" \|\| tb_has_sleeper\(conn->me\.sk\)\)", ")"),),

@@ -97,6 +97,7 @@ class End:
     others_inside: int = 0  # threads in send or recv, besides the one that sends now
     on_its_way: int | None = None  # size of a redirect by another thread: decided, not yet queued
     left: bool = False  # the sockhash: plain TCP from here on
+    shut: bool = False  # it has sent its FIN
     encrypted: bool = False  # it has got kTLS
     accepted: bool = True  # by the application, which can do nothing with it before
 
@@ -188,6 +189,8 @@ class Connection:
             raise Broken("a redirect that nobody is charged for")
         if bypassed and any(end.encrypted for end in self.ends):
             raise Broken("a redirect past kTLS")
+        if bypassed and self._is_half_closed() and not self.ends[1 - sender].bypass_queue:
+            raise Broken("a redirect while conntrack forgets the connection")
         return bypassed
 
     def start_redirect(self, sender: int, size: int, thread: int) -> bool:
@@ -230,6 +233,14 @@ class Connection:
     def offer(self, number: int, window: int) -> None:
         """TCP has told the peer that it takes so many bytes."""
         self._rules.host_offer(number, window)
+
+    def shut(self, number: int) -> None:
+        """shutdown(SHUT_WR), and the peer has got the FIN."""
+        self.ends[number].shut = True
+        self._rules.host_shut(number)
+
+    def _is_half_closed(self) -> bool:
+        return any(end.shut for end in self.ends)
 
     def encrypt(self, number: int) -> None:
         """An end gets kTLS."""

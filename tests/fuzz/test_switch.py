@@ -88,7 +88,7 @@ class Machine(RuleBasedStateMachine):
             self._send(sender, size)
 
     def _send(self, sender: int, size: int) -> None:
-        if self.connection.ends[sender].accepted:
+        if self.connection.ends[sender].accepted and not self.connection.ends[sender].shut:
             self.connection.send(sender, size)
 
     @rule(reader=SIDE, size=SIZE)
@@ -132,6 +132,12 @@ class Machine(RuleBasedStateMachine):
     @rule(number=SIDE, size=st.sampled_from((4096, 2 * RCVBUF)))
     def set_rcvbuf(self, number: int, size: int) -> None:
         self.connection.set_rcvbuf(number, size)
+
+    @precondition(is_accepted)
+    @precondition(lambda self: not any(end.shut for end in self.connection.ends))
+    @rule(number=SIDE)
+    def shut(self, number: int) -> None:
+        self.connection.shut(number)
 
     @rule(number=SIDE)
     def encrypt(self, number: int) -> None:
@@ -549,6 +555,19 @@ def said_before_it_is_accepted(connection: Connection) -> None:
     assert connection.send(0, 100)
 
 
+def answers_after_the_end(connection: Connection) -> None:
+    """One end has shut down; the other goes on."""
+    assert connection.send(0, 10)
+    assert connection.send(1, 10)
+    connection.read_everything(1)
+    connection.shut(0)
+    assert connection.send(1, 10)  # behind what lies unread
+    connection.read_everything(0)
+    for _ in range(3):
+        assert not connection.send(1, 10)
+        connection.read_everything(0)
+
+
 def piles_up(connection: Connection) -> None:
     """A peer that does not read, for a while."""
     for _ in range(300):
@@ -565,6 +584,7 @@ def test_leaves_a_strict_kernel_what_tcp_has_offered(offered: int) -> None:
 
 BREAKS = [
     (mutants.UNACCEPTED, said_before_it_is_accepted),
+    (mutants.HALF_CLOSED, answers_after_the_end),
     (mutants.STRICTNESS, piles_up),
     (mutants.ORDER, unread_by_tcp),
     (mutants.WAKE_UP, asleep_on_tcp),

@@ -96,6 +96,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.user_data = (__u64)&end->psock;
 		end->callbacks = end->conn.called = TB_WHILE_JOINED;
 		end->sock.net = (__u64)&net;
+		end->sock.state = TCP_ESTABLISHED;
 		end->sock.memcg = (__u64)&container;
 		end->sock.rcvbuf = rcvbuf;
 		end->sock.sndbuf = sndbuf;
@@ -175,6 +176,13 @@ void host_make_nonblocking(int end)
 void host_accept(int end, int accepted)
 {
 	ends[end].sock.socket = accepted ? (__u64)&ends[end].socket : 0;
+}
+
+/* shutdown(SHUT_WR), and the FIN has arrived. */
+void host_shut(int end)
+{
+	ends[end].sock.state = 5;  /* FIN_WAIT2 */
+	ends[!end].sock.state = 8; /* CLOSE_WAIT */
 }
 
 /* How much TCP has offered to take. */
