@@ -1662,14 +1662,19 @@ static __always_inline __u32 tb_weight(__u32 size)
 	return 2 + size / TB_SMALL;
 }
 
-/* How many bytes may go on bypassing for want of a good moment to leave; as many as ever for RULE
- * (order), which the short ones are too few for. */
-static __always_inline __u32 tb_patience(const struct tb_conn *conn, __u32 reason, int alone)
+/* How many bytes may go on bypassing for want of a good moment to leave: none that a sidecar would
+ * leave unread past its bound, or past its container's. As many as ever for RULE (order), which the
+ * short ones are too few for. */
+static __always_inline __u32 tb_patience(const struct tb_conn *conn, __u32 size, __u32 reason,
+					 int alone)
 {
 	if (reason == TB_REASON_MEMORY && tb_under_pressure(conn))
 		return 0;
 	if (!alone)
 		return TB_MAX_OVERDUE;
+	if (conn->peer.is_proxy &&
+	    (reason == TB_REASON_MEMORY || conn->queued + tb_cost(size) > conn->bound))
+		return 0;
 	if (TB_STRICT)
 		return TB_SHORT_OVERDUE / 2;
 	return reason == TB_REASON_MEMORY ? TB_SHORT_OVERDUE : TB_MAX_OVERDUE;
@@ -1687,11 +1692,13 @@ static __always_inline int tb_leaves_for_good(const struct tb_conn *conn, __u32 
  *
  * RULE (edges). While bypassed and TCP bytes both lie unread, a recv returns the bypassed ones
  * only: short, though there is more. epoll(7) lets an edge-triggered reader take a short read for
- * the end, and no other edge may come. A sidecar reads until EAGAIN; towards an application the
- * bypass is left when its queue is empty. Between two pods also when it is busy: whoever holds its
- * socket there must not hold up another pod, and mostly reads, so that the edge is still to come.
+ * the end, and no other edge may come; and a reader that peeks until enough is there never sees
+ * more. So the bypass is left when the peer's queue is empty. Between two pods also when an
+ * application there is busy: it must not hold up another pod by its socket's lock, and mostly
+ * reads, so that the edge is still to come.
  *
- * Until a message can leave in good order, messages go on bypassing; for a bounded time.
+ * Until a message can leave in good order, messages go on bypassing; for a bounded time. A sidecar
+ * reads until EAGAIN, and is left at the bound.
  */
 static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u32 size,
 				      __u64 thread)
@@ -1704,7 +1711,7 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 	if (reason == TB_REASONS && !tb_should_part(conn, tp))
 		return reason;
 	alone = tb_alone(conn, thread);
-	clean = alone && (conn->peer.is_proxy || tb_has_read_all(&conn->peer) ||
+	clean = alone && (tb_has_read_all(&conn->peer) ||
 			  (reason == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id));
 	if (reason == TB_REASONS) {
 		if (clean)
@@ -1716,9 +1723,9 @@ static __always_inline __u32 tb_leave(struct tb_conn *conn, const void *tp, __u3
 	if (clean && tb_leaves_for_good(conn, reason))
 		tb_part(conn);
 	conn->overdue += tb_cost(size);
-	if (!clean && conn->overdue < tb_patience(conn, reason, alone))
+	if (!clean && conn->overdue < tb_patience(conn, size, reason, alone))
 		return TB_REASONS;
-	conn->writer = clean ? 0 : TB_MANY;
+	conn->writer = alone ? 0 : TB_MANY;
 	conn->overdue = 0;
 	return reason;
 }

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.fuzz import mutants, switch
 from tests.fuzz.mutants import Mutant
 from tests.fuzz.switch import (
+    BOUND,
     FORGETFUL,
     LARGEST,
     LOOK,
@@ -435,6 +436,28 @@ def stream_until_parting(connection: Connection) -> None:
     raise AssertionError("a stream of small writes goes on bypassing")
 
 
+@pytest.mark.parametrize("sidecar", [False, True])
+@pytest.mark.parametrize("unread", [1, 50])
+def test_is_left_when_its_queue_is_empty(unread: int, *, sidecar: bool) -> None:
+    """A reader that peeks sees bypassed bytes only, as long as any are unread."""
+    connection = quick(sidecar=sidecar)
+    for _ in range(unread):
+        assert connection.send(0, 10)
+    connection.pause(True)
+    for _ in range(10):
+        assert connection.send(0, 10)
+    connection.read_everything(1)
+    assert not connection.send(0, 10)
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_is_left_when_it_does_not_read(*, sidecar: bool) -> None:
+    connection = quick(sidecar=sidecar)
+    assert connection.send(0, 10)
+    connection.pause(True)
+    assert not all(connection.send(0, 4096) for _ in range(2 * BOUND // 4096))
+
+
 def leaves_with_bytes_unread(connection: Connection) -> None:
     """A stream's sender has not read what it was sent itself."""
     connection.send(1, 10)
@@ -466,12 +489,13 @@ def redirects_to_the_leaving(connection: Connection) -> None:
 
 
 def follows_with_bytes_unread(connection: Connection) -> None:
-    """A sidecar, which may be left with bytes unread, has not read the stream's end."""
-    stream_until_parting(connection)
+    """A sidecar, which is left at the bound, has read nothing of a stream."""
+    for _ in range(1000):
+        connection.send(0, 65_536)
     assert connection.ends[1].bypass_queue
     assert connection.acknowledge(0, 20)
     assert not connection.ends[1].left
-    connection.read(1, 100_000)
+    connection.read_everything(1)
     connection.acknowledge(0)
     assert connection.ends[1].left
 

@@ -133,7 +133,7 @@ def test_conntrack_entries_outlive_a_half_closed_connection(node: LightNode, fir
         assert pod.total().tcp_messages["half_closed"] == 12
 
 
-@pytest.mark.parametrize("reader_uid", [APP_UID])
+@pytest.mark.parametrize("reader_uid", [APP_UID, PROXY_UID])
 def test_what_lies_unread_at_a_half_close_comes_first(
     pods: tuple[LightPod, LightPod], reader_uid: int
 ) -> None:

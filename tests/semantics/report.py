@@ -47,7 +47,8 @@ UNSHOWN = """\
   passes the receive buffer, see below): what came after by TCP can lie there until the next byte
   comes. The same at `pause` and `unload` with as much unread, and between two pods without
   sidecars, in a moment in which the reader's own thread is inside send. nginx with large uploads is
-  such a reader: exclude its port, or proxy-only.
+  such a reader: exclude its port, or proxy-only. So it is with a reader that peeks (MSG_PEEK) until
+  so much is there, a sidecar's listener filters among them, which are left at the bound.
 - **A receive buffer that cannot grow** while bypassed bytes lie in it: then TCP drops what comes
   behind them, and it comes again by a timer, 0.2 s later or, behind a reader that rests, after
   about as long again. Where it never can, nothing bypasses, for good and in either direction: once
