@@ -113,7 +113,6 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DTB_STRICT={int(is_strict(platform.release()))}",
-        f"-DTB_CHARGES={int(charges(platform.release()))}",
         f"-DTB_VMSTATS_APART={int(memcg['MEMCG_VMSTATS_STATE'] is not None)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DTB_PAGE_SIZE={resource.getpagesize()}",
@@ -141,15 +140,6 @@ def is_strict(release: str) -> bool:
     for it as long again (tcp_can_ingest, of Linux 6.17; 7.0 and stable releases took it back)."""
     version = _version(release)
     return (6, 17) <= version < (6, 18, 17) or (6, 19) <= version < (6, 19, 7)
-
-
-def charges(release: str) -> bool:
-    """Whether redirected bytes are in their receiver's sk_rmem_alloc, which accept(2) charges to
-    the application (bpf_tcp_ingress, of Linux 6.13 and stable releases)."""
-    version = _version(release)
-    return (
-        version >= (6, 12, 8) or (6, 6, 69) <= version < (6, 7) or (6, 1, 123) <= version < (6, 2)
-    )
 
 
 def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:

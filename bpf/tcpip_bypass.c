@@ -209,6 +209,7 @@ struct tb_conn {
 	__u32 waiting;	  /* the same of small messages */
 	__u32 scarce;	  /* the same that the peer's container had no memory for */
 	__u32 bound;	  /* how much the peer may leave unread, at the last look */
+	__u32 first;	  /* the sequence number of the first byte that this end sends */
 	__u32 hop;
 	__u32 seeking; /* a client that has not found its server yet, but may */
 	__u32 called;  /* the flags of TB_WHILE_JOINED that no other program had set */
@@ -335,18 +336,6 @@ static __always_inline int tb_has_sleeper(__u64 sk)
 		entry = tb_read64(entry);
 	}
 	return 1;
-}
-
-/*
- * Has the application accepted this end, so that it has a file?
- *
- * RULE (memory). What lies unread then is charged to the application's cgroup, but before Linux
- * 6.13, and stable ones since (TB_CHARGES), not what was redirected; and once that is read, it is
- * uncharged all the same: the cgroup's usage sinks below what it has, for good.
- */
-static __always_inline int tb_is_accepted(const struct tb_end *end)
-{
-	return tb_read64(end->sk + OFF_SOCK_SOCKET) != 0;
 }
 
 /* The struct sk_msg * at the head of an end's bypass queue, or the queue itself if it is empty. */
@@ -582,6 +571,7 @@ static __always_inline struct tb_conn *tb_join(struct bpf_sock_ops *skops, const
 		return NULL;
 	__builtin_memset(conn, 0, sizeof(*conn));
 	conn->last_id = id;
+	conn->first = skops->snd_nxt;
 	count = tb_steps();
 	conn->steps = count ? *count : 0;
 	conn->me.sk = address;
@@ -937,7 +927,6 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 	conn->seeking = !halves.update(&key, &half);
 	if (half.server.pod_id == pod->id)
 		tb_pace_not(skops, conn);
-	tb_mark_consumed(conn, skops->rcv_nxt);
 	tb_keep_alive(skops, pod, conn->me.sk);
 	tb_call_on(skops, conn);
 	return TB_OUTCOMES; /* none yet: counted when the server has joined as well */
@@ -995,8 +984,6 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	*hop = conn->hop = tb_hop(&half.client, &conn->me);
 	if (half.client.pod_id == pod->id)
 		tb_pace_not(skops, conn);
-	/* copied_seq is set a moment later (tcp_rcv_state_process); nobody can be reading. */
-	tb_mark_consumed(conn, skops->rcv_nxt);
 	tb_keep_alive(skops, pod, conn->me.sk);
 	tb_call_on(skops, conn);
 	half.server = conn->me;
@@ -1408,6 +1395,10 @@ static __always_inline int tb_has_consumed(const struct tb_conn *conn, __u32 seq
  * TCP to bypass only when the peer has declared, after the last byte this end sent by TCP,
  * that it had consumed everything (tb_mark_consumed). From bypass to TCP any time.
  *
+ * RULE (peekers). Nor to a peer whose application has not taken a byte: it may peek until enough is
+ * there, as a sidecar's listener filters do, and bypassed bytes hide from it what comes by TCP once
+ * they are too many. So the first message goes by TCP, and those behind it until it is consumed.
+ *
  * Sequence numbers wrap after 4 GiB. A mark is therefore believed at most once, and never
  * again after it was seen not to match: write_seq only moves on, so such a mark is old. This runs
  * at least for every second message (after a send that ended in EAGAIN the kernel sends one by
@@ -1422,6 +1413,8 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, __u32 write_seq)
 	if (mark && mark >> 32 != TB_SEEN)
 		conn->tx_dead = mark;
 	conn->tx_mark = 0;
+	if (write_seq == conn->first)
+		return 0;
 	mark = tb_read64(conn->peer.conn + offsetof(struct tb_conn, rx_mark));
 	if (mark && mark != conn->tx_dead) {
 		if ((__u32)mark == write_seq)
@@ -1793,7 +1786,7 @@ static __always_inline __u32 tb_redirect(struct sk_msg_md *msg, struct tb_conn *
 	__u32 reason;
 
 	tb_mark_consumed(conn, TB_OWN(__u32, tp, OFF_TCP_SOCK_COPIED_SEQ));
-	if (!tb_paired(conn) || (!TB_CHARGES && !tb_is_accepted(&conn->peer)))
+	if (!tb_paired(conn))
 		return TB_REASON_UNPAIRED;
 	if (tb_is_parting(conn, thread))
 		return TB_REASON_STREAM;

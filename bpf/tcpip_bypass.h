@@ -76,8 +76,8 @@ enum tb_hop {
 
 /* Why a message of a socket in the sockhash went by TCP after all. */
 enum tb_reason {
-	TB_REASON_UNPAIRED,    /* the other end has not joined (yet), or is not accepted */
-	TB_REASON_ORDER,       /* the peer may not have consumed all earlier TCP bytes */
+	TB_REASON_UNPAIRED,    /* the other end has not joined (yet) */
+	TB_REASON_ORDER,       /* the peer may not have consumed a first byte, and all TCP bytes */
 	TB_REASON_BACKLOG,     /* the peer would have more unread than tb_bound() */
 	TB_REASON_BUSY,	       /* a thread of the peer's is inside a call on its socket */
 	TB_REASON_MEMORY,      /* the kernel is short of memory for TCP, or the peer's container */

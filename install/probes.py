@@ -40,7 +40,7 @@ def connected(
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
     """(client, server) from 127.0.0.6, as Envoy connects to its application.
 
-    With `greet`, one byte has gone each way, so that both directions may bypass.
+    With `greet`, two bytes have gone each way, the second past TCP: both directions bypass.
     """
     with socket.create_server(("127.0.0.1", 0)) as listener:
         if defer_accept:
@@ -54,7 +54,7 @@ def connected(
             server, _ = listener.accept()
             with server:
                 server.settimeout(TIMEOUT_S)
-                if greet:
+                for _ in range(2 if greet else 0):
                     client.sendall(b"a")
                     server.recv(1)
                     server.sendall(b"b")

@@ -135,9 +135,9 @@ LEAVING_OPENLY = Mutant(
     (Edit(r"tb_peers_parting\(conn\) >= TB_CLOSED", "0"),),
 )
 
-UNACCEPTED = Mutant(
-    "memory: to the bypass although nobody is charged for it",
-    (Edit(r"!TB_CHARGES && !tb_is_accepted\(&conn->peer\)", "0"),),
+PEEKERS = Mutant(
+    "peekers: to the bypass although the peer has not taken a byte",
+    (Edit(r"if \(write_seq == conn->first\)", "if (0)"),),
 )
 
 STRICTNESS = Mutant(

@@ -66,11 +66,6 @@ UNSHOWN = """\
   of a 16th of it or 32 MB, and 64 KB more where earlier bytes lie unread; half of the file cache
   that is not in use counts as free. A container without such room is on TCP (reason `memory`), a
   connection for good after 260,000 messages.
-- **Bytes sent before the connection is accepted** are charged to the container when it is, also
-  past its limit: then a process there is killed. Bypassed they may be 1.2 MB, over TCP 64 KB.
-  Before Linux 6.12.8 (but for 6.6 from 6.6.69 on, and 6.1 from 6.1.123 on) they go by TCP, since
-  such kernels would forget them in the container's memory usage; and so does then all of a one-way
-  stream to a reader that sleeps in recv.
 - **A node whose memory for TCP is used up** (the last number of `net.ipv4.tcp_mem`; a thousand
   stalled receivers do it on a machine of 24 GB, bypassed or not). TCP lets each connection send one
   more segment; a socket in a sockhash waits in send until there is memory, even to send by TCP.
