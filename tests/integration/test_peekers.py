@@ -37,7 +37,7 @@ with probes.connected(greet=taken) as (client, server):
 def seen(uid: int, size: int, total: int, *, taken: bool) -> int:
     """How many of the bytes a peeker saw, that had taken some before or none."""
     with light.accelerated() as pod:
-        arguments = [pod.folder, *map(str, (uid, size, total, int(taken)))]
+        arguments = [str(pod.folder), *map(str, (uid, size, total, int(taken)))]
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, *arguments],
             check=True,
