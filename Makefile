@@ -1,5 +1,5 @@
-# Run as root on a bare Debian 12 or Ubuntu 24.04: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test clean
+# Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
+.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test setup-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -51,11 +51,15 @@ test-kernels: build
 image-test: .venv/.ready
 	$(PY) -m tests.image
 
+# These commands from a clean clone of HEAD on a bare Debian 12 and on a bare Debian 13.
+setup-test: .venv/.ready
+	$(PY) -m tests.bare
+
 lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	clang-format --dry-run --Werror $(C_SOURCES)
+	.venv/bin/clang-format --dry-run --Werror $(C_SOURCES)
 
 clean:
 	rm -rf build dist .venv
