@@ -34,6 +34,7 @@ ATTACHMENTS = "attachments"
 FAILURES = "failures"
 VALIDATED = "validated"
 NODE_JSON = "node.json"
+PLUGIN_PROBLEM = "plugin-problem"  # text: why the node cannot run the plugin, if so
 
 MODES = ("full", "proxy-only", "off")
 

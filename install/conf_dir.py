@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cni_plugin import names
@@ -31,6 +32,7 @@ _LIST = ".conflist"
 _SINGLE = (".conf", ".json")
 _BAKED = ".cilium_bak"  # Cilium's name for a configuration that it may give back later
 _OURS = ".tcpip-bypass"  # ends the names of files that we wrote here or moved aside
+_WITHDRAWN = f"entry{_OURS}"  # what our entry held when it was withdrawn
 _TRIES = 5
 
 
@@ -91,7 +93,10 @@ class ConfDir:
         Raises:
             OSError: something cannot be read or written, or somebody else never stops writing.
         """
-        return self._until_settled(lambda: self._put_in(entry, dry=False))
+        outcome = self._until_settled(lambda: self._put_in(entry, dry=False))
+        if outcome.conflist and self._withdrawn.exists():
+            _unlink(self._withdrawn)
+        return outcome
 
     def lacks(self, entry: Entry) -> bool:
         """Whether put_in would write."""
@@ -114,7 +119,29 @@ class ConfDir:
         Raises:
             OSError: as with put_in; our entry may be left then.
         """
-        return self._until_settled(self._take_out)
+        return self._until_settled(lambda: self._take_out(for_good=True))
+
+    def withdraw(self) -> Outcome:
+        """As take_out(), for a while: put_in() gives the entry its options back.
+
+        Raises:
+            OSError: as with put_in; our entry may be left then.
+        """
+        if ours := self.ours():
+            _write(self._withdrawn, json.dumps(ours.entry), ours.path.stat())
+        return self._until_settled(lambda: self._take_out(for_good=False))
+
+    @property
+    def _withdrawn(self) -> Path:
+        return self.path / _WITHDRAWN
+
+    def _as_before(self, entry: Entry) -> Entry:
+        """The entry, with what was withdrawn."""
+        try:
+            before = json.loads(_read(self._withdrawn) or b"{}")
+        except ValueError:  # not ours, or damaged
+            return entry
+        return replace(entry, withdrawn=before) if isinstance(before, dict) else entry
 
     def _until_settled(self, change: Callable[[], Outcome]) -> Outcome:
         for _ in range(_TRIES):
@@ -135,7 +162,7 @@ class ConfDir:
                 yield _File(path, _read(path))
 
     def _put_in(self, entry: Entry, *, dry: bool) -> Outcome:
-        problems = []
+        problems, entry = [], self._as_before(entry)
         for file in self._files((_LIST, *_SINGLE)):
             try:
                 before = file.as_list
@@ -174,7 +201,7 @@ class ConfDir:
         there = as_list.read_bytes().decode("utf-8", "surrogateescape")
         return _aside(single).exists() and conflist.has_entry(there)
 
-    def _take_out(self) -> Outcome:
+    def _take_out(self, *, for_good: bool) -> Outcome:
         problems, changed = [], None
         for file in self._files((_LIST, *_SINGLE, _BAKED)):
             try:
@@ -188,7 +215,7 @@ class ConfDir:
             if not self._given_back(file, bare):
                 _replace(file, bare)
             changed = changed or file.path
-        if not problems:
+        if for_good and not problems:
             self._sweep()
         return Outcome(changed, changed is not None, tuple(problems))
 

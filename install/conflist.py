@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from cni_plugin import names
@@ -42,12 +42,14 @@ class NotValid(ConfError):
 class Entry:
     """What our entry shall hold.
 
-    ``options`` are the operator's; None means that those of an entry that is there stay.
-    ``folders`` are bpffs and stateDir, as far as they are not the defaults.
+    ``options`` are the operator's; None means that those of an entry that is there stay, or of
+    one that was withdrawn: ``withdrawn``. ``folders`` are bpffs and stateDir, as far as they are
+    not the defaults.
     """
 
     options: Json | None
     folders: Json
+    withdrawn: Json = field(default_factory=dict)
 
     def over(self, existing: Json) -> Json:
         """The entry, in place of an existing one."""
@@ -330,7 +332,7 @@ def with_entry(text: str, entry: Entry) -> str:
     chain.check_valid()
     chain.check_may_be_changed()
     ours = chain.ours()
-    existing = chain.plugins[ours[0]].value if ours else {}
+    existing = chain.plugins[ours[0]].value if ours else entry.withdrawn
     while len(ours) > 1 or ours == [0]:
         chain = Conflist.parse(_cut(chain, ours[-1]))
         ours = chain.ours()

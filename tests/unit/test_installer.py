@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 import pytest
 
 from cni_plugin import names
-from install import installer
+from install import installer, trial
 from install.conf_dir import Outcome
 from install.conflist import Entry
 from install.installer import Places, Uninstalled
-from install.plugin_files import InstallError
+from install.plugin_files import DoesNotRun, InstallError
 from tests.bed.node import PROGRAM
 from tests.unit import frozen, runtimes
 from tests.unit.cases import FOLDER
@@ -139,6 +139,91 @@ def test_without_a_plugin_nothing_is_named(node: Node) -> None:
     with pytest.raises(InstallError):
         installer.install(node.places, PLAIN)
     assert node.files() == before
+
+
+def break_source(node: Node) -> None:
+    """The version that would be installed now ends with an error on this node."""
+    (node.places.plugin_dir / names.PLUGIN).write_text("#!/bin/sh\nexit 3\n")
+
+
+def test_what_the_node_cannot_run_is_not_named(node: Node) -> None:
+    before = node.files()
+    break_source(node)
+    node.places.bin_dir.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(DoesNotRun, match="the node cannot run the plugin: it ends with 3"):
+        installer.install(node.places, PLAIN)
+    assert node.files() == before
+    assert list(node.places.bin_dir.iterdir()) == []
+
+
+def test_what_the_node_can_no_longer_run_is_named_no_more(node: Node) -> None:
+    before = node.files()
+    options = {"excludeNamespaces": ["shop"]}
+    installer.install(node.places, Entry(options, {}))
+    installed = node.files()
+    program = node.places.files.link.resolve()
+    whole = program.read_text()
+    program.write_text("#!/bin/sh\nexit 3\n")
+    break_source(node)
+    with pytest.raises(installer.Withdrawn, match=r"no longer has our entry"):
+        installer.install(node.places, PLAIN)
+    left = node.files()
+    assert json.loads(left.pop("entry.tcpip-bypass"))["excludeNamespaces"] == ["shop"]
+    assert left == before
+    assert node.places.files.has_stub
+    with pytest.raises(DoesNotRun, match="it ends with 3") as raised:
+        installer.install(node.places, PLAIN)
+    assert not isinstance(raised.value, installer.Withdrawn)
+
+    (node.places.plugin_dir / names.PLUGIN).write_text(whole)
+    assert installer.install(node.places, PLAIN).conf.changed
+    assert node.files() == installed, "with its options"
+
+
+def test_a_stub_is_not_named(node: Node) -> None:
+    """It would answer each ADD with an error."""
+    installer.install(node.places, PLAIN)
+    node.places.files.put_stub()
+    break_source(node)
+    with pytest.raises(installer.Withdrawn):
+        installer.install(node.places, PLAIN)
+    network = runtimes.crio(node.places.conf_dir)
+    assert network is not None
+    assert network == network.without_us()
+
+
+def test_uninstall_forgets_what_was_withdrawn(node: Node) -> None:
+    before = node.files()
+    installer.install(node.places, Entry({"scope": "all"}, {}))
+    node.places.files.put_stub()
+    break_source(node)
+    with pytest.raises(installer.Withdrawn):
+        installer.install(node.places, PLAIN)
+    node.uninstall()
+    assert node.files() == before
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_cannot_be_tried_is_refused_and_left(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is known of the plugin then: neither is it named anew, nor is it taken out."""
+    before = node.files()
+
+    def fail(*_: object) -> NoReturn:
+        raise trial.NotTried("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "why_not", fail)
+        with pytest.raises(InstallError, match="could not be tried: no memory"):
+            installer.install(node.places, PLAIN)
+        assert node.files() == before
+    installer.install(node.places, PLAIN)
+    installed = node.files()
+    monkeypatch.setattr(trial, "why_not", fail)
+    with pytest.raises(InstallError, match="could not be tried: no memory"):
+        installer.install(node.places, PLAIN)
+    assert node.files() == installed
 
 
 def test_program_stays_as_long_as_it_is_named(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class Kernel:
         records = [BLANK._replace(pod_id=i, pod_name=name) for i, name in self.pods.items()]
         attached = frozenset(self.pods)
         return Facts(
-            None, [], False, frozenset(), "full", "", records, attached, list(self.failures)
+            None, [], False, frozenset(), "full", "", records, attached, list(self.failures), ""
         )
 
     def counters(self, _generations: object, pod_ids: set[int]) -> Reading:

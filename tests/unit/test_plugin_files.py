@@ -117,9 +117,9 @@ def test_files_are_for_everybody(files: PluginFiles) -> None:
     ("program", "why"),
     [
         ("#!/bin/sh\nexit 3\n", "it ends with 3"),
-        ("#!/bin/sh\necho '{}'\n", "supportedVersions"),
-        ("#!/bin/sh\necho nothing\n", "Expecting value"),
-        ("#!/no/such/interpreter\n", "No such file"),
+        ("#!/bin/sh\necho '{}'\n", "it answers VERSION with"),
+        ("#!/bin/sh\necho nothing\n", "it answers VERSION with 'nothing'"),
+        ("#!/no/such/interpreter\n", "asks for /no/such/interpreter, which the node does not have"),
         ("\x7fELF of another machine", "Exec format error"),
     ],
 )
