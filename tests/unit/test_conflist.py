@@ -1,16 +1,12 @@
 """Our entry in other programs' network configurations: every case of tests/fixtures/conflists.
 
-A case is a folder: ``case.json`` (why; ``uses``, the file that has our entry afterwards, or null;
-maybe ``options`` and ``problems``, texts that are reported) and the conf folder ``before``, when it
-is ``installed``, and when our entry is ``removed``. Without ``installed`` nothing may be changed,
-without ``removed`` the folder is as before.
+Where a case names no change nothing may be changed: not a byte, an inode or a time.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +20,9 @@ from cni_plugin import names
 from install import conflist, installer
 from install.conf_dir import ConfDir, Outcome
 from install.conflist import ConfError, Entry
-from tests.unit import runtimes
-from tests.unit.cases import FOLDER
+from tests.unit import networks, runtimes
 
-CASES = sorted((FOLDER / "conflists").iterdir())
+CASES = networks.all_networks()
 PLAIN = Entry(None, {})
 
 
@@ -35,8 +30,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else {}
 
 
-def entry_of(case: dict[str, Any]) -> Entry:
-    return installer.entry(Path(names.BPFFS), Path(names.STATE_DIR), case.get("options"))
+def entry_of(case: networks.Network) -> Entry:
+    return installer.entry(Path(names.BPFFS), Path(names.STATE_DIR), case.options)
 
 
 def stats_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -47,26 +42,27 @@ def stats_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_there_are_enough_cases() -> None:
     """A glob that finds nothing would pass."""
-    assert len(CASES) >= 25
+    assert len(CASES) >= 40
 
 
-@pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
-def test_case(folder: Path, tmp_path: Path) -> None:
-    case = json.loads((folder / "case.json").read_text())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: networks.Network, tmp_path: Path) -> None:
     conf = ConfDir(tmp_path / "net.d")
-    if (folder / "before").exists():
-        shutil.copytree(folder / "before", conf.path)
-    before = files_in(conf.path)
+    if case.before is not None:
+        conf.path.mkdir()
+        for name, content in case.before.items():
+            (conf.path / name).write_bytes(content)
     network = runtimes.crio(conf.path)
 
+    stats = stats_of(conf.path)
     done = conf.put_in(entry_of(case))
-    installed = files_in(folder / "installed") or before
-    assert files_in(conf.path) == installed
-    assert done.changed == (installed != before)
-    assert (done.conflist and done.conflist.name) == case["uses"]
-    for problem, text in zip(done.problems, case.get("problems", []), strict=True):
+    assert files_in(conf.path) == case.installed
+    assert done.changed == (case.installed != (case.before or {}))
+    assert done.changed or stats_of(conf.path) == stats
+    assert (done.conflist and done.conflist.name) == case.uses
+    for problem, text in zip(done.problems, case.problems, strict=True):
         assert text in problem
-    _check_runtimes(conf, network, case["uses"])
+    _check_runtimes(conf, network, case.uses)
 
     stats = stats_of(conf.path)
     again = conf.put_in(entry_of(case))
@@ -74,7 +70,7 @@ def test_case(folder: Path, tmp_path: Path) -> None:
     assert stats_of(conf.path) == stats
 
     conf.take_out()
-    assert files_in(conf.path) == (files_in(folder / "removed") or before)
+    assert files_in(conf.path) == case.removed
     assert not conf.take_out().changed
 
 
@@ -166,7 +162,7 @@ def test_nested_too_deeply() -> None:
         conflist.with_entry("[" * 100_000, PLAIN)
 
 
-FLANNEL = (FOLDER / "conflists" / "flannel" / "before" / "10-flannel.conflist").read_text()
+FLANNEL = networks.text("flannel.conflist")
 SINGLE = '{"cniVersion": "0.4.0", "name": "pods", "type": "ptp", "mtu": 1450}\n'
 
 

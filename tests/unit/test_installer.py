@@ -25,13 +25,11 @@ from install.conflist import Entry
 from install.installer import Places, Uninstalled
 from install.plugin_files import DoesNotRun, InstallError
 from tests.bed.node import PROGRAM
-from tests.unit import frozen, runtimes
-from tests.unit.cases import FOLDER
+from tests.unit import frozen, networks, runtimes
 
 PLAIN = Entry(None, {})
-CONFLISTS = FOLDER / "conflists"
-FLANNEL = (CONFLISTS / "flannel" / "before" / "10-flannel.conflist").read_bytes()
-SINGLE = (CONFLISTS / "single-conf" / "before" / "10-bridge.conf").read_bytes()
+FLANNEL = networks.text("flannel.conflist").encode()
+SINGLE = networks.text("single-conf.conf").encode()
 
 
 @dataclass(frozen=True)
