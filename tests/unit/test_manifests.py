@@ -13,7 +13,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
-from install import node
+from install import VERSION, node
 from install.agent.kubernetes import DaemonSet
 from tests import manifests
 from tests.bed.bed import REPOSITORY
@@ -112,6 +112,21 @@ def test_the_uninstalling_command_is_the_programs_own() -> None:
     (script,) = manifests.agent([patch])["args"]
     (command,) = re.findall(r"tcpip-bypass-node ([^;]+);", script)
     assert node.build_parser().parse_args(command.split()).command == "uninstall"
+
+
+def test_there_is_one_version() -> None:
+    """pyproject.toml has it; the image's name, wherever it stands, and the change log follow."""
+    places = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    places += [path for path in (REPOSITORY / "install").rglob("*") if path.is_file()]
+    tags = {
+        path: set(re.findall(rb"tcpip-bypass:(\d[\w.-]*)", path.read_bytes())) for path in places
+    }
+    tagged = {path: found for path, found in tags.items() if found}
+    assert REPOSITORY / "install/overlays/base/daemonset.yaml" in tagged
+    assert {path: found for path, found in tagged.items() if found != {VERSION.encode()}} == {}
+    newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest.group(1) == VERSION
 
 
 def third_party_imports() -> set[str]:

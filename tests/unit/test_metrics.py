@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from bpf import abi
 from bpf.stats import HopCounters
-from install import freshness, report
+from install import VERSION, freshness, report
 from install.agent.metrics import REPAIRS, Metrics
 from install.commands import Node
 from install.report import Facts, Failure, Growth, Reading
-from tests.unit.cases import ROOT
 from tests.unit.test_attachment import BLANK
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -213,8 +211,7 @@ def test_messages_by_tcp_are_the_sum_of_their_reasons(kernel: Kernel) -> None:
 @pytest.mark.usefixtures("kernel")
 def test_what_runs() -> None:
     (labels,) = (dict(at) for name, at in series(make()) if name == "tcpip_bypass_build_info")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert labels["version"] == project["version"]
+    assert labels["version"] == VERSION
     assert labels["kernel"] == platform.release()
     assert freshness.version().startswith(labels["programs"])
     assert len(labels["programs"]) == 12
