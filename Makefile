@@ -60,6 +60,7 @@ lint: .venv/.ready
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/clang-format --dry-run --Werror $(C_SOURCES)
+	$(PY) -m tests.words
 
 clean:
 	rm -rf build dist .venv
