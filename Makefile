@@ -25,8 +25,8 @@ freeze: .venv/.ready
 demo: build
 	$(PY) -m tests.demo
 
-# Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. docs/benchmarks.md
-# is rendered by `BENCH=--report`.
+# Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. `BENCH=--report` renders
+# docs/benchmarks.md, and every table into build/bench/tables.md.
 bench: build
 	$(PY) -m tests.bench $(BENCH)
 
