@@ -1,4 +1,4 @@
-"""Every path, pin, annotation and key that the plugin shares with somebody else.
+"""Every path, pin, annotation and key that the plugin shares with other programs.
 
 Constants only and no imports: every command of the plugin loads this module.
 """

@@ -110,7 +110,7 @@ def cases_of(path: Path) -> list[Case]:
     if ("error" in raw) != ("mentions" in raw) or {"error", "result"} <= raw.keys():
         raise ValueError(f"{path}: either result, or error and mentions, or none of them")
     if not is_built and raw.keys() & {"prevResult", "annotations"}:
-        raise ValueError(f"{path}: prevResult or annotations, and nothing that would pass them on")
+        raise ValueError(f"{path}: prevResult or annotations, without a stdin to hold them")
     versions = raw.get("versions") or _base("")[kind]["versions"]
     names = [path.stem] if len(versions) == 1 else [f"{path.stem}-{v}" for v in versions]
     return [
@@ -173,7 +173,7 @@ def _json(value: Any) -> bytes:
 
 
 def check(case: Case, answer: Answer, scratch: Path) -> None:
-    """Assert that ``answer`` is what the case expects, whole and nothing else."""
+    """Assert that ``answer`` is what the case expects, and no more."""
     expected = case.expected
     assert answer.exit == expected["exit"], answer
     if "result" in expected:

@@ -1,6 +1,6 @@
 """Our entry in other programs' network configurations: every case of tests/fixtures/conflists.
 
-Where a case names no change nothing may be changed: not a byte, an inode or a time.
+Where a case names no change, each byte, inode and time stays.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def stats_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_there_are_enough_cases() -> None:
-    """A glob that finds nothing would pass."""
+    """A glob that finds no case would pass."""
     assert len(CASES) >= 40
 
 
@@ -198,7 +198,7 @@ def test_link_is_written_through(conf: ConfDir, tmp_path: Path) -> None:
     assert conf.put_in(PLAIN).conflist == link
     assert link.readlink() == Path("../kept/real")
     assert conflist.has_entry(target.read_text())
-    assert link.lstat().st_ino != event_before, "nothing happened in the folder that is watched"
+    assert link.lstat().st_ino != event_before, "no event in the folder that is watched"
     conf.take_out()
     assert target.read_text() == FLANNEL
     assert files_in(tmp_path / "kept") == {"real": FLANNEL.encode()}
@@ -217,7 +217,7 @@ def test_single_behind_a_link(conf: ConfDir, tmp_path: Path) -> None:
     assert list(conf.path.iterdir()) == [link]
 
 
-def test_link_to_nothing_is_reported(conf: ConfDir) -> None:
+def test_link_without_a_target_is_reported(conf: ConfDir) -> None:
     """In a container the target may be out of sight, though the runtime sees it."""
     (conf.path / "10-flannel.conflist").symlink_to("/not/mounted/here")
     (done_without, problem) = (conf.put_in(PLAIN).conflist, conf.put_in(PLAIN).problems[0])
@@ -226,7 +226,7 @@ def test_link_to_nothing_is_reported(conf: ConfDir) -> None:
 
 
 def at_first_sync(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do something when our file is written but not yet in place."""
+    """Call `act` when our file is written but not yet in place."""
     real, pending = os.fsync, [act]
 
     def fsync(fd: int) -> None:
@@ -280,7 +280,7 @@ def test_owner_writes_a_single_again(conf: ConfDir) -> None:
     assert files_in(conf.path) == {path.name: SINGLE.replace("1450", "1400").encode()}
 
 
-def test_list_of_a_single_that_somebody_changed_stays(conf: ConfDir) -> None:
+def test_list_of_a_single_that_was_changed_stays(conf: ConfDir) -> None:
     (conf.path / "10-ptp.conf").write_text(SINGLE)
     done = conf.put_in(PLAIN)
     assert done.conflist is not None

@@ -17,5 +17,5 @@ def test_case(case: cases.Case, tmp_path: Path) -> None:
 
 
 def test_there_are_enough_cases() -> None:
-    """A glob that finds nothing would pass."""
+    """A glob that finds no case would pass."""
     assert len(cases.all_cases()) >= 290

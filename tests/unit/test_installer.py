@@ -109,7 +109,7 @@ def test_purge_at_once(node: Node) -> None:
     assert node.files() == before
 
 
-def test_uninstall_where_nothing_is(node: Node) -> None:
+def test_uninstall_where_it_was_never_installed(node: Node) -> None:
     before = sorted(node.folder.rglob("*"))
     done = node.uninstall()
     assert not done.conf.changed
@@ -130,7 +130,7 @@ def test_folders_that_are_not_there_yet(node: Node) -> None:
     assert node.places.files.link.exists()
 
 
-def test_without_a_plugin_nothing_is_named(node: Node) -> None:
+def test_without_a_plugin_no_entry_is_made(node: Node) -> None:
     """A configuration that names a missing program stops every pod."""
     shutil.rmtree(node.places.plugin_dir)
     before = node.files()
@@ -245,7 +245,7 @@ def test_uninstall_waits_for_executions(node: Node) -> None:
     installer.install(node.places, PLAIN)
     program = node.places.files.link.resolve()
     program.unlink()
-    shutil.copy("/bin/busybox", program)  # whose /proc/PID/exe is itself, not a shell
+    shutil.copy("/bin/busybox", program)  # its /proc/PID/exe is itself, not a shell
     sleeper = subprocess.Popen(["sleep", "1.5"], executable=program)
     reaper = threading.Thread(target=sleeper.wait)
     reaper.start()
@@ -345,7 +345,7 @@ def test_killed_anywhere_while_uninstalling(node: Node) -> None:
 
 
 def test_two_installs_at_once(node: Node) -> None:
-    """The second one finds nothing left to do."""
+    """The second one finds no work left."""
     done = []
     both = [
         threading.Thread(target=lambda: done.append(installer.install(node.places, PLAIN)))
@@ -417,7 +417,7 @@ def read_only(folder: Path) -> str:
 
 @pytest.mark.parametrize("node", ["10-flannel.conflist"], indirect=True)
 def test_disks_that_refuse(node: Node) -> None:
-    """As an operator sees it: what is wrong, where, and that nothing was changed."""
+    """As an operator sees it: what is wrong, where, and that no file was changed."""
     before = node.files()
     options = json.dumps({"scope": "all"})
     for folder in (node.places.conf_dir, node.places.bin_dir):

@@ -64,7 +64,7 @@ def test_the_patch_that_uninstalls_fits_every_overlay() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_overlays_change_nothing_but_places(name: str) -> None:
+def test_overlays_change_only_places(name: str) -> None:
     """What the pod may do and where it finds things is the same on every distribution."""
     objects = manifests.kustomized(manifests.OVERLAYS / name)
     base, container = manifests.agent(BASE), dict(manifests.agent(objects))

@@ -1,4 +1,4 @@
-"""Sums that only grow, whatever pods, generations and sandboxes come and go."""
+"""Sums that only grow, while pods, generations and sandboxes come and go."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_counters_made_anew_count_from_zero(kernel: Kernel) -> None:
     assert value(metrics, "tcpip_bypass_connections_total", hop="inbound", outcome="paired") == 3
 
 
-def test_a_record_that_cannot_be_read_for_a_while_counts_nothing_twice(kernel: Kernel) -> None:
+def test_a_record_that_cannot_be_read_for_a_while_is_not_counted_twice(kernel: Kernel) -> None:
     metrics = make()
     kernel.pods, kernel.reading = {7: "cart"}, {(1, 7): inbound(100)}
     assert bypassed(metrics) == 100
@@ -227,7 +227,7 @@ def test_repairs() -> None:
     assert value(metrics, "tcpip_bypass_repair_errors_total", what="pins") == 1
     assert value(metrics, "tcpip_bypass_repair_errors_total", what="conflist") == 0
     with pytest.raises(KeyError):
-        metrics.repaired("a thing nobody knows")
+        metrics.repaired("an unknown thing")
 
 
 def test_attach_errors_count_each_failure_once(kernel: Kernel) -> None:

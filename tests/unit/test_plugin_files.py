@@ -80,7 +80,7 @@ def test_upgrade_and_downgrade(files: PluginFiles) -> None:
     "damage",
     [
         lambda files: files.link.unlink(),
-        lambda files: (files.link.unlink(), files.link.write_text("of somebody else")),
+        lambda files: (files.link.unlink(), files.link.write_text("of another program")),
         lambda files: (files.link.unlink(), files.link.symlink_to("../lib/old/tcpip-bypass")),
         lambda files: (files.store / files.wanted / "tcpip-bypass").write_text("#!/bin/sh\nexit 1"),
         lambda files: (files.store / files.wanted / "tcpip-bypass").chmod(0o644),
