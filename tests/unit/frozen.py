@@ -1,4 +1,4 @@
-"""A stand-in for the frozen plugin: a folder of the same form, with a program that starts at once."""
+"""A stand-in for the frozen plugin: a folder of the same form; its program starts at once."""
 
 from __future__ import annotations
 
