@@ -37,9 +37,7 @@ def debian_mirrors(mirror: str | None) -> tuple[str, str]:
     )
     found = dict(line.split() for line in targets.splitlines())
     if release.get("ID") != "debian" or codename not in found:
-        raise AptError(
-            "this machine's apt knows no Debian mirror to take kernels from; name one with --mirror"
-        )
+        raise AptError("this machine's apt knows no Debian mirror to take packages from; name one")
     archive = found[codename].rstrip("/")
     return archive, found.get(f"{codename}-security", archive + "-security").rstrip("/")
 
@@ -98,6 +96,11 @@ class PrivateApt:
         """The packages whose name matches the regular expression."""
         found = _run(["apt-cache", *self._options, "search", "--names-only", pattern])
         return [line.split()[0] for line in found.splitlines()]
+
+    def versions(self, package: str) -> list[str]:
+        """Every version that could be downloaded, the newest first."""
+        listed = _run(["apt-cache", *self._options, "madison", package])
+        return list(dict.fromkeys(line.split("|")[1].strip() for line in listed.splitlines()))
 
     def version(self, package: str) -> str:
         """The version that would be downloaded."""
