@@ -90,6 +90,8 @@ class ConfDir:
     def put_in(self, entry: Entry) -> Outcome:
         """Our entry into the configuration that the runtime uses; nothing if it is there.
 
+        And out of it when its owner has made it one in whose version the plugin cannot answer.
+
         Raises:
             OSError: something cannot be read or written, or somebody else never stops writing.
         """
@@ -175,10 +177,22 @@ class ConfDir:
                 after = conflist.with_entry(before, entry)
                 return self._written(file, after, tuple(problems), dry=dry)
             except ConfError as error:
-                problems.append(f"{file.path} is left alone: {error}")
-                return Outcome(None, False, tuple(problems))
+                changed = self._is_spared(file, dry=dry)
+                done = "no longer has our entry" if changed else "is left alone"
+                problems.append(f"{file.path} {done}: {error}")
+                return Outcome(None, changed, tuple(problems))
         problems.append(f"there is no network configuration in {self.path} yet")
         return Outcome(None, False, tuple(problems))
+
+    def _is_spared(self, file: _File, *, dry: bool) -> bool:
+        """Whether our entry had to go: in the list's version we answer each ADD with an error."""
+        chain = Conflist.parse(file.as_list)
+        is_one_of_several = 0 < len(chain.ours()) < len(chain.plugins)
+        if not (is_one_of_several and chain.unknown_versions()):
+            return False
+        if not dry:
+            _replace(file, conflist.without_entry(file.text))
+        return True
 
     def _written(self, file: _File, text: str, problems: tuple[str, ...], *, dry: bool) -> Outcome:
         if file.path.suffix not in _SINGLE:

@@ -194,14 +194,17 @@ class Conflist:
         """The positions of our entry."""
         return [i for i, each in enumerate(self.types()) if each == names.PLUGIN]
 
+    def unknown_versions(self) -> list[str]:
+        """Those that a runtime may speak to us in a valid list, and that we do not."""
+        return [each for each in _versions(self.members) if each not in names.CNI_VERSIONS]
+
     def check_may_be_changed(self) -> None:
         """Raises ConfError when the plugin cannot work in this list, or somebody else makes it."""
-        for version in _versions(self.members):
-            if version not in names.CNI_VERSIONS:
-                raise ConfError(
-                    f"its cniVersion is {version}; {names.PLUGIN} can run in a chain of "
-                    f"{', '.join(names.CNI_VERSIONS)}"
-                )
+        if unknown := self.unknown_versions():
+            raise ConfError(
+                f"its cniVersion is {unknown[0]}; {names.PLUGIN} can run in a chain of "
+                f"{', '.join(names.CNI_VERSIONS)}"
+            )
         for multus in set(_MULTUS) & set(self.types()):
             # Multus writes this file anew at each start, and hands its delegates only the
             # runtimeConfig that it knows: neither the pod's cgroup nor its annotations

@@ -232,6 +232,7 @@ class Agent:
             log.info("plugin_installed", "installed the plugin", path=places.files.link)
         if done.conf.changed:
             self._metrics.repaired("conflist")
+        if done.conf.changed and done.conf.conflist:
             log.info("conflist_changed", "put our entry in", path=done.conf.conflist)
             # Pods that have started meanwhile; and look again for those that were starting.
             self._second_look = True

@@ -300,6 +300,30 @@ def test_entry_is_taken_out_of_a_list_that_no_runtime_takes(conf: ConfDir) -> No
     assert path.read_text() == FLANNEL.replace('"name": "cbr0",', "")
 
 
+@pytest.mark.parametrize("version", ["0.2.0", "1.2.0", ""])
+def test_entry_goes_when_its_list_gets_a_version_that_we_do_not_speak(
+    conf: ConfDir, version: str
+) -> None:
+    """The runtime would get an error for every pod; and the entry is back when the version is."""
+    path = conf.path / "10-flannel.conflist"
+    path.write_text(FLANNEL)
+    conf.put_in(PLAIN)
+    with_entry = path.read_text()
+    old, new = '"cniVersion": "0.3.1"', f'"cniVersion": "{version}"'
+    assert old in with_entry
+    path.write_text(with_entry.replace(old, new))
+    assert conf.lacks(PLAIN)
+    done = conf.put_in(PLAIN)
+    assert done == Outcome(None, True, done.problems)
+    assert "10-flannel.conflist no longer has our entry: its cniVersion is" in done.problems[0]
+    assert path.read_text() == FLANNEL.replace(old, new)
+    assert not conf.lacks(PLAIN)
+    assert not conf.put_in(PLAIN).changed
+    path.write_text(FLANNEL)
+    conf.put_in(PLAIN)
+    assert path.read_text() == with_entry
+
+
 def test_entry_in_a_file_that_does_not_parse_is_reported(conf: ConfDir) -> None:
     path = conf.path / "10-flannel.conflist"
     broken = conflist.with_entry(FLANNEL, PLAIN)[:-5]
