@@ -1,5 +1,5 @@
-# Run as root on a bare Debian 12 or Ubuntu 24.04: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test clean
+# Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
+.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test setup-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -9,7 +9,7 @@ C_SOURCES := $(wildcard bpf/*.c bpf/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c te
 
 setup: .venv/.ready
 
-.venv/.ready: requirements.txt pyproject.toml install/setup.sh
+.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/agent/cri.proto install/agent/messages.sh
 	./install/setup.sh
 	touch $@
 
@@ -25,8 +25,8 @@ freeze: .venv/.ready
 demo: build
 	$(PY) -m tests.demo
 
-# Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. docs/benchmarks.md
-# is rendered by `BENCH=--report`.
+# Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. `BENCH=--report` renders
+# docs/benchmarks.md, and every table into build/bench/tables.md.
 bench: build
 	$(PY) -m tests.bench $(BENCH)
 
@@ -51,11 +51,16 @@ test-kernels: build
 image-test: .venv/.ready
 	$(PY) -m tests.image
 
+# These commands from a clean clone of HEAD on a bare Debian 12 and on a bare Debian 13.
+setup-test: .venv/.ready
+	$(PY) -m tests.bare
+
 lint: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	clang-format --dry-run --Werror $(C_SOURCES)
+	.venv/bin/clang-format --dry-run --Werror $(C_SOURCES)
+	$(PY) -m tests.words
 
 clean:
 	rm -rf build dist .venv

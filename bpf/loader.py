@@ -56,6 +56,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "SOCK_RCVBUF": ("sock", "sk_rcvbuf"),
     "SOCK_RCVLOWAT": ("sock", "sk_rcvlowat"),
     "SOCK_SNDBUF": ("sock", "sk_sndbuf"),
+    "SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "SOCK_SOCKET": ("sock", "sk_socket"),
     "SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "SOCK_UID": ("sock", "sk_uid"),

@@ -33,7 +33,7 @@ _LOCK_PATIENCE_S = 2.0
 
 
 class CgroupNotFound(Exception):
-    """There is nothing to attach to; the message says where it was looked for."""
+    """The pod has no cgroup to attach to; the message says which places were searched."""
 
 
 def accelerate(request: Request, pod: Pod, result: Json) -> None:
@@ -162,7 +162,7 @@ def _sibling(draft: Attachment, state: State) -> str | None:
     """Another interface of this container that is accelerated on the same cgroup.
 
     A cgroup has one record. The first interface keeps it; the addresses of a later one are in
-    nobody's record, and its connections stay on TCP.
+    no record, and its connections stay on TCP.
     """
     for key in state.keys(draft.container_id):
         if key.container_id == draft.container_id and key.ifname != draft.ifname:

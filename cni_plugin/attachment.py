@@ -1,9 +1,9 @@
 """What ADD puts into the kernel for one pod, and how it is taken out again.
 
-Who owns a cgroup's attachment is written in one place only: the pod record in the kernel,
-whose ``id`` is that of the attachment that wrote it last. A runtime that re-creates a sandbox
-ADDs the new one and then DELs the old one, for the same pod and the same cgroup; the old one's
-DEL finds another ID there and leaves everything alone.
+One place names the owner of a cgroup's attachment: the pod record in the kernel. Its ``id`` is
+that of the attachment that wrote it last. A runtime that re-creates a sandbox calls ADD for the
+new one and then DEL for the old one, with the same pod and the same cgroup. That DEL finds
+another ID in the record, and leaves the cgroup alone.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def open_cgroup(path: str, inode: int) -> Iterator[int | None]:
 
 @contextmanager
 def attached(cgroup_fd: int, inode: int) -> Iterator[list[Attached]]:
-    """Every program of ours on this cgroup, of whatever generation; raises OSError."""
+    """Every program of ours on this cgroup, of any generation; raises OSError."""
     with ExitStack() as stack:
         found = (_open_ours(prog_id, inode, stack) for prog_id in bpfsys.prog_query(cgroup_fd))
         yield [each for each in found if each is not None]
@@ -221,7 +221,7 @@ def take_out(cgroup: str, inode: int, owner: int) -> bool:
     """Detach from a cgroup what belongs to attachment ``owner``; raises OSError.
 
     A record of zero belongs to an ADD that did not live to write it (every ADD holds the lock
-    from attaching to writing). Returns whether there was anything.
+    from attaching to writing). Returns whether there was a record or a program.
     """
     with open_cgroup(cgroup, inode) as cgroup_fd:
         if cgroup_fd is None:

@@ -1,4 +1,4 @@
-"""bpf(2) for programs that somebody else has loaded: pins, maps, cgroup attachments.
+"""bpf(2) for programs that are loaded already: pins, maps, cgroup attachments.
 
 Raw system calls through libc's syscall(2). libbpf would do, but it is a shared library of the
 build machine's age that every node then had to be young enough for.

@@ -104,7 +104,7 @@ def is_of_pod(folder: Path, pod_uid: str) -> bool:
     """Whether the folder's name holds the pod's UID, in either driver's spelling.
 
     A cgroup that pods share (a runtime used without a kubelet may make such) must not get one
-    pod's record. Without a UID there is nothing to go by.
+    pod's record. Without a UID it finds none.
     """
     return pod_uid in folder.name or pod_uid.replace("-", "_") in folder.name
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check(request: Request) -> None:
-    """Raises CheckFailed that lists everything missing.
+    """Raises CheckFailed that lists every difference.
 
-    A pod without a record was passed through by ADD, for whatever reason ADD gave then, and
-    nothing of ours can be wrong with it.
+    A pod without a record was passed through by ADD, for the reason that ADD gave then. There is
+    no attachment of it to check.
     """
     previous = results.convert(results.previous(request), request.version)
     addresses = results.pod_addresses(previous, request.call.ifname)

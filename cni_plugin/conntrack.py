@@ -1,8 +1,8 @@
 """How often a bypassed connection must show conntrack that it lives.
 
-A bypassed connection sends no packets, so its entries in the pod's and in the node's conntrack
-table would expire, and its FIN would never be translated again. The programs turn keepalive
-on, with an interval from here.
+A bypassed connection sends no packets. Its entries in the pod's and in the node's conntrack table
+would expire, and its FIN would never be translated again. So the programs turn keepalive on, with
+an interval from here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from cni_plugin import netns
 
 _TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")
 
-# Keepalive probes may get lost, so several fit into one timeout; and the longest interval keeps
-# a timeout that is shortened later from cutting connections, at no cost worth naming.
+# Keepalive probes may get lost, so several fit into one timeout. The interval has a limit, so that
+# a timeout that is shortened later does not cut connections.
 _PROBES_PER_TIMEOUT = 4
 _LONGEST_S = 120
 
@@ -23,7 +23,7 @@ def keepalive_s(netns_path: str) -> int:
     """Seconds between probes for connections of a pod; raises OSError when it has no namespace.
 
     The file shows the reader's own network namespace: read here for the node's, then in the
-    pod's. Without conntrack there is no such file, and nothing to keep alive.
+    pod's. Without conntrack there is no such file, and no entry to keep.
     """
     timeouts = [_established_timeout()]
     with netns.entered(netns_path):

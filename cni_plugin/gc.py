@@ -18,8 +18,8 @@ _LOCK_PATIENCE_S = 5.0
 def collect(request: Request) -> None:
     """Goes on after a failure; raises GcIncomplete with all of them at the end.
 
-    Without the key (and with null, which is how Go prints a list never set) nothing is known
-    to be stale. Other networks on this node have their own list: their attachments stay.
+    Without the key no attachment is known to be stale; null, which is how Go prints a list never
+    set, counts as absent. Other networks on this node have their own list: their attachments stay.
     """
     listed = request.conf.get(names.VALID_ATTACHMENTS)
     if listed is None:

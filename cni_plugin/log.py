@@ -15,7 +15,7 @@ def about(subject: str) -> None:
 
 
 def say(text: str) -> None:
-    """Write one line; a closed or full stderr is nobody's reason to fail a pod."""
+    """Write one line; a closed or full stderr does not fail the pod."""
     line = f"tcpip-bypass: {_subject}{text}".replace("\n", " ")
     with contextlib.suppress(OSError):
         os.write(2, line.encode("utf-8", "backslashreplace") + b"\n")

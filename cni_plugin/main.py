@@ -1,7 +1,7 @@
 """The program: one CNI call, one JSON document on stdout, one exit code.
 
-It is exec'd for every pod of the node, also those that have nothing to do with us, so each
-command imports only what it needs, where it needs it.
+It is exec'd for every pod of the node, also for those that are not accelerated. So each command
+imports only what it needs, where it needs it.
 """
 
 # ruff: noqa: PLC0415 - imports inside functions are this module's purpose

@@ -1,4 +1,4 @@
-"""Every path, pin, annotation and key that the plugin shares with somebody else.
+"""Every path, pin, annotation and key that the plugin shares with other programs.
 
 Constants only and no imports: every command of the plugin loads this module.
 """
@@ -38,6 +38,7 @@ FAILURES = "failures"
 VALIDATED = "validated"
 NODE_JSON = "node.json"
 JOINER_JSON = "joiner.json"
+PLUGIN_PROBLEM = "plugin-problem"  # text: why the node cannot run the plugin, if so
 
 MODES = ("full", "proxy-only", "off")
 

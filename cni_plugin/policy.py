@@ -1,7 +1,7 @@
 """Which pod is accelerated, and how: the operator's configuration and the pod's annotations.
 
-Nothing here fails a pod: an annotation that cannot be understood is a reason to leave the pod
-on plain TCP and to say so.
+No function here fails a pod. An annotation that cannot be understood leaves the pod on plain TCP,
+with a message.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_PORT = 65535
 
 
 class Pod(NamedTuple):
-    """Who the pod is, for messages, and what its owner wrote on it."""
+    """The pod's names, for messages, and what its owner wrote on it."""
 
     namespace: str
     name: str
@@ -67,7 +67,7 @@ def cgroup_path_of(request: Request) -> object:
 
 
 def may_concern_us(conf: Json, pod: Pod) -> bool:
-    """False for a pod that has nothing to do with us, whatever else the configuration says.
+    """False for a pod that does not concern us, with any other key of the configuration.
 
     Such a pod is answered before the configuration is validated: neither an operator's mistake
     nor jsonschema's 60 ms shall reach it.

@@ -171,7 +171,7 @@ def _check_ifname(ifname: str) -> None:
 
 
 def _parse_args(text: str) -> dict[str, str]:
-    """CNI_ARGS, ``K=V;K=V``. Nothing of ours depends on it enough to fail a pod for its form."""
+    """CNI_ARGS, ``K=V;K=V``. A bad form fails no pod: little depends on it."""
     pairs = (pair.partition("=") for pair in text.split(";") if "=" in pair)
     return {key.strip(): value.strip() for key, _, value in pairs}
 

@@ -1,9 +1,9 @@
-"""Validation of the configuration by jsonschema, and why it costs most calls nothing.
+"""Validation of the configuration by jsonschema, which most calls can skip.
 
 Importing jsonschema takes about 60 ms, more than the rest of the plugin together, and a
-configuration changes about never. So what jsonschema has accepted is kept, word for word, in
-the state folder (a tmpfs, gone with the node's boot), and a configuration found there is not
-validated again. What differs from call to call is no part of it.
+configuration hardly ever changes. So a configuration that jsonschema has accepted is kept, word
+for word, in the state folder (a tmpfs, gone with the node's boot). One that is found there is not
+validated again. Keys that differ from call to call are left out.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def _holds(path: Path, text: str) -> bool:
 
 
 def _remember(path: Path, text: str) -> None:
-    """A state folder that is full or read-only costs time at the next call, nothing else."""
+    """A state folder that is full or read-only costs time at the next call, no more."""
     part = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         part.write_text(text, encoding="utf-8")
         part.replace(path)
     except FileNotFoundError:
-        pass  # no state folder: nothing is loaded, and nothing shall be left behind
+        pass  # no state folder: no programs are loaded, and no file shall be left behind
     except OSError as error:
         log.say(f"cannot keep that the configuration is valid in {path}: {error}")
         with contextlib.suppress(OSError):

@@ -1,10 +1,10 @@
 """What the plugin remembers of its attachments, and the node's mode, in the state folder.
 
-One file per attachment, ``attachments/<containerID>:<ifname>.json``: ADD writes it before it
-touches the kernel, DEL removes it after the kernel is clean, so what is in the kernel is
-always a part of what is written here. (Neither a container ID nor an interface name can hold
-a colon.) Nothing is synced to disk: a power cut takes the kernel's side with it, and a file
-that it leaves torn is handled like one that is absent.
+One file per attachment, ``attachments/<containerID>:<ifname>.json``. ADD writes it before it
+touches the kernel, and DEL removes it after the kernel is clean. So what is in the kernel is
+always a part of what is written here. (Neither a container ID nor an interface name can hold a
+colon.) No file is synced to disk: a power cut takes the kernel's side with it. A file that it
+leaves torn is handled like one that is absent.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class State:
         self._failures = self.folder / names.FAILURES
 
     def make(self) -> None:
-        """Create the folders; the attachments are readable by root alone, whatever the umask."""
+        """Create the folders; the attachments are readable by root alone, under any umask."""
         self._attachments.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     @contextlib.contextmanager
@@ -77,7 +77,7 @@ class State:
 
         It is a flock(2) on the folder itself, so it needs no file that a full or read-only
         disk could refuse, and a process that dies lets go of it. Without the folder there is
-        nothing to guard.
+        no state to guard.
         """
         deadline = time.monotonic() + patience_s
         while True:
@@ -141,7 +141,7 @@ class State:
     def note_failure(self, key: Key, pod_namespace: str, pod_name: str, reason: str) -> None:
         """Tell `tcpip-bypass-node status` why there is no attachment, until remove() or write().
 
-        It does not make the state folder: without one nothing is loaded, and status says that.
+        It does not make the state folder: without one no programs are loaded, and status says that.
         """
         note = {"namespace": pod_namespace, "name": pod_name, "reason": reason}
         path = self._files(key)[2]

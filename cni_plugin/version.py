@@ -7,8 +7,8 @@ import select
 
 from cni_plugin.names import CNI_VERSIONS, NEWEST_CNI_VERSION
 
-# The reference implementation does not read standard input at all, so some caller may have
-# left it open: whoever says nothing for this long is answered as if they had asked nothing.
+# The reference implementation does not read standard input at all, so some caller may have left it
+# open. A caller that writes no byte for this long gets the answer to an empty request.
 _PATIENCE_MS = 100
 _SUPPORTED = ", ".join(f'"{version}"' for version in CNI_VERSIONS)
 
@@ -30,7 +30,7 @@ def _read(fd: int) -> bytes:
                 break
             chunks.append(chunk)
     except OSError:
-        pass  # a closed standard input asks nothing
+        pass  # a closed standard input is an empty request
     return b"".join(chunks)
 
 

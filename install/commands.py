@@ -21,6 +21,7 @@ from cni_plugin.state import Attachment, State
 from install import freshness, installer, leaving, log, report
 from install import selftest as selftests
 from install.generations import Generation, Generations, is_bpffs
+from install.plugin_files import DoesNotRun
 from install.pods import attached_cgroups
 
 if TYPE_CHECKING:
@@ -54,6 +55,25 @@ class Node:
         self.state.make()
         with self.state.locked(LOCK_PATIENCE_S):
             yield
+
+    @property
+    def plugin_problem(self) -> str:
+        """Why the node cannot run the plugin, as install found it; empty when it can."""
+        try:
+            return (self.state_dir / names.PLUGIN_PROBLEM).read_text()
+        except OSError:
+            return ""
+
+    def note_plugin_problem(self, problem: str) -> None:
+        """Raises OSError."""
+        path = self.state_dir / names.PLUGIN_PROBLEM
+        if not problem:
+            path.unlink(missing_ok=True)
+        elif problem != self.plugin_problem:
+            self.state.make()
+            staged = path.with_suffix(".part")
+            staged.write_text(problem)
+            staged.rename(path)
 
     def attachments(self) -> list[Attachment]:
         """Every attachment with a readable record."""
@@ -179,6 +199,7 @@ def unload(node: Node) -> None:
         with contextlib.suppress(OSError):
             for file in (names.NODE_JSON, names.JOINER_JSON):
                 (node.state_dir / file).unlink(missing_ok=True)
+            node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
     selftests.sweep()
 
@@ -197,7 +218,12 @@ def _locked_if_possible(node: Node) -> Iterator[None]:
 def install(node: Node, places: installer.Places, options: dict[str, Any] | None) -> None:
     """The plugin and its entry, in place and up to date."""
     wanted = installer.entry(node.bpffs, node.state_dir, options)
-    done = installer.install(places, wanted)
+    try:
+        done = installer.install(places, wanted)
+    except DoesNotRun as error:
+        node.note_plugin_problem(str(error))
+        raise
+    node.note_plugin_problem("")
     print(f"{places.files.link}: {'installed' if done.program_changed else 'was up to date'}")
     for problem in done.conf.problems:
         log.warning("conf_problem", problem)

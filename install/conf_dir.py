@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cni_plugin import names
@@ -31,6 +32,7 @@ _LIST = ".conflist"
 _SINGLE = (".conf", ".json")
 _BAKED = ".cilium_bak"  # Cilium's name for a configuration that it may give back later
 _OURS = ".tcpip-bypass"  # ends the names of files that we wrote here or moved aside
+_WITHDRAWN = f"entry{_OURS}"  # what our entry held when it was withdrawn
 _TRIES = 5
 
 
@@ -88,10 +90,15 @@ class ConfDir:
     def put_in(self, entry: Entry) -> Outcome:
         """Our entry into the configuration that the runtime uses; nothing if it is there.
 
+        And out of it when its owner has made it one in whose version the plugin cannot answer.
+
         Raises:
             OSError: something cannot be read or written, or somebody else never stops writing.
         """
-        return self._until_settled(lambda: self._put_in(entry, dry=False))
+        outcome = self._until_settled(lambda: self._put_in(entry, dry=False))
+        if outcome.conflist and self._withdrawn.exists():
+            _unlink(self._withdrawn)
+        return outcome
 
     def lacks(self, entry: Entry) -> bool:
         """Whether put_in would write."""
@@ -114,7 +121,29 @@ class ConfDir:
         Raises:
             OSError: as with put_in; our entry may be left then.
         """
-        return self._until_settled(self._take_out)
+        return self._until_settled(lambda: self._take_out(for_good=True))
+
+    def withdraw(self) -> Outcome:
+        """As take_out(), for a while: put_in() gives the entry its options back.
+
+        Raises:
+            OSError: as with put_in; our entry may be left then.
+        """
+        if ours := self.ours():
+            _write(self._withdrawn, json.dumps(ours.entry), ours.path.stat())
+        return self._until_settled(lambda: self._take_out(for_good=False))
+
+    @property
+    def _withdrawn(self) -> Path:
+        return self.path / _WITHDRAWN
+
+    def _as_before(self, entry: Entry) -> Entry:
+        """The entry, with what was withdrawn."""
+        try:
+            before = json.loads(_read(self._withdrawn) or b"{}")
+        except ValueError:  # not ours, or damaged
+            return entry
+        return replace(entry, withdrawn=before) if isinstance(before, dict) else entry
 
     def _until_settled(self, change: Callable[[], Outcome]) -> Outcome:
         for _ in range(_TRIES):
@@ -135,7 +164,7 @@ class ConfDir:
                 yield _File(path, _read(path))
 
     def _put_in(self, entry: Entry, *, dry: bool) -> Outcome:
-        problems = []
+        problems, entry = [], self._as_before(entry)
         for file in self._files((_LIST, *_SINGLE)):
             try:
                 before = file.as_list
@@ -148,10 +177,22 @@ class ConfDir:
                 after = conflist.with_entry(before, entry)
                 return self._written(file, after, tuple(problems), dry=dry)
             except ConfError as error:
-                problems.append(f"{file.path} is left alone: {error}")
-                return Outcome(None, False, tuple(problems))
+                changed = self._is_spared(file, dry=dry)
+                done = "no longer has our entry" if changed else "is left alone"
+                problems.append(f"{file.path} {done}: {error}")
+                return Outcome(None, changed, tuple(problems))
         problems.append(f"there is no network configuration in {self.path} yet")
         return Outcome(None, False, tuple(problems))
+
+    def _is_spared(self, file: _File, *, dry: bool) -> bool:
+        """Whether our entry had to go: in the list's version we answer each ADD with an error."""
+        chain = Conflist.parse(file.as_list)
+        is_one_of_several = 0 < len(chain.ours()) < len(chain.plugins)
+        if not (is_one_of_several and chain.unknown_versions()):
+            return False
+        if not dry:
+            _replace(file, conflist.without_entry(file.text))
+        return True
 
     def _written(self, file: _File, text: str, problems: tuple[str, ...], *, dry: bool) -> Outcome:
         if file.path.suffix not in _SINGLE:
@@ -174,7 +215,7 @@ class ConfDir:
         there = as_list.read_bytes().decode("utf-8", "surrogateescape")
         return _aside(single).exists() and conflist.has_entry(there)
 
-    def _take_out(self) -> Outcome:
+    def _take_out(self, *, for_good: bool) -> Outcome:
         problems, changed = [], None
         for file in self._files((_LIST, *_SINGLE, _BAKED)):
             try:
@@ -188,7 +229,7 @@ class ConfDir:
             if not self._given_back(file, bare):
                 _replace(file, bare)
             changed = changed or file.path
-        if not problems:
+        if for_good and not problems:
             self._sweep()
         return Outcome(changed, changed is not None, tuple(problems))
 

@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from cni_plugin import names
@@ -42,12 +42,14 @@ class NotValid(ConfError):
 class Entry:
     """What our entry shall hold.
 
-    ``options`` are the operator's; None means that those of an entry that is there stay.
-    ``folders`` are bpffs and stateDir, as far as they are not the defaults.
+    ``options`` are the operator's; None means that those of an entry that is there stay, or of
+    one that was withdrawn: ``withdrawn``. ``folders`` are bpffs and stateDir, as far as they are
+    not the defaults.
     """
 
     options: Json | None
     folders: Json
+    withdrawn: Json = field(default_factory=dict)
 
     def over(self, existing: Json) -> Json:
         """The entry, in place of an existing one."""
@@ -192,14 +194,17 @@ class Conflist:
         """The positions of our entry."""
         return [i for i, each in enumerate(self.types()) if each == names.PLUGIN]
 
+    def unknown_versions(self) -> list[str]:
+        """Those that a runtime may speak to us in a valid list, and that we do not."""
+        return [each for each in _versions(self.members) if each not in names.CNI_VERSIONS]
+
     def check_may_be_changed(self) -> None:
         """Raises ConfError when the plugin cannot work in this list, or somebody else makes it."""
-        for version in _versions(self.members):
-            if version not in names.CNI_VERSIONS:
-                raise ConfError(
-                    f"its cniVersion is {version}; {names.PLUGIN} can run in a chain of "
-                    f"{', '.join(names.CNI_VERSIONS)}"
-                )
+        if unknown := self.unknown_versions():
+            raise ConfError(
+                f"its cniVersion is {unknown[0]}; {names.PLUGIN} can run in a chain of "
+                f"{', '.join(names.CNI_VERSIONS)}"
+            )
         for multus in set(_MULTUS) & set(self.types()):
             # Multus writes this file anew at each start, and hands its delegates only the
             # runtimeConfig that it knows: neither the pod's cgroup nor its annotations
@@ -330,7 +335,7 @@ def with_entry(text: str, entry: Entry) -> str:
     chain.check_valid()
     chain.check_may_be_changed()
     ours = chain.ours()
-    existing = chain.plugins[ours[0]].value if ours else {}
+    existing = chain.plugins[ours[0]].value if ours else entry.withdrawn
     while len(ours) > 1 or ours == [0]:
         chain = Conflist.parse(_cut(chain, ours[-1]))
         ours = chain.ours()

@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cni_plugin import names, netconf, protocol, schema
 from install.conf_dir import ConfDir, Outcome
 from install.conflist import Entry
 from install.lock import FolderLock
-from install.plugin_files import InstallError, PluginFiles
+from install.plugin_files import DoesNotRun, InstallError, PluginFiles
 
 _LOCK_PATIENCE_S = 60.0
 _LEAVING_PATIENCE_S = 10.0
@@ -55,6 +55,10 @@ class Places:
         return [each for each in (self.conf_dir, self.bin_dir, *stored) if each.is_dir()]
 
 
+class Withdrawn(DoesNotRun):
+    """Our entry was just taken out of the network configuration, for pods would have failed."""
+
+
 @dataclass(frozen=True)
 class Installed:
     """What install() did."""
@@ -76,20 +80,51 @@ class Uninstalled:
 def install(places: Places, entry: Entry) -> Installed:
     """Whatever is missing, damaged or outdated; nothing when all is well, so it also repairs.
 
+    When it raises and the plugin that is installed does not run, no configuration names it.
+
     Raises:
-        InstallError: the source is missing, or its program does not run here.
-        OSError: something cannot be read or written; what was there before still works.
+        DoesNotRun: the node cannot run the new plugin, or no longer the installed one.
+        InstallError: the source is missing, or the plugin could not be tried.
+        OSError: something cannot be read or written.
     """
     places.bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with alone(places.bin_dir):
         files, conf = places.files, ConfDir(places.conf_dir)
-        intact = files.is_intact()  # reads 23 MB: once, when all is well
-        if not intact:
-            _check_writable(places.bin_dir)
-        if conf.lacks(entry):
-            _check_writable(places.conf_dir)
-        changed = not intact and files.install()
+        try:
+            intact = files.is_intact()  # reads 23 MB: once, when all is well
+            if not intact:
+                _check_writable(places.bin_dir)
+            if conf.lacks(entry):
+                _check_writable(places.conf_dir)
+            changed = not intact and files.install()
+            if intact:
+                files.check_runs()
+        except (InstallError, OSError) as error:
+            _spare_pods(files, conf, error)
         return Installed(changed, conf.put_in(entry))
+
+
+def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoReturn:
+    """Raises the problem; if the installed plugin does not run either, our entry goes first.
+
+    A runtime may have cached the configuration, so there is a stub in the plugin's place. (Where
+    the node has no /bin/sh either, that is no worse than what was there.)
+    """
+    try:
+        files.check_runs()
+    except DoesNotRun as why:
+        try:
+            out = conf.withdraw()
+        except OSError as error:
+            raise DoesNotRun(f"{problem}; our entry cannot be taken out: {error}") from why
+        if not out.changed:
+            raise problem from None
+        with contextlib.suppress(OSError):
+            files.put_stub()
+        raise Withdrawn(f"{problem}; so {out.conflist} no longer has our entry") from why
+    except InstallError:  # not known
+        pass
+    raise problem
 
 
 def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) -> Uninstalled:

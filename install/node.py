@@ -10,7 +10,7 @@ from pathlib import Path
 from bpf.loader import LoadError
 from cni_plugin import names
 from cni_plugin.attachment import NotLoaded
-from install import commands, installer, log, paths
+from install import commands, examples, installer, log, paths
 from install.lock import FolderLock
 from install.plugin_files import InstallError
 
@@ -143,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command("pause", "Send all bytes by TCP, from the next message on, until `resume`.", one_pod)
     command("resume", "Let connections bypass TCP/IP again, those of single pods too.", one_pod)
+    examples.add_to(parser, commands_of.choices)
     return parser
 
 

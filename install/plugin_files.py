@@ -9,23 +9,22 @@ was started from. The folder from before therefore stays until the next swap.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import json
 import os
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from cni_plugin import names
+from install import host, trial
 from install.conf_dir import sync_folder
 
 _STORE = f".{names.PLUGIN}"
 _STAGED = f".{names.PLUGIN}.next"
 _PART = ".part"
 _DIGEST_LENGTH = 16
-_PROBE_TIMEOUT_S = 60.0
 
 _VERSIONS = ", ".join(f'"{version}"' for version in names.CNI_VERSIONS)
 STUB = f"""\
@@ -57,6 +56,10 @@ exit 1
 
 class InstallError(Exception):
     """Nothing was installed; the message says what to do about it."""
+
+
+class DoesNotRun(InstallError):
+    """The node cannot run the plugin; the message says why."""
 
 
 def digest(folder: Path) -> str:
@@ -113,8 +116,10 @@ class PluginFiles:
         """Whether anything had to be done.
 
         Raises:
-            InstallError: the source is missing, or its program does not run here.
-            OSError: the folder cannot be written. What was installed before still is.
+            DoesNotRun: the node cannot run it.
+            InstallError: the source is missing, or it could not be tried.
+            OSError: the folder cannot be written.
+            What was installed before still is, and nothing else.
         """
         if self.is_intact():
             return False
@@ -123,6 +128,35 @@ class PluginFiles:
         self._swap_in(folder)
         self._remove_all_but(folder, before)
         return True
+
+    def check_runs(self) -> None:
+        """Of the plugin that the runtime finds, whole or not.
+
+        Raises:
+            DoesNotRun: the node cannot run it, or there is none.
+            InstallError: it could not be tried.
+        """
+        if self.has_stub:
+            raise DoesNotRun("the plugin was removed from this node")
+        self._try(self.link)
+
+    def _try(self, program: Path) -> None:
+        """As the node would run it. Raises as check_runs()."""
+        try:
+            on_node = self._on_node(program)
+            why = trial.why_not(on_node, self.proc)
+        except (OSError, trial.NotTried) as error:
+            raise InstallError(
+                f"whether the node can run the plugin could not be tried: {error}"
+            ) from error
+        if why:
+            raise DoesNotRun(f"the node cannot run the plugin: {why}")
+
+    def _on_node(self, program: Path) -> Path:
+        """What the node calls it."""
+        if self.proc == host.OWN_PROC:
+            return program
+        return host.path_on_node(self.bin_dir, self.proc) / program.relative_to(self.bin_dir)
 
     def _current(self) -> Path | None:
         """The folder in our store that the link names."""
@@ -133,10 +167,11 @@ class PluginFiles:
         return self.store / parts[1] if is_ours else None
 
     def _stored(self) -> Path:
-        """A folder in the store that has the source's content, synced; one is made if need be."""
+        """A folder in the store with the source's content, synced and tried; made if need be."""
         folder, copies = self.store / self.wanted, 0
         while folder.exists():
             if digest(folder) == self.wanted:
+                self._try(folder / names.PLUGIN)
                 return folder
             copies += 1  # that one is damaged, but executions may run from it
             folder = self.store / f"{self.wanted}.{copies}"
@@ -147,10 +182,12 @@ class PluginFiles:
         try:
             shutil.copytree(self.source, part, symlinks=True)
             _settle(part)
-            _probe(part / names.PLUGIN)
+            self._try(part / names.PLUGIN)
             part.rename(folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(OSError):  # unless there are other versions in it
+                self.store.rmdir()
             raise
         sync_folder(self.store)
         return folder
@@ -251,26 +288,3 @@ def _settle(folder: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _probe(program: Path) -> None:
-    """Raises InstallError unless it answers VERSION: one that does not would stop every pod."""
-    call = f'{{"cniVersion": "{names.NEWEST_CNI_VERSION}"}}'
-    try:
-        done = subprocess.run(
-            [program],
-            env={"CNI_COMMAND": "VERSION"},
-            input=call,
-            capture_output=True,
-            text=True,
-            timeout=_PROBE_TIMEOUT_S,
-            check=True,
-        )
-        if names.NEWEST_CNI_VERSION in json.loads(done.stdout)["supportedVersions"]:
-            return
-        why = f"it answers VERSION with {done.stdout!r:.200}"
-    except subprocess.CalledProcessError as error:
-        why = f"it ends with {error.returncode}: {error.stderr.strip()!r:.200}"
-    except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError) as error:
-        why = str(error)
-    raise InstallError(f"the plugin does not run on this node, so it is not installed: {why}")

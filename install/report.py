@@ -48,6 +48,7 @@ class Facts:
     attachments: list[Attachment]
     attached: frozenset[int]  # IDs of the pods whose programs are where they should be
     failures: list[Failure]
+    plugin_problem: str  # why the node cannot run the plugin; empty when it can
 
 
 def facts(node: Node) -> Facts:
@@ -65,6 +66,7 @@ def facts(node: Node) -> Facts:
         attachments=attachments,
         attached=frozenset(record.pod_id for record in attachments if programs_of(record)),
         failures=_failures(node),
+        plugin_problem=node.plugin_problem,
     )
 
 
@@ -164,6 +166,7 @@ def report(node: Node) -> dict[str, Any]:
         "paused": found.paused,
         "mode": found.mode,
         "reason": found.reason,
+        "plugin_problem": found.plugin_problem or None,
         "pods": [_pod(record, found, pods.get(record.pod_id, {})) for record in found.attachments],
         "failures": [asdict(failure) for failure in found.failures],
     }

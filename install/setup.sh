@@ -1,12 +1,13 @@
 #!/bin/sh
-# Everything that building, testing and the demo need on a bare Debian 12 or Ubuntu 24.04:
+# Everything that building, testing and the demo need on a bare Debian 12 or 13:
 # distribution packages, then a venv on the distribution's own Python (bcc lives there).
+# libpython3-dev brings its shared library, which PyInstaller needs, whatever its version.
 set -eu
 cd "$(dirname "$0")/.."
 
 packages="
 	python3-venv python3-bpfcc libbpf1 linux-libc-dev
-	binutils gcc libc6-dev clang-format
+	libpython3-dev binutils gcc libc6-dev
 	iproute2 iptables conntrack openssl strace tcpdump
 	containernetworking-plugins nginx-light wrk nghttp2-client
 	containerd runc busybox-static
@@ -28,3 +29,4 @@ fi
 [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
 .venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
 .venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
+install/agent/messages.sh .venv/bin/python .

@@ -82,6 +82,8 @@ def _head(found: Facts) -> Iterator[RenderableType]:
         yield Text("Half unloaded: run tcpip-bypass-node unload again, or load.", "red")
     else:
         yield "Not loaded: pods on this node use plain TCP. Run tcpip-bypass-node load."
+    if found.plugin_problem:
+        yield Text(f"No new pod is accelerated: {found.plugin_problem}", "red")
     if found.paused:
         yield Text("Paused: all bytes go by TCP until tcpip-bypass-node resume.", "yellow")
     if older:

@@ -30,12 +30,12 @@ from install.commands import Node
 from install.conf_dir import ConfDir
 from install.conflist import Entry
 from install.freshness import reason_to_load
-from install.installer import Places
+from install.installer import Places, Withdrawn
 from install.lock import FolderLock
-from install.plugin_files import InstallError
+from install.plugin_files import DoesNotRun, InstallError
 
 LOOK_S = 60.0  # how often the loop comes round when nothing happens
-FILES_S = 300.0  # 15 ms each, to read the plugin's 23 MB
+FILES_S = 120.0  # 150 ms each, to read the plugin's 23 MB and to try it
 SANDBOXES_S = 900.0  # 300 ms each, for a child that asks the runtime
 SETTLE_S = 0.2  # events come in groups
 RUNTIME_SETTLE_S = 2.0  # a runtime that has just made its socket reads its own state first
@@ -163,10 +163,19 @@ class Agent:
         self._health.set_ready(self._problems())
 
     def _no_pod_can_start(self) -> bool:
-        """Whether the runtime is told to call a plugin that is not there."""
-        places = self._settings.places
-        with contextlib.suppress(OSError):  # the task will say
-            return not places.files.link.exists() and ConfDir(places.conf_dir).ours() is not None
+        """Whether the runtime is told to call a plugin that is not there, or is no use any more.
+
+        The second is asked at the agent's start alone: the node was perhaps started with it.
+        """
+        files, conf = self._settings.places.files, ConfDir(self._settings.places.conf_dir)
+        first = self._files.due == 0
+        try:
+            if (first or not files.link.exists()) and conf.ours() is not None:
+                files.check_runs()
+        except DoesNotRun:
+            return True
+        except (InstallError, OSError):  # the task will say
+            pass
         return False
 
     def _do(self, task: Task) -> None:
@@ -244,12 +253,18 @@ class Agent:
             done = installer.install(places, self._settings.entry)
         except (InstallError, OSError) as error:
             self._metrics.failed("plugin" if isinstance(error, InstallError) else "conflist")
+            if isinstance(error, DoesNotRun):
+                self._note_plugin_problem(str(error))
+            if isinstance(error, Withdrawn):
+                log.error("entry_withdrawn", str(error), path=places.conf_dir)
             raise
+        self._note_plugin_problem("")
         if done.program_changed:
             self._metrics.repaired("plugin")
             log.info("plugin_installed", "installed the plugin", path=places.files.link)
         if done.conf.changed:
             self._metrics.repaired("conflist")
+        if done.conf.changed and done.conf.conflist:
             log.info("conflist_changed", "put our entry in", path=done.conf.conflist)
             # Pods that have started meanwhile; and look again for those that were starting.
             self._second_look = True
@@ -260,6 +275,11 @@ class Agent:
             log.warning("conf_problem", problem)
         self._conf_problems = set(done.conf.problems)
         return not (done.program_changed or done.conf.changed)
+
+    def _note_plugin_problem(self, problem: str) -> None:
+        """For `status` and the metrics."""
+        with contextlib.suppress(OSError):  # the state folder: it is said there where it is needed
+            self._node.note_plugin_problem(problem)
 
     def _look_at_runtime(self) -> None:
         """A runtime that has been started again has a new socket, and may have forgotten pods."""

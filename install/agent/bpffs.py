@@ -13,11 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from install import host
 from install.agent.schedule import NotDone
 from install.generations import is_bpffs
-
-OWN_PROC = Path("/proc")
-CLONE_NEWNS = 0x00020000  # linux/sched.h
 
 
 def mount(bpffs: Path, host_proc: Path) -> bool:
@@ -29,7 +27,7 @@ def mount(bpffs: Path, host_proc: Path) -> bool:
     if is_bpffs(bpffs):
         return False
     argv = [sys.executable, "-m", __name__, str(bpffs.parent)]
-    if host_proc != OWN_PROC:
+    if host_proc != host.OWN_PROC:
         argv.append(str(host_proc / "1/ns/mnt"))
     root = Path(__file__).parents[2]
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
@@ -43,14 +41,9 @@ def main(folder: str, namespace: str | None = None) -> None:
     """Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if namespace:
-        with Path(namespace).open("rb") as file:
-            _check(libc.setns(file.fileno(), CLONE_NEWNS), namespace)
-    _check(libc.mount(b"bpf", os.fsencode(folder), b"bpf", 0, b"mode=0700"), folder)
-
-
-def _check(result: int, subject: str) -> None:
-    if result:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), subject)
+        host.enter_mounts(Path(namespace))
+    if libc.mount(b"bpf", os.fsencode(folder), b"bpf", 0, b"mode=0700"):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), folder)
 
 
 if __name__ == "__main__":

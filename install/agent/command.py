@@ -24,7 +24,7 @@ CRI_SOCKETS = (
 
 def gc(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    from install.agent import cri, repair  # noqa: PLC0415 - 30 MB, see cri.py
+    from install.agent import cri, repair  # noqa: PLC0415 - 22 MB, see cri.py
 
     sockets = _sockets(arguments)
     socket = next((each for each in sockets if each.is_socket()), None)

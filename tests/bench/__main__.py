@@ -126,8 +126,9 @@ def main() -> int:
     chosen = arguments()
     console = Console(soft_wrap=True, highlight=False)
     if chosen.report is not None:
-        report.write(load(chosen.report), DOCUMENT, PICTURES)
-        console.print(f"{DOCUMENT} and {PICTURES}/bench-*.png from {chosen.report}")
+        every_table = chosen.report.with_name("tables.md")
+        report.write(load(chosen.report), DOCUMENT, PICTURES, every_table)
+        console.print(f"{DOCUMENT}, {PICTURES}/bench-*.png and {every_table}")
         return 0
     if os.geteuid() != 0:
         console.print("The benchmark makes network namespaces and loads BPF programs: run as root.")

@@ -1,47 +1,54 @@
-"""The Markdown report: what was promised, where it is not faster, and every table."""
+"""The Markdown report: a short page for the documents, and a file with every table."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.bench import limits, machine, plots
 from tests.bench.limits import Verdict
 from tests.bench.metrics import METRICS
 from tests.bench.results import Results, Section
+from tests.bench.stats import Interval
 from tests.bench.tables import CHAPTERS, NOT_MEASURED, Chapter, Table
 
 HEAD = """\
 # Benchmarks
 
-Written by `python -m tests.bench --report`; do not edit. To run it again, as root:
-`make bench` (an hour; `make bench BENCH=--quick`: two minutes).
+Written by `python -m tests.bench --report`; do not edit. To run it again, as root: `make bench` (an
+hour; `make bench BENCH=--quick`: two minutes). Every table is then in `build/bench/tables.md`.
 
-Everything is measured over TCP/IP and bypassed in turn, within seconds of each other, every other
-pair in reverse order, on pinned CPUs, after a warm-up. The plain pods stand on the same node and
-differ by the annotation `tcpip-bypass/enabled: "false"` alone. Figures are medians over the runs
-with ± half of the interquartile range, TCP → bypass. A ratio is the median of the pairs' ratios,
-bypass to TCP; in brackets its 95 % interval: the percentile bootstrap over the pairs (4,000 times
-as many pairs as there are, drawn with replacement). With five pairs that is nearly their whole
-range.
+Each value is measured over TCP/IP and bypassed in turn, within seconds, every other pair in reverse
+order, on pinned CPUs, after a warm-up. The plain pods are on the same node and differ in the
+annotation `tcpip-bypass/enabled: "false"` alone. A ratio is the median of the pairs' ratios, bypass
+to TCP. In brackets is its 95 % interval: the percentile bootstrap over the pairs (4,000 times as
+many pairs as there are, drawn with replacement). With five pairs that is nearly their whole range.
+"""
+TABLES = """\
+# All tables of the benchmarks
+
+Written by `python -m tests.bench --report`. Figures are medians over the runs with ± half of the
+interquartile range, TCP → bypass: and their ratio.
 """
 
 
-def write(results: Results, document: Path, pictures: Path) -> None:
-    """Render the report, and its pictures into a folder of their own."""
+def write(results: Results, document: Path, pictures: Path, every_table: Path) -> None:
+    """Render the page with its pictures, and all tables into a file of their own."""
     drawn = plots.draw(results, pictures)
-    lines = [HEAD, *_machine(results), *_promised(results), *_not_faster(results)]
+    page = [HEAD, *_machines(results), *_promised(results), *_lost(results)]
+    tables = [TABLES, *_runs(results), *_lost_cases(results)]
     for name, chapter in CHAPTERS.items():
         if name in results.sections:
-            shown = [
-                os.path.relpath(drawn[picture], document.parent)
-                for picture in chapter.pictures
-                if picture in drawn
-            ]
-            lines += _chapter(chapter, results.sections[name], shown)
-    document.write_text("\n".join(lines).rstrip() + "\n")
+            page += [f"## {chapter.title}\n", f"{chapter.text}\n"]
+            for picture in filter(drawn.__contains__, chapter.pictures):
+                link = os.path.relpath(drawn[picture], document.parent)
+                page.append(f"![{chapter.title}]({link})\n")
+            tables += _chapter(chapter, results.sections[name])
+    for path, lines in ((document, page), (every_table, tables)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines).rstrip() + "\n")
 
 
 def _row(cells: list[str]) -> str:
@@ -52,46 +59,44 @@ def _header(titles: list[str]) -> list[str]:
     return [_row(titles), _row(["---"] * len(titles))]
 
 
-def _machine(results: Results) -> Iterator[str]:
-    """One line per distinct machine, and a warning where it was busy."""
+def _machines(results: Results) -> Iterator[str]:
+    """Each distinct machine with its sections, and a warning where one was busy."""
     yield "## The machine\n"
-    titles = ["section", "date", "kernel", "CPU", "memory", "congestion control"]
-    yield from _header([*titles, "busy before", "stolen"])
+    sections_of: dict[str, list[str]] = {}
     for name, section in results.sections.items():
         found = section.machine
-        busy = ", ".join(f"CPU {cpu}: {share:.0%}" for cpu, share in found["busy_before"].items())
         cpu = f"{found['cpus']} x {found['cpu']}, measuring on {found['measuring_cpu']}"
-        stolen = f"{found.get('stolen_share', 0):.1%}"
-        memory, control = f"{found['memory_gib']} GiB", found["congestion_control"]
-        yield _row([name, found["date"], found["kernel"], cpu, memory, control, busy, stolen])
-    yield ""
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        node = f"Linux {found['kernel']}, {cpu}, {found['memory_gib']} GiB"
+        what = f"{node}; {found['distribution']}; {versions}"
+        sections_of.setdefault(what, []).append(f"{name} ({found['date'][:10]})")
+    for what, names in sections_of.items():
+        yield f"{what}: {', '.join(names)}.\n"
     for name, section in results.sections.items():
         if (warning := machine.disturbance(section.machine)) is not None:
             yield f"**Section {name}: {warning}.**\n"
         if "incomplete" in section.machine:
             yield f"**Section {name} is incomplete: {section.machine['incomplete']}.**\n"
-    yield from _counted(results)
-    yield _versions(next(iter(results.sections.values())).machine) if results.sections else ""
-    yield ""
 
 
-def _counted(results: Results) -> Iterator[str]:
-    """That the bypassed runs were bypassed."""
-    yield "What the data path counted for the accelerated pods: the part of the bytes that bypassed"
-    yield "TCP by hop, and the ends of connections (in *others* nothing is meant to bypass):\n"
+def _runs(results: Results) -> Iterator[str]:
+    """When and how each section was measured, and that its bypassed runs were bypassed."""
+    yield "## The runs\n"
+    yield "Bypassed: the part of the bytes by hop. Ends: of connections of the accelerated pods.\n"
+    titles = ["section", "date", "congestion control", "busy before", "stolen", "bypassed", "ends"]
+    yield from _header(titles)
     for name, section in results.sections.items():
+        found = section.machine
+        busy = ", ".join(f"CPU {cpu}: {share:.0%}" for cpu, share in found["busy_before"].items())
         shares = [
-            f"{hop} {found.share:.1%}" for hop, found in section.payload.items() if found.bypassed
+            f"{hop} {each.share:.1%}" for hop, each in section.payload.items() if each.bypassed
         ]
         ends = [f"{count:,} {outcome}" for outcome, count in section.outcomes.items() if count]
-        if shares:
-            yield f"- {name}: {', '.join(shares)}; {', '.join(ends)}"
+        stolen = f"{found.get('stolen_share', 0):.1%}"
+        control = found["congestion_control"]
+        cells = [name, found["date"], control, busy, stolen, ", ".join(shares), ", ".join(ends)]
+        yield _row(cells)
     yield ""
-
-
-def _versions(found: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['distribution']}; {versions}."
 
 
 def _promised(results: Results) -> Iterator[str]:
@@ -123,29 +128,58 @@ def _kept(verdict: Verdict) -> str:
     return f"**no**, {verdict.broken} of {verdict.cases} cases, {surely}"
 
 
-def _not_faster(results: Results) -> Iterator[str]:
-    """Every case that lost for certain: the whole interval is on the wrong side of 1."""
-    yield "## Where it is not faster\n"
-    found = [
-        _row([name, case, METRICS[metric].title, str(ratio)])
+@dataclass(frozen=True)
+class Lost:
+    """A case whose whole interval is on the wrong side of 1."""
+
+    section: str
+    case: str
+    metric: str
+    ratio: Interval
+
+
+def _lost_of(results: Results) -> list[Lost]:
+    return [
+        Lost(name, case, metric, ratio)
         for name, section in results.sections.items()
         for case in section.cases()
         for metric in METRICS
         if (ratio := section.ratio(case, metric)) is not None
         and (ratio.high < 1 if METRICS[metric].higher_is_better else ratio.low > 1)
     ]
-    if not found:
+
+
+def _lost(results: Results) -> Iterator[str]:
+    """What lost for certain, by section and value: how many cases, and the worst of them."""
+    yield "## Where it is not faster\n"
+    groups: dict[tuple[str, str], list[Lost]] = {}
+    for each in _lost_of(results):
+        groups.setdefault((each.section, each.metric), []).append(each)
+    if not groups:
         yield "In no case was the whole interval on the wrong side of 1.\n"
         return
-    yield "Every case whose whole interval is on the wrong side of 1.\n"
-    yield from [*_header(["section", "case", "value", "bypass to TCP"]), *found, ""]
+    yield "The cases whose whole interval is on the wrong side of 1, and the worst of them.\n"
+    yield from _header(["section", "value", "cases", "worst, bypass to TCP"])
+    for (name, metric), lost in groups.items():
+        section = results.sections[name]
+        measured = sum(section.ratio(case, metric) is not None for case in section.cases())
+        sign = 1 if METRICS[metric].higher_is_better else -1
+        worst = min(lost, key=lambda each: sign * each.ratio.middle)
+        cases = f"{len(lost)} of {measured}"
+        yield _row([name, METRICS[metric].title, cases, f"{worst.ratio} ({worst.case})"])
+    yield ""
 
 
-def _chapter(chapter: Chapter, section: Section, pictures: Sequence[str]) -> Iterator[str]:
+def _lost_cases(results: Results) -> Iterator[str]:
+    yield "## Every case that is not faster\n"
+    yield from _header(["section", "case", "value", "bypass to TCP"])
+    for each in _lost_of(results):
+        yield _row([each.section, each.case, METRICS[each.metric].title, str(each.ratio)])
+    yield ""
+
+
+def _chapter(chapter: Chapter, section: Section) -> Iterator[str]:
     yield f"## {chapter.title}\n"
-    yield f"{chapter.text}\n"
-    for picture in pictures:
-        yield f"![{chapter.title}]({picture})\n"
     for table in chapter.tables:
         rows = list(_rows(table, section))
         if rows:

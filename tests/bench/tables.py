@@ -170,9 +170,8 @@ ANSWERS = by_pinning(
 CHAPTERS = {
     "hops": Chapter(
         "Round trips on each hop",
-        "A small C program at each end, in the sidecar's and the application's place; both ends on "
-        "one CPU. The last column compares with AF_UNIX stream sockets on the same CPU, the limit "
-        "that the paper names.",
+        "A small C program takes the sidecar's and the application's place; both ends are on one "
+        "CPU. AF_UNIX stream sockets on the same CPU are the limit that the paper names.",
         (
             Table(
                 "",
@@ -193,8 +192,8 @@ CHAPTERS = {
         "time. A slow reader works 2 ns on each byte. Duplex: both ends read and write, in one "
         "event loop each. The ends share a CPU or have one each. Measured from 40 to 120 ms after "
         "the connection was made, the mean of three; settled: a fast reader from 500 to 650 ms.\n\n"
-        "Nothing stops a redirecting sender but the bound on what its peer may leave unread. On "
-        "one CPU it gets there in every time slice, while TCP blocks it and lets the reader run. "
+        "Only the bound on unread bytes stops a redirecting sender. On one CPU the sender reaches "
+        "it in every time slice, while TCP blocks the sender and lets the reader run. "
         "TCP gathers small writes as long as its congestion window is small, and is faster then: "
         "for some tenths of a second. Then it sends each at once, and the bypass is two to four "
         "times as fast. Inside a pod the programs hold the window of a socket that sends by TCP "
@@ -218,14 +217,11 @@ CHAPTERS = {
         "Load generator, Envoy, Envoy, nginx, all on one CPU. CPU time is that of both pods "
         "(cpu.stat of their cgroups), the load generator's included; the kernel counts softirq "
         "work for the process on whose time it ran, which here is one of these.\n\n"
-        "At a fixed rate the CPU rests between requests and finds its caches cold: whatever the "
-        "bytes go over, a small request then takes about twice the CPU that it takes in a closed "
-        "loop of one connection. What the hops save is hardly more than there, so it is a smaller "
-        "part.\n\n"
-        "How far could anybody get? The same Envoys, nginx and load generators stand there once "
-        "more, with a socket of AF_UNIX in the place of each hop's TCP connection: the last two "
-        "tables. What a request takes there is theirs, and the system calls', of which there are "
-        "as many.",
+        "At a fixed rate the CPU rests between requests and finds its caches cold. A small request "
+        "then takes about twice the CPU that it takes in a closed loop of one connection, over TCP "
+        "and bypassed. The hops save about as much as there, so it is a smaller part.\n\n"
+        "The limit is measured, too: the same programs with a socket of AF_UNIX in the place of "
+        "each hop's TCP connection. They make as many system calls.",
         (
             Table(
                 "So many connections, each asks again when it is answered (wrk; HTTP/2: h2load)",
@@ -277,23 +273,23 @@ CHAPTERS = {
     "answers": Chapter(
         "Large answers under CUBIC",
         "Connect, one request of 64 bytes, one large answer in writes of so many bytes, close; one "
-        "after the other. Nothing has grown yet: neither buffers nor TCP's window. The reader "
-        "blocks in recv; the ends share a CPU or have one each.",
+        "after the other. Buffers and TCP's window are as a connection begins. The reader blocks "
+        "in recv; the ends share a CPU or have one each.",
         ANSWERS,
     ),
     "answers-bbr": Chapter(
         "Large answers under BBR", "The same where the pods' congestion control is BBR.", ANSWERS
     ),
     "others": Chapter(
-        "Those who gain nothing",
-        "out, in: an accelerated pod and somebody beyond the node's bridge who is not. stranger: "
-        "two pods outside the mesh, with our programs loaded and an accelerated pod next to them, "
-        "against a node with neither. Ratios of 1 are what is wanted.",
+        "Connections that cannot gain",
+        "out, in: between an accelerated pod and a pod beyond the node's bridge that is not. "
+        "stranger: two pods outside the mesh, with our programs loaded and an accelerated pod next "
+        "to them, against a node with neither. The aim is a ratio of 1.",
         (
             Table(
                 "",
                 "*",
-                ("who",),
+                ("pods",),
                 {
                     "round trip, us": both("median_us"),
                     "MB/s, writes of 64 KB": both("bytes_per_s"),

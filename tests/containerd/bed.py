@@ -16,15 +16,16 @@ from pathlib import Path
 
 from cni_plugin import names
 from tests.bed import cgroups, cni
-from tests.bed.bed import FROZEN_PLUGIN, REFERENCE_PLUGINS
+from tests.bed.bed import FROZEN_PLUGIN
 from tests.bed.cni import Json
 from tests.bed.node import PROGRAM
 from tests.bed.pod import APP_UID, MESH
-from tests.containerd import containerd, inventory, node
+from tests.containerd import containerd, inventory, node, releases
 from tests.containerd.containerd import NETWORK, Containerd
 from tests.containerd.cri import Cri, PodIdentity
 from tests.containerd.inventory import Inventory
 from tests.containerd.node import Node
+from tests.containerd.releases import Release
 
 OWN_PLUGINS = Path(__file__).with_name("plugins")
 RECORDED = "recorded"
@@ -197,21 +198,24 @@ class RuntimeBed:
 @contextmanager
 def open_bed() -> Iterator[RuntimeBed]:
     """A node with our programs loaded and containerd running; all gone on leaving."""
+    release = releases.chosen()
     with node.made() as made:
-        _fill_bin_dir(made.folder / "bin")
+        _fill_bin_dir(made.folder / "bin", release)
         _install_ours(made.folder / "bin")
         (made.folder / "calls").mkdir()
         made.run([PROGRAM, "load"])
-        with containerd.running(made, _chains(made.folder / "ipam")) as runtime:
+        with containerd.running(made, _chains(made.folder / "ipam"), release) as runtime:
             yield RuntimeBed(made, runtime, inventory.of(made, runtime.cri))
 
 
 @contextmanager
-def open_bare_bed() -> Iterator[RuntimeBed]:
+def open_bare_bed(release: Release | None = None) -> Iterator[RuntimeBed]:
     """A node that has never heard of us: one chain, PLAIN, and containerd running."""
+    release = release or releases.chosen()
     with node.made() as made:
-        _fill_bin_dir(made.folder / "bin")
-        with containerd.running(made, {PLAIN: [cni.bridge(made.folder / "ipam")]}) as runtime:
+        _fill_bin_dir(made.folder / "bin", release)
+        chains = {PLAIN: [cni.bridge(made.folder / "ipam")]}
+        with containerd.running(made, chains, release) as runtime:
             yield RuntimeBed(made, runtime, inventory.of(made, runtime.cri))
 
 
@@ -231,10 +235,10 @@ def _recorded(plugin: Json) -> Json:
     return {**plugin, "type": f"{RECORDED}-{plugin['type']}"}
 
 
-def _fill_bin_dir(folder: Path) -> None:
+def _fill_bin_dir(folder: Path, release: Release) -> None:
     """The reference plugins."""
     folder.mkdir()
-    for program in REFERENCE_PLUGINS.iterdir():
+    for program in release.plugins.iterdir():
         (folder / program.name).symlink_to(program)
 
 

@@ -1,8 +1,8 @@
 """containerd on a node: configured, started, killed, started again.
 
-Debian's and Ubuntu's own packages. Inside the node's mount namespace it has the paths that every
-node has (/run/containerd, /run/netns, /var/lib/cni); only its root is elsewhere, because overlayfs
-cannot lie on the node's /var/lib, which is one.
+Debian's and Ubuntu's own packages, or newer ones beside them (releases.py). Inside the node's mount
+namespace it has the paths that every node has (/run/containerd, /run/netns, /var/lib/cni); only its
+root is elsewhere, because overlayfs cannot lie on the node's /var/lib, which is one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.bed.cni import Json
 from tests.containerd import cri, image
 from tests.containerd.cri import Cri, CriError
 from tests.containerd.node import Node
+from tests.containerd.releases import Release
 
 START_TIMEOUT_S = 30
 METRICS_PORT = 1338
@@ -81,8 +82,11 @@ class CniCalls:
 class Containerd:
     """A runtime with one CNI chain per runtime handler, the first one being the default."""
 
-    def __init__(self, node: Node, cri: Cri, chains: Mapping[str, Sequence[Json]]) -> None:
+    def __init__(
+        self, node: Node, cri: Cri, chains: Mapping[str, Sequence[Json]], release: Release
+    ) -> None:
         self.cri = cri
+        self.release = release
         self._node = node
         self._process: subprocess.Popen[bytes] | None = None
         self._log = node.folder / "containerd.log"
@@ -96,13 +100,15 @@ class Containerd:
         Raises:
             RuntimeError: it ended, or is not ready after START_TIMEOUT_S; with its log.
         """
+        programs = self.release.programs
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._node.entering(["containerd", "--config", self._config]),
+                self._node.entering([programs / "containerd", "--config", self._config]),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"PATH": os.environ["PATH"]},  # plugins inherit it; a service has little else
+                # Plugins inherit it; a service has little else. The shim is looked for in it.
+                env={"PATH": f"{programs}:{os.environ['PATH']}"},
                 start_new_session=True,
             )
         self._wait_until("takes calls", self._is_ready)
@@ -118,7 +124,7 @@ class Containerd:
         """Give it the sandboxes' image."""
         archive = self._node.folder / "pause.tar"
         image.write(archive)
-        self._node.run(["ctr", "--namespace", "k8s.io", "images", "import", archive])
+        self._ctr("images", "import", archive)
         self._wait_until("knows its image", self._has_image)
 
     def cni_calls(self) -> CniCalls:
@@ -145,7 +151,8 @@ class Containerd:
         for name, plugins in chains.items():
             conf_dir = self._node.folder / "net.d" / name
             conf_dir.mkdir(parents=True)
-            conflist = {"cniVersion": "1.0.0", "name": NETWORK, "plugins": plugins}
+            version = self.release.cni_version
+            conflist = {"cniVersion": version, "name": NETWORK, "plugins": plugins}
             (conf_dir / "10-pods.conflist").write_text(json.dumps(conflist, indent=2))
             if not text:
                 text = CONFIG.format(
@@ -162,14 +169,16 @@ class Containerd:
 
     def _is_ready(self) -> bool:
         try:
-            return all(self.cri.conditions().values())
+            return self.cri.is_ready()
         except CriError:
             return False
 
     def _has_image(self) -> bool:
         # The CRI plugin hears of an import a moment later; then it adds a name by digest.
-        listed = self._node.run(["ctr", "--namespace", "k8s.io", "images", "ls", "--quiet"])
-        return "sha256:" in listed
+        return "sha256:" in self._ctr("images", "ls", "--quiet")
+
+    def _ctr(self, *arguments: str | Path) -> str:
+        return self._node.run([self.release.programs / "ctr", "--namespace", "k8s.io", *arguments])
 
     def _wait_until(self, what: str, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -188,10 +197,12 @@ def _metric(text: str, name: str, operation: str) -> int:
 
 
 @contextmanager
-def running(node: Node, chains: Mapping[str, Sequence[Json]]) -> Iterator[Containerd]:
+def running(
+    node: Node, chains: Mapping[str, Sequence[Json]], release: Release
+) -> Iterator[Containerd]:
     """A containerd that has its image; killed on leaving."""
     with cri.connected(node.outside(SOCKET)) as client:
-        containerd = Containerd(node, client, chains)
+        containerd = Containerd(node, client, chains, release)
         try:
             containerd.start()
             containerd.import_pause_image()

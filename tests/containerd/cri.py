@@ -38,9 +38,14 @@ class Cri(Runtime):
     """One connection to a runtime; calls may come from several threads and raise CriError."""
 
     def conditions(self) -> dict[str, bool]:
-        """RuntimeReady and NetworkReady."""
+        """RuntimeReady and NetworkReady; newer runtimes have others of their own beside them."""
         answer = self.call("Status", messages.StatusRequest())
         return {condition.type: condition.status for condition in answer.status.conditions}
+
+    def is_ready(self) -> bool:
+        """Whether kubelet would call the node ready."""
+        conditions = self.conditions()
+        return conditions["RuntimeReady"] and conditions["NetworkReady"]
 
     def run_sandbox(
         self,

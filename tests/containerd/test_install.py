@@ -75,7 +75,7 @@ def _write_configuration(bed: RuntimeBed, conf_dir: Path, form: str) -> None:
 
 def _wait_until_ready(bed: RuntimeBed) -> None:
     deadline = time.monotonic() + RELOAD_S
-    while not all(bed.cri.conditions().values()):
+    while not bed.cri.is_ready():
         assert time.monotonic() < deadline, bed.containerd.log()[-2000:]
         time.sleep(0.05)
 
@@ -98,7 +98,7 @@ def always_ready(bed: RuntimeBed, *, but_for: float = 0.0) -> Iterator[None]:
 
     def ask() -> None:
         while not stop.is_set():
-            answers[all(bed.cri.conditions().values())] += 1
+            answers[bed.cri.is_ready()] += 1
 
     thread = threading.Thread(target=ask)
     thread.start()

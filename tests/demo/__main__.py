@@ -43,10 +43,10 @@ class Made:
         }
 
 
-def run(console: Console, made: Made, family: Family) -> Measurements:
+def run(console: Console, made: Made, family: Family, runs: int) -> Measurements:
     """Set everything up, measure, and take it down again."""
     cpu = cpus.chosen().measured
-    found = Measurements()
+    found = Measurements(runs)
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -54,7 +54,7 @@ def run(console: Console, made: Made, family: Family) -> Measurements:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("setting up", total=measure.STEPS)
+        task = progress.add_task("setting up", total=found.steps)
 
         def tell(line: str) -> None:
             progress.console.print(line, highlight=False)
@@ -80,7 +80,16 @@ def main() -> int:
         default="v4",
         help="what the application speaks; mapped: IPv4 on an IPv6 socket (default: v4)",
     )
-    family: Family = parser.parse_args().family
+    parser.add_argument(
+        "--runs",
+        type=int,
+        choices=range(1, 100),
+        metavar="N",
+        default=measure.RUNS,
+        help="each figure is the median of so many (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    family: Family = arguments.family
     output = OUTPUT if family == "v4" else OUTPUT / family
     console = Console()
     if os.geteuid() != 0:
@@ -90,7 +99,7 @@ def main() -> int:
     made = Made()
     found = None
     try:
-        found = run(console, made, family)
+        found = run(console, made, family, arguments.runs)
         report.show(console, found)
     except KeyboardInterrupt as interrupt:
         console.print(f"{interrupt}: stopped before everything was measured.")

@@ -13,11 +13,10 @@ from tests.bed.pairs import KINDS, Bytes, Cost, Kind, Pair
 from tests.bed.pingpong import HOPS, HopName
 from tests.bed.wrk import Load
 
-RUNS = 5
+RUNS = 5  # by default
 CONNECTIONS = (1, 8, 32)
 SECONDS = 2
 WARMUP_SECONDS = 1
-STEPS = RUNS * len(KINDS) * (len(HOPS) + len(CONNECTIONS)) + len(KINDS)
 
 Tell = Callable[[str], None]  # takes one line about a step that has just been done
 
@@ -48,12 +47,18 @@ class LoadRun:
 
 @dataclass
 class Measurements:
-    """Everything the demo found out."""
+    """Everything the demo found out, each figure in so many runs."""
 
+    runs: int = RUNS
     hops: list[HopRun] = field(default_factory=list)
     loads: list[LoadRun] = field(default_factory=list)
     payload: dict[str, Bytes] = field(default_factory=dict)  # by hop; only the accelerated mesh
     status: dict[str, Any] = field(default_factory=dict)  # the node program's, at the end
+
+    @property
+    def steps(self) -> int:
+        """How many lines are told until everything is measured."""
+        return self.runs * len(KINDS) * (len(HOPS) + len(CONNECTIONS)) + len(KINDS)
 
 
 def measure_hops(
@@ -62,7 +67,7 @@ def measure_hops(
     """Round trips of 64 bytes on each hop, a small C program standing in for the proxies."""
     program = cc.compiled(pingpong.SOURCE, bed.folder)
     for name in HOPS:
-        for _, pair in pairs.alternated(both, RUNS):
+        for _, pair in pairs.alternated(both, found.runs):
             hop = pingpong.hop(name, pair.client, pair.server, family)
             with pingpong.serving(program, hop, cpu):
                 trips = pingpong.measure(program, hop, cpu)
@@ -84,7 +89,7 @@ def measure_mesh(
             load(pair, family, 8, WARMUP_SECONDS, cpu)
             tell(f"mesh      {pair.kind:7} two Envoys and nginx are up and warm")
         for connections in CONNECTIONS:
-            for _, pair in pairs.alternated(both, RUNS):
+            for _, pair in pairs.alternated(both, found.runs):
                 run = load(pair, family, connections, SECONDS, cpu)
                 found.loads.append(run)
                 tell(

@@ -18,7 +18,7 @@ from rich.table import Table
 from tests.bed import cpus
 from tests.bed.pairs import KINDS, Kind
 from tests.bed.pingpong import HOPS, HopName
-from tests.demo.measure import CONNECTIONS, RUNS, HopRun, LoadRun, Measurements
+from tests.demo.measure import CONNECTIONS, HopRun, LoadRun, Measurements
 
 FOREIGN_LIMIT = 0.03  # of the CPU; kernel threads and the accounting's ticks are below it
 HOP_TITLES: dict[HopName, str] = {
@@ -82,7 +82,7 @@ def show(console: Console, found: Measurements) -> None:
 def _notes(found: Measurements) -> Iterator[str]:
     """What a reader of the tables must know."""
     yield (
-        f"Each figure is the median of {RUNS} runs, plain and bypassed in turn; "
+        f"Each figure is the median of {found.runs} runs, plain and bypassed in turn; "
         "ratio is bypass to TCP/IP."
     )
     if found.status["mode"] != "full":

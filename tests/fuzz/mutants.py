@@ -75,6 +75,11 @@ CONNTRACK = Mutant(
     (Edit(r"if \(!seconds \|\| [^\n]+\n\t\treturn;", "return;"),),
 )
 
+HALF_CLOSED = Mutant(
+    "conntrack: bypassed bytes on a half-closed connection",
+    (Edit(r"if \(tb_is_half_closed\(conn, tp\)\)", "if (0)"),),
+)
+
 WAKE_UP = Mutant(
     "wake-up: to the bypass although a reader sleeps on the TCP queue",
     (Edit(r" \|\| tb_has_sleeper\(conn->me\.sk\)\)", ")"),),
@@ -130,9 +135,9 @@ LEAVING_OPENLY = Mutant(
     (Edit(r"tb_peers_parting\(conn\) >= TB_CLOSED", "0"),),
 )
 
-UNACCEPTED = Mutant(
-    "memory: to the bypass although nobody is charged for it",
-    (Edit(r"!TB_CHARGES && !tb_is_accepted\(&conn->peer\)", "0"),),
+PEEKERS = Mutant(
+    "peekers: to the bypass although the peer has not taken a byte",
+    (Edit(r"if \(write_seq == conn->first\)", "if (0)"),),
 )
 
 STRICTNESS = Mutant(

@@ -33,14 +33,13 @@ BOUND = RCVBUF + SNDBUF // 2  # tb_bound() of a sidecar, and more than that of a
 
 @dataclass(frozen=True)
 class Kernel:
-    """What kernels differ in, see bpf/loader.py: is_strict() and charges()."""
+    """What kernels differ in, see bpf/loader.py: is_strict()."""
 
     strict: bool = False
-    charges: bool = True
 
     @property
     def flags(self) -> list[str]:
-        return [f"-DTB_STRICT={int(self.strict)}", f"-DTB_CHARGES={int(self.charges)}"]
+        return [f"-DTB_STRICT={int(self.strict)}"]
 
     @property
     def bounded(self) -> int:
@@ -56,7 +55,7 @@ class Rules:
     kernel: Kernel
 
 
-NEWEST, STRICT, FORGETFUL = Kernel(), Kernel(strict=True), Kernel(charges=False)
+NEWEST, STRICT = Kernel(), Kernel(strict=True)
 
 
 def built(
@@ -97,6 +96,8 @@ class End:
     others_inside: int = 0  # threads in send or recv, besides the one that sends now
     on_its_way: int | None = None  # size of a redirect by another thread: decided, not yet queued
     left: bool = False  # the sockhash: plain TCP from here on
+    has_taken: bool = False  # a byte, so that it is accepted and does not peek for the first
+    shut: bool = False  # it has sent its FIN
     encrypted: bool = False  # it has got kTLS
     accepted: bool = True  # by the application, which can do nothing with it before
 
@@ -112,7 +113,7 @@ class Connection:
         nonblocking: tuple[bool, bool],
         gathers: tuple[int, int] = (PACING, PACING),
     ) -> None:
-        self._rules, self._kernel = rules.library, rules.kernel
+        self._rules = rules.library
         two = ctypes.c_uint32 * 2
         flags = (os.O_NONBLOCK if each else 0 for each in nonblocking)
         ends = two(*isn), two(*proxies), two(*flags), two(*gathers)
@@ -184,10 +185,12 @@ class Connection:
         bypassed = bool(self._rules.host_send(sender, size, ctypes.c_uint64(thread)))
         if bypassed and self.ends[1 - sender].left:
             raise Broken("a redirect to a socket that has left the sockhash: the send fails")
-        if bypassed and not (self._kernel.charges or self.ends[1 - sender].accepted):
-            raise Broken("a redirect that nobody is charged for")
+        if bypassed and not self.ends[1 - sender].has_taken:
+            raise Broken("a redirect to an application that has not taken a byte: it may peek")
         if bypassed and any(end.encrypted for end in self.ends):
             raise Broken("a redirect past kTLS")
+        if bypassed and self._is_half_closed() and not self.ends[1 - sender].bypass_queue:
+            raise Broken("a redirect while conntrack forgets the connection")
         return bypassed
 
     def start_redirect(self, sender: int, size: int, thread: int) -> bool:
@@ -231,6 +234,14 @@ class Connection:
         """TCP has told the peer that it takes so many bytes."""
         self._rules.host_offer(number, window)
 
+    def shut(self, number: int) -> None:
+        """shutdown(SHUT_WR), and the peer has got the FIN."""
+        self.ends[number].shut = True
+        self._rules.host_shut(number)
+
+    def _is_half_closed(self) -> bool:
+        return any(end.shut for end in self.ends)
+
     def encrypt(self, number: int) -> None:
         """An end gets kTLS."""
         self.ends[number].encrypted = True
@@ -258,6 +269,12 @@ class Connection:
     def is_called(self) -> bool:
         """Whether the programs are still to be called for packets of either end."""
         return any(self._rules.host_is_called(number) for number in range(len(self.ends)))
+
+    def greet(self) -> None:
+        """Two bytes to and fro, one by TCP: from here on either direction may bypass."""
+        for sender in (0, 1, 0, 1):
+            self.send(sender, 1)
+            self.read_everything(1 - sender)
 
     def send_by_tcp(self, sender: int, total: int, unread: int) -> None:
         """Many messages while the bypass is paused, all but the last bytes read at once.
@@ -301,6 +318,7 @@ class Connection:
             if message != end.heard:
                 raise Broken(f"message {message} is read where {end.heard} must come")
             part = min(left, size - taken)
+            end.has_taken = True
             taken += part
             if part < left:
                 queue.appendleft((message, left - part))

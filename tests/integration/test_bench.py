@@ -38,5 +38,7 @@ def test_section(name: str, tmp_path: Path) -> None:
     for case in WANTED[name] - {f"{case}/memory" for case in WANTED[name]}:
         kinds = {sample.variant for sample in section.samples if sample.case == case}
         assert kinds == {"unix"} or {"plain", "bypass"} <= kinds, case
-    report.write(Results({name: section}), tmp_path / "benchmarks.md", tmp_path)
-    assert f"## {tables.CHAPTERS[name].title}" in (tmp_path / "benchmarks.md").read_text()
+    page, every_table = tmp_path / "benchmarks.md", tmp_path / "tables.md"
+    report.write(Results({name: section}), page, tmp_path, every_table)
+    assert f"## {tables.CHAPTERS[name].title}" in page.read_text()
+    assert "| " in every_table.read_text().partition(f"## {tables.CHAPTERS[name].title}")[2]

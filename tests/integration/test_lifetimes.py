@@ -108,6 +108,49 @@ def test_conntrack_entries_outlive_bypassed_traffic(node: LightNode) -> None:
                     taken.recv(1)
 
 
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_conntrack_entries_outlive_a_half_closed_connection(node: LightNode, first: str) -> None:
+    """Conntrack keeps a half-closed entry for 3 s: 6 s of answers get through, and their end."""
+    with node.pod(A) as pod, ExitStack() as stack:
+        pod.command("iptables -t nat -A OUTPUT -p tcp -d 10.96.0.1 -j REDIRECT --to-ports 15001")
+        for state in ("close_wait", "fin_wait"):
+            pod.sysctl(f"net.netfilter.nf_conntrack_tcp_timeout_{state}", 3)
+        envoy = stack.enter_context(pod.listen(15001, uid=PROXY_UID))
+        app = stack.enter_context(pod.connect(("10.96.0.1", 80), uid=APP_UID))
+        ends = app, stack.enter_context(accepted(envoy))
+        exchange(*ends)
+        ours, theirs = ends if first == "client" else ends[::-1]
+        ours.sendall(b"last words")
+        ours.shutdown(socket.SHUT_WR)
+        assert read_to_end(theirs) == b"last words"
+        for _ in range(12):
+            theirs.sendall(bytes(100))
+            assert receive(ours, 100) == bytes(100)
+            time.sleep(0.5)
+        theirs.close()
+        assert read_to_end(ours) == b""
+        assert bypassed(pod) > 0
+        assert pod.total().tcp_messages["half_closed"] == 12
+
+
+@pytest.mark.parametrize("reader_uid", [APP_UID, PROXY_UID])
+def test_what_lies_unread_at_a_half_close_comes_first(
+    pods: tuple[LightPod, LightPod], reader_uid: int
+) -> None:
+    """And so does what is sent until it is read; a peeker sees all of it."""
+    with connected(*pods, client_uid=reader_uid) as (ours, theirs):
+        exchange(ours, theirs)
+        theirs.sendall(b"before ")
+        ours.shutdown(socket.SHUT_WR)
+        assert theirs.recv(1) == b""
+        theirs.sendall(b"behind ")
+        assert eventually(lambda: ours.recv(100, socket.MSG_PEEK) == b"before behind ")
+        assert receive(ours, 14) == b"before behind "
+        theirs.sendall(b"later")
+        theirs.close()
+        assert read_to_end(ours) == b"later"
+
+
 # ---- Ends of connections -------------------------------------------------------------------------
 
 

@@ -232,7 +232,7 @@ def test_state_folder_becomes_read_only(pod: Sandbox) -> None:
         assert cases.files_in(folder) == []
 
 
-@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.folder.name)
+@pytest.mark.parametrize("case", cases.all_cases(), ids=lambda case: case.name)
 def test_fixture(case: cases.Case, tmp_path: Path) -> None:
     """The frozen program answers as the source tree does."""
     answer = case.run([str(plugin_calls.PROGRAM)], tmp_path)

@@ -38,6 +38,7 @@ from tests.integration import traffic
 LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, exchanges=1, age_ms=0)
 SO_MAX_PACING_RATE = 47  # socket(7)
 TIMEOUT_S = 10.0
+FIRST_BYTES = 2  # of a new connection's exchange(), one each way: those go by TCP
 IPPROTO_MPTCP = 262
 BRIDGE = "br0"
 HALF_KEY = struct.Struct("=16x8xII")  # struct tb_half_key of bpf/tcpip_bypass.c

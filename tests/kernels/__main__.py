@@ -8,9 +8,9 @@ import fcntl
 import sys
 import time
 
+from tests.bed.apt import AptError
 from tests.fuzz import settings
 from tests.kernels import images, initramfs, machine, report
-from tests.kernels.apt import AptError
 from tests.kernels.suites import FUZZ_PROGRAM, PROJECT, SUITES, USUAL, Outcome, Suite
 
 FOLDER = PROJECT / "build/kernels"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bed.apt import KEYRING, AptError, PrivateApt, debian_mirrors, os_release
 from tests.kernels import modules
-from tests.kernels.apt import KEYRING, AptError, PrivateApt, debian_mirrors, os_release
 
 # The newest package of each series: the floor, the long-lived ones, those in which FIONREAD on a
 # socket in a sockhash changed (6.17, 6.18), and the newest.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bed.apt import AptError
 from tests.kernels import modules, report
-from tests.kernels.apt import AptError
 from tests.kernels.images import Kernel, newest
 from tests.kernels.machine import Run
 from tests.kernels.suites import SUITES, Outcome

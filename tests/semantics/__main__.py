@@ -15,7 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.semantics", description=__doc__)
     parser.add_argument("scenario", nargs="*", help="only these (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write docs/limits.md")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="bring the page docs/limits.md up to date"
+    )
     parser.add_argument("--jobs", type=int, default=4, help="scenarios run at once (default 4)")
     arguments = parser.parse_args()
     unknown = set(arguments.scenario) - set(SCENARIOS)
@@ -27,7 +29,8 @@ def main() -> int:
     else:
         report.print_table(findings, runs)
     if arguments.write:
-        arguments.write.write_text(report.limits_page(findings))
+        page = report.limits_page(arguments.write.read_text(), findings)
+        arguments.write.write_text(page)
     return 1 if troubles(runs) or report.undocumented(findings) else 0
 
 

@@ -92,7 +92,7 @@ class Io:
     ) -> Pair:
         """(sender, receiver) of a new connection, blocking and without time-outs.
 
-        With `greet`, a byte has gone each way, so that either direction may go by bypass. `both`
+        With `greet`, two bytes have gone each way, the second by bypass where that is on. `both`
         are options that both ends have before they connect; `client_first` is sent before the
         server accepts.
         """
@@ -115,11 +115,12 @@ class Io:
 
 
 def greeted(client: socket.socket, server: socket.socket) -> None:
-    """Sends a byte each way, each end having read everything before it sends."""
-    client.sendall(b"c")
-    exactly(server, 1)
-    server.sendall(b"s")
-    exactly(client, 1)
+    """Sends two bytes each way, each end having read everything before it sends."""
+    for _ in range(2):
+        client.sendall(b"c")
+        exactly(server, 1)
+        server.sendall(b"s")
+        exactly(client, 1)
 
 
 def configure(sock: socket.socket, options: dict[str, int]) -> None:

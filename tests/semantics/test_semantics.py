@@ -44,3 +44,22 @@ def test_the_page_lists_every_scenario() -> None:
     page = LIMITS.read_text()
     missing = [one.name for one in SCENARIOS.values() if one.title.replace("|", "\\|") not in page]
     assert missing == [], "run python -m tests.semantics --write docs/limits.md"
+
+
+def test_the_page_has_the_words_of_every_limit() -> None:
+    page = LIMITS.read_text()
+    limits = {one.limit for one in SCENARIOS.values() if one.limit}
+    missing = [each.means for each in limits if f" | {each.means}. | {each.do} |\n" not in page]
+    assert missing == [], "run python -m tests.semantics --write docs/limits.md"
+
+
+def test_writing_the_page_keeps_its_prose() -> None:
+    page = LIMITS.read_text()
+    written = report.limits_page(page, [])
+    begin, end = "<!-- begin: the same -->\n", "<!-- end: the same -->\n"
+    assert f"{begin}{end}" in written
+    assert page.partition(begin)[0].startswith(written.partition("0 behaviours")[0])
+    between = "<!-- end: differences -->"
+    assert written.partition(between)[2].startswith(page.partition(between)[2].partition(begin)[0])
+    with pytest.raises(ValueError, match="begin: differences"):
+        report.limits_page("# Limits\n", [])

@@ -1,12 +1,19 @@
-"""The cases in tests/fixtures: one folder each, as data, run against any build of the plugin.
+"""The plugin's cases, as data: one file each in tests/fixtures/plugin, run against any build of it.
 
-A case holds ``env.json`` (the whole environment), ``stdin.json`` or ``stdin.raw``, maybe
-``state/`` (what is in the state folder before), and ``expected.json``:
+A case says how it differs from ``tests/fixtures/plugin-base.json``, and what must come out:
 
 * ``why``: what the case is about
-* ``exit``: the exit code
-* ``result``: the whole document on stdout; or ``error`` with cniVersion, code and msg, and
-  ``mentions``, texts that msg and details must hold; with neither, stdout must be empty
+* ``command``: CNI_COMMAND; without it, the variable is not set
+* ``versions``: the case runs once for each; ``@VERSION@`` stands for it, here and in the base
+* ``env``, ``stdin``, ``prevResult``: keys that take the place of the base's, whole. ``@ABSENT@``
+  takes a key away. A text for ``stdin`` is standard input itself, one byte a character, repeated
+  ``times`` times
+* ``annotations``: the pod's, in runtimeConfig; without them there is no runtimeConfig
+* ``state``: the files of the state folder before the call: a text, or how a JSON file differs from
+  the base's ``node.json`` or from its record below ``attachments``
+* ``result``: the whole document on stdout, or ``"as given"``: the prevResult on stdin, or
+  ``"as in base"``; or ``error`` with cniVersion, code and msg, and ``mentions``, texts that msg and
+  details must hold; with neither, stdout must be empty. The exit code is 1 with an error, else 0
 * ``stderr``: texts that stderr must hold; with none, it must be empty
 * ``left``: the files in the state folder afterwards; when it is absent, those from before
 
@@ -16,14 +23,19 @@ A case holds ``env.json`` (the whole environment), ``stdin.json`` or ``stdin.raw
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "fixtures"
 ROOT = FOLDER.parent.parent
+ANNOTATIONS = "io.kubernetes.cri.pod-annotations"
+EXPECTED = frozenset({"result", "error", "mentions", "stderr", "left"})
+INPUT = frozenset({"env", "stdin", "times", "prevResult", "annotations", "state"})
+KEYS = EXPECTED | INPUT | {"why", "command", "versions"}
+BASES = {"GC": "node", "STATUS": "node", "VERSION": "version", None: "version"}  # others: pod
 
 
 @dataclass(frozen=True)
@@ -37,30 +49,28 @@ class Answer:
 
 @dataclass(frozen=True)
 class Case:
-    """One folder below tests/fixtures."""
+    """One file below tests/fixtures/plugin in one CNI version, all differences filled in."""
 
-    folder: Path
-
-    def json(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
-
-    def files_before(self) -> list[str]:
-        return files_in(self.folder / "state")
+    name: str
+    env: dict[str, str]
+    stdin: bytes
+    state: dict[str, bytes]
+    expected: dict[str, Any]
 
     def run(self, argv: list[str], scratch: Path) -> Answer:
         """Run ``argv`` as the plugin, with its folders below ``scratch``."""
         places = {"@STATE@": str(scratch / "state"), "@BPFFS@": str(scratch / "bpffs")}
         (scratch / "bpffs").mkdir()
         (scratch / "state").mkdir()
-        if (self.folder / "state").exists():
-            shutil.copytree(self.folder / "state", scratch / "state", dirs_exist_ok=True)
-        raw = self.folder / "stdin.raw"
-        stdin = raw if raw.exists() else self.folder / "stdin.json"
+        for name, content in self.state.items():
+            path = scratch / "state" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
         done = subprocess.run(
             argv,
             cwd=ROOT,
-            env={name: _fill(value, places) for name, value in self.json("env.json").items()},
-            input=_fill(stdin.read_bytes().decode("latin-1"), places).encode("latin-1"),
+            env={name: _fill(value, places) for name, value in self.env.items()},
+            input=_fill(self.stdin.decode("latin-1"), places).encode("latin-1"),
             capture_output=True,
             check=False,
             timeout=30,
@@ -86,12 +96,85 @@ def files_in(folder: Path) -> list[str]:
 
 
 def all_cases() -> list[Case]:
-    return [Case(path.parent) for path in sorted(FOLDER.glob("*/expected.json"))]
+    return [case for path in sorted((FOLDER / "plugin").glob("*.json")) for case in cases_of(path)]
+
+
+def cases_of(path: Path) -> list[Case]:
+    """The case in this file, once for each of its versions."""
+    text = path.read_text(encoding="utf-8")
+    raw = json.loads(text)
+    kind = BASES.get(raw.get("command"), "pod")
+    is_built = kind == "pod" and not isinstance(raw.get("stdin"), str)
+    if unknown := raw.keys() - KEYS:
+        raise ValueError(f"{path}: unknown keys {sorted(unknown)}")
+    if ("error" in raw) != ("mentions" in raw) or {"error", "result"} <= raw.keys():
+        raise ValueError(f"{path}: either result, or error and mentions, or none of them")
+    if not is_built and raw.keys() & {"prevResult", "annotations"}:
+        raise ValueError(f"{path}: prevResult or annotations, without a stdin to hold them")
+    versions = raw.get("versions") or _base("")[kind]["versions"]
+    names = [path.stem] if len(versions) == 1 else [f"{path.stem}-{v}" for v in versions]
+    return [
+        _case(name, json.loads(_fill(text, {"@VERSION@": version})), _base(version), kind)
+        for name, version in zip(names, versions)
+    ]
+
+
+@cache
+def _base(version: str) -> dict[str, Any]:
+    """The base in this version; its ``prevResult`` is the one in that version's form."""
+    text = (FOLDER / "plugin-base.json").read_text(encoding="utf-8")
+    base: dict[str, Any] = json.loads(_fill(text, {"@VERSION@": version}))
+    base["prevResult"] = base["prevResult"]["0" if version.startswith("0.") else "1"]
+    return base
+
+
+def _case(name: str, raw: dict[str, Any], base: dict[str, Any], kind: str) -> Case:
+    environment: dict[str, str] = {"CNI_COMMAND": raw["command"]} if "command" in raw else {}
+    stdin, given = _stdin(raw, base, kind)
+    state = {
+        file: _state_file(file, difference, base["state"])
+        for file, difference in raw.get("state", {}).items()
+    }
+    expected = {"exit": int("error" in raw), "stderr": [], "left": sorted(state)}
+    expected |= {key: raw[key] for key in EXPECTED & raw.keys()}
+    if raw.get("result") in ("as given", "as in base"):
+        expected["result"] = given if raw["result"] == "as given" else base["prevResult"]
+    environment |= _changed(base[kind]["env"], raw.get("env", {}))
+    return Case(name, environment, stdin, state, expected)
+
+
+def _stdin(raw: dict[str, Any], base: dict[str, Any], kind: str) -> tuple[bytes, Any]:
+    """Standard input, and the prevResult in it."""
+    difference = raw.get("stdin", {})
+    if isinstance(difference, str):
+        return difference.encode("latin-1") * raw.get("times", 1), None
+    conf = dict(base[kind]["stdin"])
+    if kind == "pod":
+        conf["prevResult"] = _changed(base["prevResult"], raw.get("prevResult", {}))
+        conf["runtimeConfig"] = {**conf["runtimeConfig"], ANNOTATIONS: raw.get("annotations")}
+        if "annotations" not in raw:
+            del conf["runtimeConfig"]
+    conf = _changed(conf, difference)
+    return _json(conf), conf.get("prevResult")
+
+
+def _state_file(file: str, difference: Any, base: dict[str, Any]) -> bytes:
+    if isinstance(difference, str):
+        return difference.encode("latin-1")
+    return _json(_changed(base["node.json" if file == "node.json" else "attachments"], difference))
+
+
+def _changed(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in {**base, **difference}.items() if value != "@ABSENT@"}
+
+
+def _json(value: Any) -> bytes:
+    return f"{json.dumps(value, indent=2)}\n".encode()
 
 
 def check(case: Case, answer: Answer, scratch: Path) -> None:
-    """Assert that ``answer`` is what the case expects, whole and nothing else."""
-    expected = case.json("expected.json")
+    """Assert that ``answer`` is what the case expects, and no more."""
+    expected = case.expected
     assert answer.exit == expected["exit"], answer
     if "result" in expected:
         assert json.loads(answer.stdout) == expected["result"]
@@ -102,8 +185,7 @@ def check(case: Case, answer: Answer, scratch: Path) -> None:
     for text in expected["stderr"]:
         assert text in answer.stderr
     assert bool(answer.stderr) == bool(expected["stderr"]), answer.stderr
-    left = expected.get("left", case.files_before())
-    assert files_in(scratch / "state") == sorted(left)
+    assert files_in(scratch / "state") == sorted(expected["left"])
 
 
 def check_error(expected: dict[str, Any], answer: Answer) -> None:

@@ -1,4 +1,4 @@
-"""A stand-in for the frozen plugin: a folder of the same form whose program starts in no time."""
+"""A stand-in for the frozen plugin: a folder of the same form; its program starts at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ esac
 
 
 def made(folder: Path, release: str = "1") -> Path:
-    """Make it there; what its program answers to anything but VERSION is the release."""
+    """Make it there; its program answers VERSION, and every other command with the release."""
     (folder / "_internal").mkdir(parents=True)
     (folder / "_internal" / "release").write_text(release)
     program = folder / "tcpip-bypass"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from cni_plugin import protocol, results
 from install.agent import repair
 from install.agent.cri import Network, Runtime, Sandbox, messages
 from install.agent.repair import Plugin
+from tests.bed.bed import REPOSITORY
 
 NETNS = "/var/run/netns/cni-1"
 SPEC = {"linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": NETNS}]}}
@@ -97,3 +100,12 @@ def test_the_runtime_config_is_what_the_entry_asks_for() -> None:
     network = Network(True, False, ["10.0.0.2"], NETNS, "/kubepods/p")
     conf = repair.configuration(plugin, SANDBOX, network)
     assert conf["runtimeConfig"] == {"cgroupPath": "/kubepods/p"}
+
+
+@pytest.mark.parametrize("module", ["cri_pb2.py", "cri_pb2_grpc.py"])
+def test_the_messages_are_made_of_the_interface_as_it_is(module: str, tmp_path: Path) -> None:
+    """They are made with the venv and the image, and no later change may be forgotten."""
+    folder = REPOSITORY / "install" / "agent"
+    subprocess.run([folder / "messages.sh", sys.executable, tmp_path], check=True)
+    made = (tmp_path / "install" / "agent" / module).read_text()
+    assert (folder / module).read_text() == made

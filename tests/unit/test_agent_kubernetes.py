@@ -81,7 +81,7 @@ def test_a_refusal_that_passes_is_none(server: ApiServer, monkeypatch: pytest.Mo
     assert not question.ask().deleted
 
 
-def test_nobody_answers(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_in_time(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
     assert "refused" in Question(OURS).ask().why
     assert server.asked == []

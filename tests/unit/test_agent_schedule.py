@@ -19,7 +19,7 @@ class Clock:
 
 
 class Node:
-    """A file that somebody rewrites at certain times, and a task that puts it right."""
+    """A file that another program rewrites at certain times, and a task that puts it right."""
 
     def __init__(self, rewrites: Iterable[float]) -> None:
         self.clock = Clock()

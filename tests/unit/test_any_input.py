@@ -1,4 +1,4 @@
-"""Whatever comes in: one valid JSON document of the right shape, never a traceback.
+"""For any input: one valid JSON document of the right shape, never a traceback.
 
 In this process, on descriptors and folders of its own; the cases of tests/fixtures show that a
 process of its own behaves the same.
@@ -34,7 +34,7 @@ versions = st.sampled_from([*names.CNI_VERSIONS, "0.2.0", "2.0.0", ""])
 
 
 def spoiled(good: dict[str, Any], needed: tuple[str, ...] = ()) -> st.SearchStrategy[Any]:
-    """A good object, or one with up to two of its keys, or keys of nobody's, as anything."""
+    """A good object, or one with any values in up to two of its keys or of unknown keys."""
     wrong = st.dictionaries(st.sampled_from(sorted(good)) | st.text(), anything, max_size=2)
     return st.builds(
         lambda right, spoil, values: {**right, **(values if spoil else {})},

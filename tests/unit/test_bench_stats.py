@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.bed import wrk
+from tests.bed.bed import REPOSITORY
 from tests.bed.pairs import Bytes, alternated
 from tests.bench import limits, report, results, stats, tables
 from tests.bench.__main__ import SECTIONS
@@ -179,30 +181,48 @@ def test_every_section_has_its_chapter() -> None:
     assert list(tables.CHAPTERS) == list(SECTIONS)
 
 
+def written(results: Results, folder: Path) -> tuple[str, str]:
+    """The page, and the file with every table."""
+    page, every_table = folder / "benchmarks.md", folder / "build" / "tables.md"
+    report.write(results, page, folder / "img", every_table)
+    return page.read_text(), every_table.read_text()
+
+
 def test_report(tmp_path: Path) -> None:
-    document, pictures = tmp_path / "benchmarks.md", tmp_path / "img"
-    report.write(canned(), document, pictures)
-    text = document.read_text()
-    assert "| Round trip of 64 B, inbound, to TCP | median, us | <= 0.57 | 0.510" in text
-    assert "| Stream, CUBIC, fast | MB/s | >= 1 | 0.525 [0.500, 0.550] | **no** |" in text
-    assert "| streaming | inbound/fast/same/64 | MB/s | 0.525 [0.500, 0.550] |" in text
-    assert "10.0 ±0.10 → 5.10 ±0.05: **0.51** [0.50, 0.52]" in text
-    assert "other programs kept this machine busy (CPU 0 20%)" in text
-    assert "- hops: inbound 99.9%; 1,234 paired\n" in text
-    assert "not measured" in text
+    page, every_table = written(canned(), tmp_path)
+    assert "| Round trip of 64 B, inbound, to TCP | median, us | <= 0.57 | 0.510" in page
+    assert "| Stream, CUBIC, fast | MB/s | >= 1 | 0.525 [0.500, 0.550] | **no** |" in page
+    assert "| streaming | MB/s | 1 of 1 | 0.525 [0.500, 0.550] (inbound/fast/same/64) |" in page
+    assert "other programs kept this machine busy (CPU 0 20%)" in page
+    assert "not measured" in page
+    assert "| streaming | inbound/fast/same/64 | MB/s | 0.525 [0.500, 0.550] |" in every_table
+    assert "10.0 ±0.10 → 5.10 ±0.05: **0.51** [0.50, 0.52]" in every_table
+    assert "| inbound 99.9% | 1,234 paired |\n" in every_table
     for picture in ("size", "latency", "cpu"):
-        assert f"(img/bench-{picture}.png)" in text or picture == "cpu"
-        assert (pictures / f"bench-{picture}.png").stat().st_size < 60_000
+        assert f"(img/bench-{picture}.png)" in page or picture == "cpu"
+        assert (tmp_path / "img" / f"bench-{picture}.png").stat().st_size < 60_000
+
+
+def test_the_page_is_short_and_what_the_generator_writes() -> None:
+    page = (REPOSITORY / "docs" / "benchmarks.md").read_text()
+    assert page.startswith(report.HEAD)
+    assert re.findall(r"^## (.*)", page, re.MULTILINE)[3:] == [
+        chapter.title for chapter in tables.CHAPTERS.values()
+    ]
+    for chapter in tables.CHAPTERS.values():
+        assert f"## {chapter.title}\n\n{chapter.text}\n" in page
+    for limit in LIMITS:
+        title = METRICS[limit.metric].title
+        assert f"| {limit.claim} | {title} | {limit.bound} | " in page
+    assert len(page.splitlines()) <= 150
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
-    report.write(Results(), tmp_path / "benchmarks.md", tmp_path)
-    assert "not measured" in (tmp_path / "benchmarks.md").read_text()
+    assert "not measured" in written(Results(), tmp_path)[0]
 
 
 def test_report_says_that_a_section_is_incomplete(tmp_path: Path) -> None:
     found = canned()
     found.sections["churn"].machine["incomplete"] = "interrupted (SIGINT)"
-    report.write(found, tmp_path / "benchmarks.md", tmp_path)
-    text = (tmp_path / "benchmarks.md").read_text()
-    assert "Section churn is incomplete: interrupted (SIGINT)" in text
+    page, _ = written(found, tmp_path)
+    assert "Section churn is incomplete: interrupted (SIGINT)" in page

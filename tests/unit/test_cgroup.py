@@ -139,7 +139,7 @@ def test_a_cgroup_that_pods_share_is_not_taken(mounted: Path) -> None:
 
 
 @pytest.mark.parametrize("uid", ["", "*", "../..", "pod", "\0", "a/b"])
-def test_strange_uids_find_nothing(mounted: Path, uid: str) -> None:
+def test_strange_uids_find_no_cgroup(mounted: Path, uid: str) -> None:
     (mounted / f"kubepods/pod{UID}").mkdir(parents=True)
     assert cgroup.find(None, uid)[0] is None
 

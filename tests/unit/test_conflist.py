@@ -1,16 +1,12 @@
 """Our entry in other programs' network configurations: every case of tests/fixtures/conflists.
 
-A case is a folder: ``case.json`` (why; ``uses``, the file that has our entry afterwards, or null;
-maybe ``options`` and ``problems``, texts that are reported) and the conf folder ``before``, when it
-is ``installed``, and when our entry is ``removed``. Without ``installed`` nothing may be changed,
-without ``removed`` the folder is as before.
+Where a case names no change, each byte, inode and time stays.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +20,9 @@ from cni_plugin import names
 from install import conflist, installer
 from install.conf_dir import ConfDir, Outcome
 from install.conflist import ConfError, Entry
-from tests.unit import runtimes
-from tests.unit.cases import FOLDER
+from tests.unit import networks, runtimes
 
-CASES = sorted((FOLDER / "conflists").iterdir())
+CASES = networks.all_networks()
 PLAIN = Entry(None, {})
 
 
@@ -35,8 +30,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.exists() else {}
 
 
-def entry_of(case: dict[str, Any]) -> Entry:
-    return installer.entry(Path(names.BPFFS), Path(names.STATE_DIR), case.get("options"))
+def entry_of(case: networks.Network) -> Entry:
+    return installer.entry(Path(names.BPFFS), Path(names.STATE_DIR), case.options)
 
 
 def stats_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -46,27 +41,28 @@ def stats_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_there_are_enough_cases() -> None:
-    """A glob that finds nothing would pass."""
-    assert len(CASES) >= 25
+    """A glob that finds no case would pass."""
+    assert len(CASES) >= 40
 
 
-@pytest.mark.parametrize("folder", CASES, ids=lambda folder: folder.name)
-def test_case(folder: Path, tmp_path: Path) -> None:
-    case = json.loads((folder / "case.json").read_text())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case: networks.Network, tmp_path: Path) -> None:
     conf = ConfDir(tmp_path / "net.d")
-    if (folder / "before").exists():
-        shutil.copytree(folder / "before", conf.path)
-    before = files_in(conf.path)
+    if case.before is not None:
+        conf.path.mkdir()
+        for name, content in case.before.items():
+            (conf.path / name).write_bytes(content)
     network = runtimes.crio(conf.path)
 
+    stats = stats_of(conf.path)
     done = conf.put_in(entry_of(case))
-    installed = files_in(folder / "installed") or before
-    assert files_in(conf.path) == installed
-    assert done.changed == (installed != before)
-    assert (done.conflist and done.conflist.name) == case["uses"]
-    for problem, text in zip(done.problems, case.get("problems", []), strict=True):
+    assert files_in(conf.path) == case.installed
+    assert done.changed == (case.installed != (case.before or {}))
+    assert done.changed or stats_of(conf.path) == stats
+    assert (done.conflist and done.conflist.name) == case.uses
+    for problem, text in zip(done.problems, case.problems, strict=True):
         assert text in problem
-    _check_runtimes(conf, network, case["uses"])
+    _check_runtimes(conf, network, case.uses)
 
     stats = stats_of(conf.path)
     again = conf.put_in(entry_of(case))
@@ -74,7 +70,7 @@ def test_case(folder: Path, tmp_path: Path) -> None:
     assert stats_of(conf.path) == stats
 
     conf.take_out()
-    assert files_in(conf.path) == (files_in(folder / "removed") or before)
+    assert files_in(conf.path) == case.removed
     assert not conf.take_out().changed
 
 
@@ -166,7 +162,7 @@ def test_nested_too_deeply() -> None:
         conflist.with_entry("[" * 100_000, PLAIN)
 
 
-FLANNEL = (FOLDER / "conflists" / "flannel" / "before" / "10-flannel.conflist").read_text()
+FLANNEL = networks.text("flannel.conflist")
 SINGLE = '{"cniVersion": "0.4.0", "name": "pods", "type": "ptp", "mtu": 1450}\n'
 
 
@@ -202,7 +198,7 @@ def test_link_is_written_through(conf: ConfDir, tmp_path: Path) -> None:
     assert conf.put_in(PLAIN).conflist == link
     assert link.readlink() == Path("../kept/real")
     assert conflist.has_entry(target.read_text())
-    assert link.lstat().st_ino != event_before, "nothing happened in the folder that is watched"
+    assert link.lstat().st_ino != event_before, "no event in the folder that is watched"
     conf.take_out()
     assert target.read_text() == FLANNEL
     assert files_in(tmp_path / "kept") == {"real": FLANNEL.encode()}
@@ -221,7 +217,7 @@ def test_single_behind_a_link(conf: ConfDir, tmp_path: Path) -> None:
     assert list(conf.path.iterdir()) == [link]
 
 
-def test_link_to_nothing_is_reported(conf: ConfDir) -> None:
+def test_link_without_a_target_is_reported(conf: ConfDir) -> None:
     """In a container the target may be out of sight, though the runtime sees it."""
     (conf.path / "10-flannel.conflist").symlink_to("/not/mounted/here")
     (done_without, problem) = (conf.put_in(PLAIN).conflist, conf.put_in(PLAIN).problems[0])
@@ -230,7 +226,7 @@ def test_link_to_nothing_is_reported(conf: ConfDir) -> None:
 
 
 def at_first_sync(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Do something when our file is written but not yet in place."""
+    """Call `act` when our file is written but not yet in place."""
     real, pending = os.fsync, [act]
 
     def fsync(fd: int) -> None:
@@ -284,7 +280,7 @@ def test_owner_writes_a_single_again(conf: ConfDir) -> None:
     assert files_in(conf.path) == {path.name: SINGLE.replace("1450", "1400").encode()}
 
 
-def test_list_of_a_single_that_somebody_changed_stays(conf: ConfDir) -> None:
+def test_list_of_a_single_that_was_changed_stays(conf: ConfDir) -> None:
     (conf.path / "10-ptp.conf").write_text(SINGLE)
     done = conf.put_in(PLAIN)
     assert done.conflist is not None
@@ -302,6 +298,30 @@ def test_entry_is_taken_out_of_a_list_that_no_runtime_takes(conf: ConfDir) -> No
     path.write_text(conflist.with_entry(FLANNEL, PLAIN).replace('"name": "cbr0",', ""))
     assert conf.take_out().changed
     assert path.read_text() == FLANNEL.replace('"name": "cbr0",', "")
+
+
+@pytest.mark.parametrize("version", ["0.2.0", "1.2.0", ""])
+def test_entry_goes_when_its_list_gets_a_version_that_we_do_not_speak(
+    conf: ConfDir, version: str
+) -> None:
+    """The runtime would get an error for every pod; and the entry is back when the version is."""
+    path = conf.path / "10-flannel.conflist"
+    path.write_text(FLANNEL)
+    conf.put_in(PLAIN)
+    with_entry = path.read_text()
+    old, new = '"cniVersion": "0.3.1"', f'"cniVersion": "{version}"'
+    assert old in with_entry
+    path.write_text(with_entry.replace(old, new))
+    assert conf.lacks(PLAIN)
+    done = conf.put_in(PLAIN)
+    assert done == Outcome(None, True, done.problems)
+    assert "10-flannel.conflist no longer has our entry: its cniVersion is" in done.problems[0]
+    assert path.read_text() == FLANNEL.replace(old, new)
+    assert not conf.lacks(PLAIN)
+    assert not conf.put_in(PLAIN).changed
+    path.write_text(FLANNEL)
+    conf.put_in(PLAIN)
+    assert path.read_text() == with_entry
 
 
 def test_entry_in_a_file_that_does_not_parse_is_reported(conf: ConfDir) -> None:

@@ -1,4 +1,4 @@
-"""The note that ADD leaves when something kept a pod from being accelerated."""
+"""The note that ADD leaves when a fault kept a pod from being accelerated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def state(tmp_path: Path) -> State:
 
 
 def call(command: str, folder: Path, **conf: Any) -> subprocess.CompletedProcess[str]:
-    """The plugin for a pod that has no cgroup, on a node where something is loaded."""
+    """The plugin for a pod that has no cgroup, on a node with loaded programs."""
     bpffs = folder / "bpffs"
     bpffs.mkdir(exist_ok=True)
     if not (bpffs / "current").is_symlink():
@@ -90,7 +90,7 @@ def test_no_note_where_there_is_no_state_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-def test_a_note_that_cannot_be_left_fails_nobody(state: State) -> None:
+def test_a_note_that_cannot_be_left_does_not_fail_add(state: State) -> None:
     (state.folder / names.FAILURES).write_text("in the way")
     done = call("ADD", state.folder.parent)
     assert (done.returncode, json.loads(done.stdout)) == (0, RESULT)

@@ -34,11 +34,11 @@ def write(node: Node, document: object) -> None:
     (node.state_dir / names.NODE_JSON).write_text(json.dumps(document))
 
 
-def test_nothing_to_do(node: Node) -> None:
+def test_programs_that_are_current_stay(node: Node) -> None:
     assert reason_to_load(node) is None
 
 
-def test_nothing_is_loaded(node: Node) -> None:
+def test_no_programs_are_loaded(node: Node) -> None:
     (node.bpffs / names.CURRENT).unlink()
     assert reason_to_load(node) == "nothing is loaded"
 

@@ -62,7 +62,7 @@ def wait_until_threads(count: int) -> None:
         time.sleep(0.01)
 
 
-def test_ready_when_nothing_speaks_against_it(server: Server, health: Health) -> None:
+def test_ready_without_a_reason_against_it(server: Server, health: Health) -> None:
     assert get(server, "/readyz") == (503, "starting\n")
     health.set_ready([])
     assert get(server, "/readyz") == (200, "ok\n")
@@ -107,7 +107,7 @@ def test_a_mistake_in_the_collector_is_told_and_survived(
         assert get(server, "/healthz") == (200, "ok\n")
 
 
-def test_silent_clients_keep_nobody_out_and_make_no_threads(server: Server) -> None:
+def test_silent_clients_block_no_other_and_make_no_threads(server: Server) -> None:
     before = threads()
     silent = [socket.create_connection(server.address) for _ in range(5 * MAX_CONNECTIONS)]
     try:
@@ -124,7 +124,7 @@ def test_silent_clients_keep_nobody_out_and_make_no_threads(server: Server) -> N
     assert get(server, "/healthz") == (200, "ok\n")
 
 
-def test_nothing_is_left_of_a_closed_server(health: Health) -> None:
+def test_a_closed_server_leaves_no_thread_or_socket(health: Health) -> None:
     before, open_before = threads(), len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     server = served.serve("127.0.0.1:0", cast(Metrics, BrokenMetrics()), health)
     address = server.address

@@ -19,19 +19,17 @@ from typing import Any, NoReturn
 import pytest
 
 from cni_plugin import names
-from install import installer
+from install import installer, trial
 from install.conf_dir import Outcome
 from install.conflist import Entry
 from install.installer import Places, Uninstalled
-from install.plugin_files import InstallError
+from install.plugin_files import DoesNotRun, InstallError
 from tests.bed.node import PROGRAM
-from tests.unit import frozen, runtimes
-from tests.unit.cases import FOLDER
+from tests.unit import frozen, networks, runtimes
 
 PLAIN = Entry(None, {})
-CONFLISTS = FOLDER / "conflists"
-FLANNEL = (CONFLISTS / "flannel" / "before" / "10-flannel.conflist").read_bytes()
-SINGLE = (CONFLISTS / "single-conf" / "before" / "10-bridge.conf").read_bytes()
+FLANNEL = networks.text("flannel.conflist").encode()
+SINGLE = networks.text("single-conf.conf").encode()
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def test_purge_at_once(node: Node) -> None:
     assert node.files() == before
 
 
-def test_uninstall_where_nothing_is(node: Node) -> None:
+def test_uninstall_where_it_was_never_installed(node: Node) -> None:
     before = sorted(node.folder.rglob("*"))
     done = node.uninstall()
     assert not done.conf.changed
@@ -132,13 +130,98 @@ def test_folders_that_are_not_there_yet(node: Node) -> None:
     assert node.places.files.link.exists()
 
 
-def test_without_a_plugin_nothing_is_named(node: Node) -> None:
+def test_without_a_plugin_no_entry_is_made(node: Node) -> None:
     """A configuration that names a missing program stops every pod."""
     shutil.rmtree(node.places.plugin_dir)
     before = node.files()
     with pytest.raises(InstallError):
         installer.install(node.places, PLAIN)
     assert node.files() == before
+
+
+def break_source(node: Node) -> None:
+    """The version that would be installed now ends with an error on this node."""
+    (node.places.plugin_dir / names.PLUGIN).write_text("#!/bin/sh\nexit 3\n")
+
+
+def test_what_the_node_cannot_run_is_not_named(node: Node) -> None:
+    before = node.files()
+    break_source(node)
+    node.places.bin_dir.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(DoesNotRun, match="the node cannot run the plugin: it ends with 3"):
+        installer.install(node.places, PLAIN)
+    assert node.files() == before
+    assert list(node.places.bin_dir.iterdir()) == []
+
+
+def test_what_the_node_can_no_longer_run_is_named_no_more(node: Node) -> None:
+    before = node.files()
+    options = {"excludeNamespaces": ["shop"]}
+    installer.install(node.places, Entry(options, {}))
+    installed = node.files()
+    program = node.places.files.link.resolve()
+    whole = program.read_text()
+    program.write_text("#!/bin/sh\nexit 3\n")
+    break_source(node)
+    with pytest.raises(installer.Withdrawn, match=r"no longer has our entry"):
+        installer.install(node.places, PLAIN)
+    left = node.files()
+    assert json.loads(left.pop("entry.tcpip-bypass"))["excludeNamespaces"] == ["shop"]
+    assert left == before
+    assert node.places.files.has_stub
+    with pytest.raises(DoesNotRun, match="it ends with 3") as raised:
+        installer.install(node.places, PLAIN)
+    assert not isinstance(raised.value, installer.Withdrawn)
+
+    (node.places.plugin_dir / names.PLUGIN).write_text(whole)
+    assert installer.install(node.places, PLAIN).conf.changed
+    assert node.files() == installed, "with its options"
+
+
+def test_a_stub_is_not_named(node: Node) -> None:
+    """It would answer each ADD with an error."""
+    installer.install(node.places, PLAIN)
+    node.places.files.put_stub()
+    break_source(node)
+    with pytest.raises(installer.Withdrawn):
+        installer.install(node.places, PLAIN)
+    network = runtimes.crio(node.places.conf_dir)
+    assert network is not None
+    assert network == network.without_us()
+
+
+def test_uninstall_forgets_what_was_withdrawn(node: Node) -> None:
+    before = node.files()
+    installer.install(node.places, Entry({"scope": "all"}, {}))
+    node.places.files.put_stub()
+    break_source(node)
+    with pytest.raises(installer.Withdrawn):
+        installer.install(node.places, PLAIN)
+    node.uninstall()
+    assert node.files() == before
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_cannot_be_tried_is_refused_and_left(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is known of the plugin then: neither is it named anew, nor is it taken out."""
+    before = node.files()
+
+    def fail(*_: object) -> NoReturn:
+        raise trial.NotTried("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "why_not", fail)
+        with pytest.raises(InstallError, match="could not be tried: no memory"):
+            installer.install(node.places, PLAIN)
+        assert node.files() == before
+    installer.install(node.places, PLAIN)
+    installed = node.files()
+    monkeypatch.setattr(trial, "why_not", fail)
+    with pytest.raises(InstallError, match="could not be tried: no memory"):
+        installer.install(node.places, PLAIN)
+    assert node.files() == installed
 
 
 def test_program_stays_as_long_as_it_is_named(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +245,7 @@ def test_uninstall_waits_for_executions(node: Node) -> None:
     installer.install(node.places, PLAIN)
     program = node.places.files.link.resolve()
     program.unlink()
-    shutil.copy("/bin/busybox", program)  # whose /proc/PID/exe is itself, not a shell
+    shutil.copy("/bin/busybox", program)  # its /proc/PID/exe is itself, not a shell
     sleeper = subprocess.Popen(["sleep", "1.5"], executable=program)
     reaper = threading.Thread(target=sleeper.wait)
     reaper.start()
@@ -262,7 +345,7 @@ def test_killed_anywhere_while_uninstalling(node: Node) -> None:
 
 
 def test_two_installs_at_once(node: Node) -> None:
-    """The second one finds nothing left to do."""
+    """The second one finds no work left."""
     done = []
     both = [
         threading.Thread(target=lambda: done.append(installer.install(node.places, PLAIN)))
@@ -334,7 +417,7 @@ def read_only(folder: Path) -> str:
 
 @pytest.mark.parametrize("node", ["10-flannel.conflist"], indirect=True)
 def test_disks_that_refuse(node: Node) -> None:
-    """As an operator sees it: what is wrong, where, and that nothing was changed."""
+    """As an operator sees it: what is wrong, where, and that no file was changed."""
     before = node.files()
     options = json.dumps({"scope": "all"})
     for folder in (node.places.conf_dir, node.places.bin_dir):

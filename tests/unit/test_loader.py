@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bpf.loader import charges, is_strict
+from bpf.loader import is_strict
 
 
 @pytest.mark.parametrize(
@@ -28,24 +28,3 @@ from bpf.loader import charges, is_strict
 )
 def test_kernels_that_drop_what_passes_the_receive_buffer(release: str, strict: bool) -> None:
     assert is_strict(release) is strict
-
-
-@pytest.mark.parametrize(
-    ("release", "whole"),
-    [
-        ("5.10.0-46-cloud-amd64", False),
-        ("6.1.0-56-cloud-amd64", False),
-        ("6.1.122", False),
-        ("6.1.123", True),
-        ("6.6.68", False),
-        ("6.6.69", True),
-        ("6.8.0-90-generic", False),
-        ("6.12.7", False),
-        ("6.12.8", True),
-        ("6.12.117+deb13-cloud-amd64", True),
-        ("7.2.12+deb13-cloud-amd64", True),
-        ("unheard of", False),
-    ],
-)
-def test_kernels_that_charge_what_is_redirected(release: str, whole: bool) -> None:
-    assert charges(release) is whole

@@ -1,4 +1,4 @@
-"""The lines on stderr: whatever is in a value, a line is one event and can be read back."""
+"""The lines on stderr: with any text in a value, a line is one event and can be read back."""
 
 from __future__ import annotations
 
@@ -92,11 +92,11 @@ def test_which_pod(capfd: pytest.CaptureFixture[str]) -> None:
     assert log.of(None) == {}
 
 
-def test_a_closed_stderr_stops_nobody() -> None:
+def test_a_closed_stderr_stops_no_program() -> None:
     kept = os.dup(2)
     os.close(2)
     try:
-        log.error("unheard", "nobody listens")
+        log.error("unheard", "no reader")
     finally:
         os.dup2(kept, 2)
         os.close(kept)

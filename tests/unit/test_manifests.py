@@ -13,7 +13,7 @@ import pytest
 import tomllib
 from packaging.requirements import Requirement
 
-from install import node
+from install import VERSION, node
 from install.agent.kubernetes import DaemonSet
 from tests import manifests
 from tests.bed.bed import REPOSITORY
@@ -64,7 +64,7 @@ def test_the_patch_that_uninstalls_fits_every_overlay() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_overlays_change_nothing_but_places(name: str) -> None:
+def test_overlays_change_only_places(name: str) -> None:
     """What the pod may do and where it finds things is the same on every distribution."""
     objects = manifests.kustomized(manifests.OVERLAYS / name)
     base, container = manifests.agent(BASE), dict(manifests.agent(objects))
@@ -114,6 +114,21 @@ def test_the_uninstalling_command_is_the_programs_own() -> None:
     assert node.build_parser().parse_args(command.split()).command == "uninstall"
 
 
+def test_there_is_one_version() -> None:
+    """pyproject.toml has it; the image's name, wherever it stands, and the change log follow."""
+    places = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    places += [path for path in (REPOSITORY / "install").rglob("*") if path.is_file()]
+    tags = {
+        path: set(re.findall(rb"tcpip-bypass:(\d[\w.-]*)", path.read_bytes())) for path in places
+    }
+    tagged = {path: found for path, found in tags.items() if found}
+    assert REPOSITORY / "install/overlays/base/daemonset.yaml" in tagged
+    assert {path: found for path, found in tagged.items() if found != {VERSION.encode()}} == {}
+    newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest.group(1) == VERSION
+
+
 def third_party_imports() -> set[str]:
     """The distributions that the node program and its libraries of ours import."""
     found = set()
@@ -137,8 +152,7 @@ def canonical(name: str) -> str:
 def test_the_image_has_the_libraries_that_are_imported() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     declared = {canonical(each) for each in project["dependencies"]}
-    # bcc is Debian's; grpcio compiles cri.proto with grpcio-tools, if it is there.
-    assert third_party_imports() - {"bcc"} == declared - {"grpcio-tools"}
+    assert third_party_imports() - {"bcc"} == declared  # bcc is Debian's
 
 
 def test_every_library_in_the_image_is_pinned() -> None:

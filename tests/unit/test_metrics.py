@@ -1,4 +1,4 @@
-"""Sums that only grow, whatever pods, generations and sandboxes come and go."""
+"""Sums that only grow, while pods, generations and sandboxes come and go."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from bpf import abi
 from bpf.stats import HopCounters
-from install import freshness, report
+from install import VERSION, freshness, report
 from install.agent.metrics import REPAIRS, Metrics
 from install.commands import Node
 from install.report import Facts, Failure, Growth, Reading
-from tests.unit.cases import ROOT
 from tests.unit.test_attachment import BLANK
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -46,7 +44,7 @@ class Kernel:
         records = [BLANK._replace(pod_id=i, pod_name=name) for i, name in self.pods.items()]
         attached = frozenset(self.pods)
         return Facts(
-            None, [], False, frozenset(), "full", "", records, attached, list(self.failures)
+            None, [], False, frozenset(), "full", "", records, attached, list(self.failures), ""
         )
 
     def counters(self, _generations: object, pod_ids: set[int]) -> Reading:
@@ -126,7 +124,7 @@ def test_counters_made_anew_count_from_zero(kernel: Kernel) -> None:
     assert value(metrics, "tcpip_bypass_connections_total", hop="inbound", outcome="paired") == 3
 
 
-def test_a_record_that_cannot_be_read_for_a_while_counts_nothing_twice(kernel: Kernel) -> None:
+def test_a_record_that_cannot_be_read_for_a_while_is_not_counted_twice(kernel: Kernel) -> None:
     metrics = make()
     kernel.pods, kernel.reading = {7: "cart"}, {(1, 7): inbound(100)}
     assert bypassed(metrics) == 100
@@ -213,8 +211,7 @@ def test_messages_by_tcp_are_the_sum_of_their_reasons(kernel: Kernel) -> None:
 @pytest.mark.usefixtures("kernel")
 def test_what_runs() -> None:
     (labels,) = (dict(at) for name, at in series(make()) if name == "tcpip_bypass_build_info")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert labels["version"] == project["version"]
+    assert labels["version"] == VERSION
     assert labels["kernel"] == platform.release()
     assert freshness.version().startswith(labels["programs"])
     assert len(labels["programs"]) == 12
@@ -230,7 +227,7 @@ def test_repairs() -> None:
     assert value(metrics, "tcpip_bypass_repair_errors_total", what="pins") == 1
     assert value(metrics, "tcpip_bypass_repair_errors_total", what="conflist") == 0
     with pytest.raises(KeyError):
-        metrics.repaired("a thing nobody knows")
+        metrics.repaired("an unknown thing")
 
 
 def test_attach_errors_count_each_failure_once(kernel: Kernel) -> None:

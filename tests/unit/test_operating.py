@@ -30,7 +30,7 @@ def named_in(table: str) -> set[str]:
 def test_metrics_reasons_and_outcomes() -> None:
     rendered = Metrics(Node(Path("/no/bpffs"), Path("/no/state"))).render().decode()
     exported = set(re.findall(r"^(tcpip_bypass_\w+)", rendered, re.MULTILINE))
-    exported.add("tcpip_bypass_sockets_limit")  # where something is loaded
+    exported.add("tcpip_bypass_sockets_limit")  # where programs are loaded
     assert named_in(section("Metrics")) == exported | set(abi.REASONS) | set(abi.OUTCOMES)
     for name in (*REPAIRS, *abi.HOPS):
         assert f"`{name}`" in TEXT
@@ -44,7 +44,7 @@ def test_alerts_use_metrics_that_exist() -> None:
 
 
 def events() -> Iterator[str]:
-    """The first argument of each call of log, as a pattern; each {...} in it may be anything."""
+    """The first argument of each call of log, as a pattern; each {...} in it may be any text."""
     for path in sorted((ROOT / "install").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and is_log(node.func):

@@ -80,7 +80,7 @@ def test_upgrade_and_downgrade(files: PluginFiles) -> None:
     "damage",
     [
         lambda files: files.link.unlink(),
-        lambda files: (files.link.unlink(), files.link.write_text("of somebody else")),
+        lambda files: (files.link.unlink(), files.link.write_text("of another program")),
         lambda files: (files.link.unlink(), files.link.symlink_to("../lib/old/tcpip-bypass")),
         lambda files: (files.store / files.wanted / "tcpip-bypass").write_text("#!/bin/sh\nexit 1"),
         lambda files: (files.store / files.wanted / "tcpip-bypass").chmod(0o644),
@@ -117,9 +117,9 @@ def test_files_are_for_everybody(files: PluginFiles) -> None:
     ("program", "why"),
     [
         ("#!/bin/sh\nexit 3\n", "it ends with 3"),
-        ("#!/bin/sh\necho '{}'\n", "supportedVersions"),
-        ("#!/bin/sh\necho nothing\n", "Expecting value"),
-        ("#!/no/such/interpreter\n", "No such file"),
+        ("#!/bin/sh\necho '{}'\n", "it answers VERSION with"),
+        ("#!/bin/sh\necho nothing\n", "it answers VERSION with 'nothing'"),
+        ("#!/no/such/interpreter\n", "asks for /no/such/interpreter, which the node does not have"),
         ("\x7fELF of another machine", "Exec format error"),
     ],
 )

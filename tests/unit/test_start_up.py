@@ -56,7 +56,7 @@ def conf(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_version_needs_next_to_nothing() -> None:
+def test_version_imports_hardly_any_module() -> None:
     found = imported("VERSION", {"cniVersion": "1.0.0"})
     assert {name for name in found if name.startswith("cni_plugin")} == {
         "cni_plugin",
@@ -87,7 +87,7 @@ def test_a_configuration_is_validated_once(conf: dict[str, Any]) -> None:
     assert "jsonschema" in imported("ADD", conf)
 
 
-def test_a_wrong_entry_in_the_cache_proves_nothing(conf: dict[str, Any]) -> None:
+def test_a_wrong_entry_in_the_cache_is_no_proof(conf: dict[str, Any]) -> None:
     """Only the very same words count, not a file of the right name."""
     conf["runtimeConfig"] = {names.POD_ANNOTATIONS: SIDECAR}
     imported("ADD", conf)

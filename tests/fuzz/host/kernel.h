@@ -30,7 +30,7 @@ struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg;
 	__u32 rcvbuf, sndbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing,
 		cwnd_clamp, probing, rcv_wnd;
-	__u8 is_mptcp, nonagle, userlocks, is_cwnd_limited, is_chosen;
+	__u8 is_mptcp, nonagle, userlocks, state, is_cwnd_limited, is_chosen;
 };
 
 struct host_net {
@@ -76,6 +76,7 @@ struct request {
 #define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
 #define OFF_SOCK_WQ offsetof(struct host_sock, wq)
 #define OFF_SOCK_PROT offsetof(struct host_sock, prot)
+#define OFF_SOCK_STATE offsetof(struct host_sock, state)
 #define OFF_SOCK_SOCKET offsetof(struct host_sock, socket)
 #define OFF_SOCKET_FILE offsetof(struct socket, file)
 #define OFF_FILE_FLAGS offsetof(struct file, flags)

@@ -96,6 +96,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.user_data = (__u64)&end->psock;
 		end->callbacks = end->conn.called = TB_WHILE_JOINED;
 		end->sock.net = (__u64)&net;
+		end->sock.state = TCP_ESTABLISHED;
 		end->sock.memcg = (__u64)&container;
 		end->sock.rcvbuf = rcvbuf;
 		end->sock.sndbuf = sndbuf;
@@ -105,7 +106,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 		end->sock.nonagle = gathers[i] == 2 ? 0 : MASK_TCP_NAGLE_OFF;
 		end->sock.cwnd_clamp = TB_OWN_WINDOW;
 		end->mss = gathers[i] == 3 ? 65483 : 1448; /* lo's, or that of an address beyond */
-		end->sock.write_seq = isn[i];
+		end->sock.write_seq = end->conn.first = isn[i];
 		end->sock.copied_seq = isn[!i];
 		end->conn.pressure = (__u64)&proto.memory_pressure;
 		end->conn.me = (struct tb_end){.id = i + 1,
@@ -115,10 +116,8 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags
 					       .prot = (__u64)&proto,
 					       .is_proxy = is_proxy[i]};
 	}
-	for (int i = 0; i < 2; i++) {
+	for (int i = 0; i < 2; i++)
 		ends[i].conn.peer = ends[!i].conn.me;
-		tb_mark_consumed(&ends[i].conn, ends[i].sock.copied_seq);
-	}
 }
 
 /* One message; 1: it goes by bypass. The caller moves the sequence numbers on. */
@@ -175,6 +174,13 @@ void host_make_nonblocking(int end)
 void host_accept(int end, int accepted)
 {
 	ends[end].sock.socket = accepted ? (__u64)&ends[end].socket : 0;
+}
+
+/* shutdown(SHUT_WR), and the FIN has arrived. */
+void host_shut(int end)
+{
+	ends[end].sock.state = 5;  /* FIN_WAIT2 */
+	ends[!end].sock.state = 8; /* CLOSE_WAIT */
 }
 
 /* How much TCP has offered to take. */

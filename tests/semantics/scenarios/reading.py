@@ -137,7 +137,7 @@ def wait_for_all_that_is_there(io: Io) -> None:
     io.log("recv(10, MSG_WAITALL)", receiver.recv(10, socket.MSG_WAITALL))
 
 
-@scenario()
+@scenario(bypassed=None)
 def wait_for_all_over_the_switch(io: Io) -> None:
     """MSG_WAITALL whose reader already waits when the other direction starts to speak"""
     sender, receiver = io.pair(greet=False)

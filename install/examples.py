@@ -1,0 +1,61 @@
+"""What `--help` shows behind the options: command lines as an operator would type them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+PROGRAM = "tcpip-bypass-node"
+
+# By command: what it is for, and the arguments.
+EXAMPLES: dict[str, list[tuple[str, str]]] = {
+    "load": [
+        ("after a boot, or after an upgrade", "load"),
+        ("beside another installation", "load --bpffs /sys/fs/bpf/try --state-dir /run/try"),
+    ],
+    "unload": [("off this kernel; the plugin stays and passes pods through", "unload")],
+    "status": [
+        ("is this node accelerated, and which pods", "status"),
+        ("the same, each second", "status --watch 1"),
+        ("for a script", "status --json"),
+    ],
+    "selftest": [("before the first load on a new kernel", "selftest")],
+    "install": [
+        ("a node with containerd or CRI-O", "install"),
+        ("one namespace stays on TCP", """install --conf-json '{"excludeNamespaces": ["db"]}'"""),
+        ("K3s", "install --cni-conf-dir /var/lib/rancher/k3s/agent/etc/cni/net.d"),
+    ],
+    "uninstall": [
+        ("running pods go on over TCP", "uninstall"),
+        ("where no pod is left that the plugin has seen", "uninstall --purge"),
+    ],
+    "gc": [
+        ("pods of which the runtime has reported no end", "gc"),
+        ("and take in the pods that started before us", "gc --adopt"),
+    ],
+    "agent": [
+        ("as the DaemonSet starts it", "agent --listen 0.0.0.0:15099"),
+        ("bring this node up to date, and end", "agent --once"),
+    ],
+    "pause": [
+        ("see every byte in tcpdump", "pause"),
+        ("one pod's only", "pause --pod shop/cart-x2xlp"),
+    ],
+    "resume": [("after each pause, also of single pods", "resume")],
+}
+
+
+def add_to(
+    parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser]
+) -> None:
+    """Let each command's help end with its examples, and the program's with one of each."""
+    _end_with(parser, [EXAMPLES[name][0] for name in commands if name in EXAMPLES])
+    for name, command in commands.items():
+        _end_with(command, EXAMPLES.get(name, []))
+
+
+def _end_with(parser: argparse.ArgumentParser, examples: list[tuple[str, str]]) -> None:
+    lines = [f"  {PROGRAM} {arguments}\n      {purpose}" for purpose, arguments in examples]
+    if lines:
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = "\n".join(["examples:", *lines])

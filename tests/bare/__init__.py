@@ -1,0 +1,1 @@
+"""A clean clone on bare machines of the distributions that README names."""

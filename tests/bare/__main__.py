@@ -1,0 +1,67 @@
+"""`make setup-test`: a clean clone of HEAD on bare machines, so that no leftovers help it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tests.bare.machine import BareError, Log, bare_machine, base
+from tests.bed import signals
+from tests.bed.bed import REPOSITORY
+
+STORE = REPOSITORY / "build" / "setup-test"
+SUITES = {"12": "bookworm", "13": "trixie"}
+STEPS = (
+    "make setup build lint",
+    ".venv/bin/python -m pytest -q tests/unit",
+    ".venv/bin/tcpip-bypass-node selftest",
+    ".venv/bin/python -m tests.demo --runs 1",
+)
+
+
+def main() -> int:
+    """Returns the exit status: 0 when every step went well on every machine, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bare", description=__doc__)
+    parser.add_argument(
+        "--debian", choices=SUITES, action="append", help="only this one; may be given twice"
+    )
+    parser.add_argument("--mirror", help="of Debian; default: this machine's own")
+    arguments = parser.parse_args()
+    if os.geteuid() != 0:
+        print("It makes root folders and mounts them: run it as root.", file=sys.stderr)
+        return 1
+    signals.stop_at_first()
+    STORE.mkdir(parents=True, exist_ok=True)
+    try:
+        failed = [
+            number
+            for number in arguments.debian or SUITES
+            if not try_on(number, STORE / f"debian-{number}.log", arguments.mirror)
+        ]
+    except KeyboardInterrupt as interrupt:
+        print(f"{interrupt}: stopped before everything was tried", file=sys.stderr)
+        return 130
+    return int(bool(failed))
+
+
+def try_on(number: str, log: Path, mirror: str | None) -> bool:
+    """Whether all steps went well on that Debian; what they printed is in the log."""
+    with log.open("wb") as output:
+        said = Log(output, f"Debian {number}")
+        try:
+            below = base(STORE, SUITES[number], mirror, said)
+            with bare_machine(STORE, below, SUITES[number], mirror, said) as machine:
+                for step in STEPS:
+                    said.tell(step)
+                    machine.run(step)
+        except BareError as error:
+            said.tell(f"FAILED: {error}; all that was printed: {log}")
+            return False
+        said.tell("all is well")
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

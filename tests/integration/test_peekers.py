@@ -1,0 +1,61 @@
+"""A reader that peeks until enough is there, as a sidecar's listener filters do."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import light
+from tests.bed import APP_UID, PROXY_UID
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAM = """
+import os, pathlib, socket, sys, time
+from install import probes
+probes.enter(pathlib.Path(sys.argv[1]))
+os.setuid(int(sys.argv[2]))
+size, total, taken = map(int, sys.argv[3:])
+with probes.connected(greet=taken) as (client, server):
+    for _ in range(total // size):
+        client.sendall(b"y" * size)
+    end = time.monotonic() + 5
+    seen = 0
+    server.setblocking(False)
+    while time.monotonic() < end and seen < total:
+        try:
+            seen = len(server.recv(2 * total, socket.MSG_PEEK))
+        except BlockingIOError:
+            pass
+        time.sleep(0.01)
+    print(seen)
+"""
+
+
+def seen(uid: int, size: int, total: int, *, taken: bool) -> int:
+    """How many of the bytes a peeker saw, that had taken some before or none."""
+    with light.accelerated() as pod:
+        arguments = [str(pod.folder), *map(str, (uid, size, total, int(taken)))]
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            timeout=60,
+        )
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("uid", [APP_UID, PROXY_UID])
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_who_has_taken_nothing_sees_everything(uid: int, size: int) -> None:
+    """A ClientHello in pieces; enough of them to pass the bound."""
+    assert seen(uid, size, 2100 * size, taken=False) == 2100 * size
+
+
+@pytest.mark.parametrize("uid", [APP_UID, PROXY_UID])
+def test_who_has_taken_some_sees_what_the_bound_lets_pass(uid: int) -> None:
+    assert seen(uid, 7, 700, taken=True) == 700

@@ -1,0 +1,305 @@
+"""Nodes that cannot run the plugin, or no longer: their pods start all the same.
+
+Each node has a mount namespace and a root of its own, which the node program is not in: it is
+started here, where everything runs, as in a pod. What a runtime would do is done on the node.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+
+import pytest
+
+from cni_plugin import names
+from tests.bed import open_bed, roots
+from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY
+from tests.bed.node import PROGRAM
+from tests.kernels.apt import PrivateApt, debian_mirrors
+from tests.unit import frozen
+
+OLD_GLIBC = REPOSITORY / "build" / "glibc-2.31"  # Debian 11's
+CONFLIST = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}]}
+LIBRARIES = ("/lib", "/lib64")  # in which glibc and its loader are
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Of a node with busybox, a network, and nothing else."""
+    made = tmp_path / "root"
+    roots.make(made)
+    (made / "etc/cni/net.d/10-pods.conflist").write_text(json.dumps(CONFLIST))
+    return made
+
+
+@pytest.fixture(scope="module")
+def old_glibc() -> Path:
+    """A folder with Debian 11's C library, older than what the plugin is built on, and zlib."""
+    if not OLD_GLIBC.exists():
+        archive, _ = debian_mirrors(None)
+        apt = PrivateApt(OLD_GLIBC.with_name("glibc-apt"), [f"deb {archive} bullseye main"])
+        apt.update()
+        apt.unpack(["libc6", "zlib1g"], OLD_GLIBC)
+    return OLD_GLIBC
+
+
+def lay(libraries: Path, root: Path) -> None:
+    """Debian 11's folders, which are not yet merged into /usr."""
+    for folder in ("lib", "lib64"):
+        shutil.copytree(libraries / folder, root / folder, symlinks=True)
+
+
+def program(
+    node: roots.Node, command: str, *options: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """The node program, which is not on the node; folders as a pod's volumes show them."""
+    return subprocess.run(
+        [PROGRAM, command, *places(node), *options], capture_output=True, text=True, check=False
+    )
+
+
+def places(node: roots.Node, bin_dir: Path | None = None) -> list[str | Path]:
+    return [
+        *("--cni-conf-dir", node.conf_dir, "--cni-bin-dir", bin_dir or node.bin_dir),
+        *("--host-proc", node.proc, "--plugin-dir", FROZEN_PLUGIN),
+        *("--state-dir", node.root.parent / "state", "--bpffs", node.root.parent / "bpffs"),
+    ]
+
+
+def status(node: roots.Node) -> str:
+    state = ("--state-dir", node.root.parent / "state", "--bpffs", node.root.parent / "bpffs")
+    argv: list[str | Path] = [PROGRAM, "status", *state]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env={"COLUMNS": "400"})
+    return " ".join(done.stdout.split())
+
+
+def types(node: roots.Node) -> list[str]:
+    conflist = json.loads((node.conf_dir / "10-pods.conflist").read_text())
+    return [plugin["type"] for plugin in conflist["plugins"]]
+
+
+def start_pod(node: roots.Node) -> list[int]:
+    """What the plugins of the network that can be called end with, as the node's runtime calls."""
+    conf: dict[str, Any] = {"cniVersion": "1.0.0", "name": "pods", "type": names.PLUGIN}
+    conf |= {"bpffs": "/nowhere", "stateDir": "/opt/state"}
+    conf |= {"prevResult": {"cniVersion": "1.0.0", "interfaces": [], "ips": [], "dns": {}}}
+    call = [
+        *("CNI_COMMAND=ADD", "CNI_CONTAINERID=c1", "CNI_NETNS=/no/such/netns"),
+        *("CNI_IFNAME=eth0", "CNI_PATH=/opt/cni/bin"),
+    ]
+    return [
+        node.call(roots.BIN_DIR / each, stdin=json.dumps(conf), environment=call).returncode
+        for each in types(node)
+        if each != "bridge"
+    ]
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(node: roots.Node, why: str) -> None:
+    before = content(node.root)
+    done = program(node, "install")
+    assert done.returncode == 1
+    assert why in done.stderr
+    assert "Traceback" not in done.stderr
+    assert content(node.root) == before
+    assert list(node.bin_dir.iterdir()) == []
+    assert types(node) == ["bridge"]
+    assert start_pod(node) == []
+    assert why in status(node)
+
+
+def test_a_node_with_busybox_and_nothing_else(root: Path) -> None:
+    with roots.running(root) as node:
+        assert_refused(node, "which the node does not have")
+        assert "it asks for /lib" in status(node)
+
+
+def test_a_node_with_an_old_glibc(root: Path, old_glibc: Path) -> None:
+    lay(old_glibc, root)
+    with roots.running(root) as node:
+        assert_refused(node, "or newer, and the node has 2.31")
+        assert "it asks for glibc 2.3" in status(node)
+
+
+def test_a_node_without_a_library(root: Path, old_glibc: Path) -> None:
+    lay(old_glibc, root)
+    for library in root.glob("lib/**/libz.so*"):
+        library.unlink()
+    with roots.running(root) as node:
+        assert_refused(node, "it asks for libz.so.1, which the node does not have")
+
+
+def test_a_folder_that_is_noexec_on_the_node_alone(root: Path) -> None:
+    with roots.running(root, *LIBRARIES) as node:
+        for options in ("bind", "remount,bind,noexec"):
+            node.run("mount", "-o", options, roots.BIN_DIR, roots.BIN_DIR)
+        assert_refused(node, "is on a file system that is mounted noexec")
+
+
+def test_a_new_plugin_that_does_not_run_leaves_the_old_one(root: Path, tmp_path: Path) -> None:
+    with roots.running(root) as node:
+        old = frozen.made(tmp_path / "old")
+        assert program(node, "install", "--plugin-dir", old).returncode == 0
+        before = content(node.root)
+        done = program(node, "install")
+        assert "which the node does not have" in done.stderr
+        assert content(node.root) == before
+        assert types(node) == ["bridge", names.PLUGIN]
+
+
+def test_a_fit_node_whose_folders_have_other_names_in_the_pod(root: Path, tmp_path: Path) -> None:
+    """As on GKE and K3s; and seen through a second mount of the disk that is noexec."""
+    with roots.running(root, *LIBRARIES) as node:
+        (root / "disk").mkdir()
+        node.run("mount", "-o", "bind", "/opt", "/disk")
+        node.run("mount", "-o", "remount,bind,noexec", "/disk", "/disk")
+        in_pod = tmp_path / "in the pod"
+        in_pod.mkdir()
+        script = 'mount --bind "$1" "$2"; shift 2; exec "$@"'
+        unshare: list[str | Path] = [
+            "unshare",
+            "--mount",
+            "sh",
+            "-ec",
+            script,
+            "sh",
+            node.bin_dir,
+            in_pod,
+        ]
+        argv = [*unshare, PROGRAM, "install", *places(node, in_pod)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert types(node) == ["bridge", names.PLUGIN]
+        assert start_pod(node) == [0]
+        assert "cannot run" not in status(node)
+
+
+@dataclass
+class Agent:
+    """The agent of a node, in a bed's folders."""
+
+    node: roots.Node
+    folders: list[str | Path]
+    log: Path
+    port: int
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        options = ["--listen", f"127.0.0.1:{self.port}", "--log-format", "json"]
+        argv = [PROGRAM, "agent", *places(self.node), *self.folders, *options]
+        argv += ["--cri-socket", self.node.root / "no-runtime.sock"]
+        with self.log.open("ab") as log, subprocess.Popen(argv, stderr=log) as process:
+            try:
+                yield
+            finally:
+                process.terminate()
+
+    def events(self) -> list[str]:
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line)["event"] for line in lines if line.startswith("{")]
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body; 0 while nothing is served."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def status(self) -> Any:
+        argv = [PROGRAM, "status", "--json", *self.folders]
+        return json.loads(subprocess.run(argv, capture_output=True, check=True).stdout)
+
+    def wait_until(self, what: str, is_so: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not is_so():
+            assert time.monotonic() < deadline, f"not {what}: {self.log.read_text()}"
+            time.sleep(0.1)
+
+    def runs(self) -> bool:
+        """What the metrics say of the plugin."""
+        return "\ntcpip_bypass_plugin_runs 1.0\n" in self.get("/metrics")[1]
+
+
+@pytest.fixture
+def agent(root: Path, tmp_path: Path) -> Iterator[Agent]:
+    with open_bed(bypass=False) as bed, roots.running(root, *LIBRARIES) as node:
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            port = int(found.getsockname()[1])
+        folders: list[str | Path] = ["--bpffs", bed.node.bpffs, "--state-dir", bed.node.state_dir]
+        try:
+            yield Agent(node, folders, tmp_path / "log", port)
+        finally:
+            bed.node.call("unload")
+
+
+def entry(node: roots.Node) -> Any:
+    return json.loads((node.conf_dir / "10-pods.conflist").read_text())["plugins"][1]
+
+
+def end_pod(node: roots.Node) -> int:
+    """What is called for a pod from before by a runtime that cached its configuration."""
+    call = ("CNI_COMMAND=DEL", "CNI_CONTAINERID=c1", "CNI_IFNAME=eth0", "CNI_PATH=/opt/cni/bin")
+    return node.call(roots.BIN_DIR / names.PLUGIN, stdin="{}", environment=call).returncode
+
+
+def test_an_installed_plugin_that_runs_no_longer(agent: Agent) -> None:
+    node, conflist = agent.node, agent.node.conf_dir / "10-pods.conflist"
+    with agent.running():
+        agent.wait_until("ready", lambda: agent.get("/readyz")[0] == 200)
+        assert start_pod(node) == [0]
+        assert agent.runs()
+        options = {"excludeNamespaces": ["shop"]}
+        whole = json.loads(conflist.read_text())
+        whole["plugins"][1] |= options
+        by_hand = json.dumps(whole)
+        conflist.write_text(by_hand)
+
+        node.run("mount", "-t", "tmpfs", "none", "/lib64")
+        assert start_pod(node) == [127]
+        conflist.write_text(by_hand)  # wakes the agent, which would look within two minutes
+        agent.wait_until("without us", lambda: types(node) == ["bridge"])
+        assert start_pod(node) == []
+        agent.wait_until("told", lambda: not agent.runs())
+        assert end_pod(node) == 0
+        assert agent.events().count("entry_withdrawn") == 1
+        assert "asks for /lib64/ld-linux" in agent.status()["plugin_problem"]
+        code, said = agent.get("/readyz")
+        assert (code, "asks for /lib64/ld-linux" in said) == (503, True)
+
+        node.run("umount", "/lib64")
+        agent.wait_until("with us again", lambda: types(node) == ["bridge", names.PLUGIN])
+        assert start_pod(node) == [0]
+        assert entry(node)["excludeNamespaces"] == options["excludeNamespaces"]
+        assert sorted(path.name for path in node.conf_dir.iterdir()) == [conflist.name]
+        agent.wait_until("ready again", lambda: agent.get("/readyz")[0] == 200)
+        assert agent.runs()
+        assert agent.status()["plugin_problem"] is None
+
+
+def test_a_node_that_boots_without_what_the_plugin_needs(agent: Agent) -> None:
+    """Before anything is loaded, which takes its time, no pod must fail."""
+    node = agent.node
+    assert program(node, "install", *agent.folders).returncode == 0
+    node.run("mount", "-t", "tmpfs", "none", "/lib64")
+    with agent.running():
+        agent.wait_until("loading", lambda: "loading" in agent.events())
+        assert types(node) == ["bridge"]
+        assert agent.events().index("entry_withdrawn") < agent.events().index("loading")
