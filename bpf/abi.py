@@ -70,8 +70,10 @@ class Pod(ctypes.Structure):
         ("id", c_uint64),
         ("flags", c_uint32),
         ("proxy_uid", c_uint32),
+        ("reserved_1", c_uint32),
         ("ip_count", c_uint32),
         ("excluded_count", c_uint32),
+        ("reserved_2", c_uint32),
         ("ip", Addr * MAX_IPS),
         ("excluded", PortRange * MAX_PORT_RANGES),
     ]

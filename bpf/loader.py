@@ -32,6 +32,11 @@ MAP_PINS = (
     *(names.DUE, names.BELL),
 )
 PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
+# What every version has pinned, so that a later one can take over its pods.
+PINS_OF_ALL = (
+    *(names.SOCK_OPS, names.SK_MSG),
+    *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
+)
 
 _Place = tuple[str, str]  # a struct, and the path of a member of it
 
@@ -58,7 +63,6 @@ _OFFSETS: dict[str, _Place | None] = {
     "SOCK_SNDBUF": ("sock", "sk_sndbuf"),
     "SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "SOCK_SOCKET": ("sock", "sk_socket"),
-    "SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "SOCK_UID": ("sock", "sk_uid"),
     "SOCK_USER_DATA": ("sock", "sk_user_data"),
     "SOCK_WQ": ("sock", "sk_wq"),

@@ -10,7 +10,6 @@ from cni_plugin import (
     attachment,
     bpfsys,
     cgroup,
-    conntrack,
     log,
     names,
     netconf,
@@ -126,7 +125,6 @@ def _draft(
         | (abi.POD_FORCED if conf.mode != "auto" else 0)
         | (0 if pod.in_mesh else abi.POD_SERVICES),  # Envoy dials pods
         proxy_uid=conf.proxy_uid,
-        keepalive_s=0,
         ips=[list(address) for address in addresses[: abi.MAX_IPS]],
         excluded_ports=[list(ports) for ports in plan.excluded_ports],
     )

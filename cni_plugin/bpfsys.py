@@ -188,10 +188,12 @@ def visit_files(prog_fd: int, pid: int) -> None:
     # union bpf_iter_link_info, its member task: tid, pid, pid_fd
     of_process = ctypes.create_string_buffer(struct.pack("=III", 0, pid, 0), 12)
     attr = _attr("=IIIIQI20x", prog_fd, 0, _TRACE_ITER, 0, _address(of_process), 12)
-    with closing(_bpf(_LINK_CREATE, attr)) as link:
-        with closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator:
-            while os.read(iterator, 4096):
-                pass
+    with (
+        closing(_bpf(_LINK_CREATE, attr)) as link,
+        closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator,
+    ):
+        while os.read(iterator, 4096):
+            pass
 
 
 def prog_open(prog_id: int) -> int:

@@ -46,12 +46,11 @@ class Attachment(NamedTuple):
     generation: str
     flags: int
     proxy_uid: int
-    keepalive_s: int
     ips: list[list[str]]
     excluded_ports: list[list[int]]
 
 
-_BLANK = Attachment("", "", "", "", "", "", "", "", 0, 0, 0, "", 0, 0, 0, [], [])
+_BLANK = Attachment("", "", "", "", "", "", "", "", 0, 0, 0, "", 0, 0, [], [])
 
 
 class Key(NamedTuple):
@@ -200,8 +199,10 @@ class State:
 def _decode(text: bytes, key: Key) -> Attachment | None:
     """The record in ``text`` if it is whole, of the right types and this attachment's own."""
     try:
-        found = Attachment(**json.loads(text))
-    except (ValueError, TypeError, RecursionError):
+        members = json.loads(text)
+        members.pop("keepalive_s", None)  # version 0.1 wrote it
+        found = Attachment(**members)
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     whole = (
         all(type(value) is type(blank) for value, blank in zip(found, _BLANK))

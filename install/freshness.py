@@ -39,7 +39,7 @@ def reason_to_load(node: Node) -> str | None:
     current = generations.current()
     if current is None:
         return "nothing is loaded"
-    if current not in generations.complete():
+    if not current.is_whole():
         return f"some of the pins in {current.folder} are gone"
     path = node.state_dir / names.NODE_JSON
     try:

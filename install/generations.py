@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bpf import abi
-from bpf.loader import PINS, Programs
+from bpf.loader import PINS, PINS_OF_ALL, Programs
 from cni_plugin import bpfsys, names
 
 _NAME = re.compile(r"gen-\d+")
@@ -42,6 +42,10 @@ class Generation:
     @property
     def number(self) -> int:
         return int(self.folder.name.rpartition("-")[2])
+
+    def is_whole(self) -> bool:
+        """Whether every pin of this version's is in place."""
+        return all((self.folder / pin).exists() for pin in PINS)
 
     def sock_ops_id(self) -> int:
         """The kernel's ID of the pinned sock_ops program."""
@@ -105,8 +109,8 @@ class Generations:
         return sorted(found, key=lambda generation: generation.number)
 
     def complete(self) -> list[Generation]:
-        """Those with every pin in place."""
-        return [g for g in self.all() if all((g.folder / pin).exists() for pin in PINS)]
+        """Those with every pin in place that all versions have."""
+        return [g for g in self.all() if all((g.folder / pin).exists() for pin in PINS_OF_ALL)]
 
     def program_ids(self) -> set[int]:
         """The IDs of their sock_ops programs: what is ours on a cgroup."""

@@ -42,7 +42,9 @@ class Bell:
     def __init__(self, map_fd: int) -> None:
         self._lib = ctypes.CDLL(ctypes.util.find_library("bpf") or "libbpf.so.1")
         self._lib.ring_buffer__new.restype = ctypes.c_void_p
-        self._lib.ring_buffer__new.argtypes = [ctypes.c_int, _CALLBACK] + [ctypes.c_void_p] * 2
+        self._lib.ring_buffer__new.argtypes = [
+            *(ctypes.c_int, _CALLBACK, ctypes.c_void_p, ctypes.c_void_p)
+        ]
         for name in ("ring_buffer__consume", "ring_buffer__epoll_fd", "ring_buffer__free"):
             getattr(self._lib, name).argtypes = [ctypes.c_void_p]
         self._callback = _CALLBACK(lambda _context, _data, _size: 0)  # `due` has the rest
@@ -166,7 +168,7 @@ class Joiner:
         for name in [name for name in self._opened if name not in complete]:
             self._opened.pop(name).close()
         for name, generation in complete.items():
-            if name not in self._opened:
+            if name not in self._opened and generation.is_whole():
                 with contextlib.suppress(FileNotFoundError):
                     self._opened[name] = Opened.of(generation)
 

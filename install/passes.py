@@ -149,7 +149,7 @@ class _Worker:
 
 
 def _enter_host(host_proc: Path) -> None:
-    """Into the host's PID namespace, and out of the container's cgroup; as far as it can be done."""
+    """Into the host's PID namespace, and out of the container's cgroup, as far as possible."""
     mount = cgroup.mount()
     if mount is not None:
         with contextlib.suppress(OSError):
@@ -157,9 +157,11 @@ def _enter_host(host_proc: Path) -> None:
             own.mkdir(exist_ok=True)
             (own / "cgroup.procs").write_text(str(os.getpid()))
     libc = ctypes.CDLL(None, use_errno=True)
-    with contextlib.suppress(OSError):
-        with bpfsys.closing(os.open(host_proc / "1/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as fd:
-            libc.setns(fd, 0x20000000)  # CLONE_NEWPID, linux/sched.h
+    with (
+        contextlib.suppress(OSError),
+        bpfsys.closing(os.open(host_proc / "1/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as fd,
+    ):
+        libc.setns(fd, 0x20000000)  # CLONE_NEWPID, linux/sched.h
 
 
 def _serve(line: socket.socket) -> None:

@@ -51,7 +51,7 @@ def scenario_holds(programs: Programs, name: str, direction: int, events: set[st
 
 
 def case_holds(programs: Programs, case: Case) -> bool:
-    with accelerated(programs, keepalive_s=1) as pod:
+    with accelerated(programs) as pod:
         return cases.holds(case, pod)
 
 

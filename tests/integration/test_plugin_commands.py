@@ -6,7 +6,6 @@ import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pyroute2
 import pytest
@@ -18,8 +17,6 @@ from tests.bed import cgroups, open_bed
 from tests.bed.bed import Bed
 from tests.integration import plugin_calls
 from tests.integration.plugin_calls import Sandbox
-
-CONNTRACK_TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +74,6 @@ def test_add_writes_the_record_the_programs_read(pod: Sandbox) -> None:
     ]
     must(annotated, "CHECK")
     must(annotated, "DEL")
-
-
-def test_keepalive_fits_the_pods_own_conntrack_timeout(pod: Sandbox) -> None:
-    with pod.netns.entered():
-        CONNTRACK_TIMEOUT.write_text("40\n")
-    must(pod, "ADD")
-    record = State(str(pod.bed.node.state_dir)).read(pod.key)
-    assert record is not None
-    assert record.keepalive_s == 10
 
 
 def test_sandbox_recreation(pod: Sandbox) -> None:

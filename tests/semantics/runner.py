@@ -28,7 +28,6 @@ __all__ = ["Finding", "Run", "Transcript", "run_all", "scenarios"]
 PLAIN, BYPASS, PAUSED = "plain TCP", "bypass", "paused"
 DIRECTIONS: Final = ("client sends", "server sends")
 TIMEOUT_S: Final = 40 + 10 * PATIENCE_S
-KEEPALIVE_S: Final = 60
 GREETING_BYTES: Final = 2
 
 Transcript = list[tuple[str, Any]]
@@ -103,7 +102,7 @@ def run_one(
     upstream = direction == DIRECTIONS[0]
     if programs is None:
         return Run(one.name, direction, mode, in_child(one, upstream, None, timeout_s), 0)
-    with accelerated(programs, keepalive_s=KEEPALIVE_S) as pod:
+    with accelerated(programs) as pod:
         transcript = in_child(one, upstream, pod, timeout_s)
         return Run(one.name, direction, mode, transcript, pod.total().bypassed_bytes)
 

@@ -193,7 +193,7 @@ def test_add_gives_back_what_it_got(conf: dict[str, Any]) -> None:
     assert answer == expected
 
 
-blank = Attachment("c", "eth0", "pods", "/x", "", "", "", "/x", 1, 1, 1, "gen-1", 0, 0, 0, [], [])
+blank = Attachment("c", "eth0", "pods", "/x", "", "", "", "/x", 1, 1, 1, "gen-1", 0, 0, [], [])
 records = spoiled(
     {field: st.just(value) for field, value in blank._asdict().items()}, needed=blank._fields
 ).map(lambda record: json.dumps(record).encode())

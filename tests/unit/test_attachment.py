@@ -5,15 +5,14 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bpf import abi
-from cni_plugin import attachment, conntrack, policy
+from cni_plugin import attachment, policy
 from cni_plugin.state import Attachment
 
-BLANK = Attachment("c", "eth0", "pods", "/x", "", "", "", "/x", 1, 7, 1, "gen-1", 0, 0, 0, [], [])
+BLANK = Attachment("c", "eth0", "pods", "/x", "", "", "", "/x", 1, 7, 1, "gen-1", 0, 0, [], [])
 
 
 def test_pod_id_is_stable() -> None:
@@ -36,34 +35,17 @@ def test_record_of() -> None:
         BLANK._replace(
             flags=abi.POD_PROXY_ONLY,
             proxy_uid=1337,
-            keepalive_s=30,
             ips=[["10.22.0.7", "eth0"], ["fd00::7", "eth0"]],
             excluded_ports=[[80, 80], [8000, 8100]],
         )
     )
-    assert (record.id, record.flags, record.proxy_uid, record.keepalive_s) == (7, 1, 1337, 30)
+    assert (record.id, record.flags, record.proxy_uid) == (7, 1, 1337)
     assert record.ip_count == 2
     assert bytes(record.ip[0]) == socket.inet_pton(socket.AF_INET6, "::ffff:10.22.0.7")
     assert bytes(record.ip[1]) == ipaddress.ip_address("fd00::7").packed
     assert record.excluded_count == 2
     assert (record.excluded[1].first, record.excluded[1].last) == (8000, 8100)
     assert record.excluded[2].last == 0
-
-
-@pytest.mark.parametrize(
-    ("timeouts", "expected"),
-    [
-        ([], 120),
-        ([432000, 432000], 120),
-        ([432000, 86400], 120),
-        ([432000, 300], 75),
-        ([4], 1),
-        ([1, 432000], 1),
-        ([0], 1),
-    ],
-)
-def test_keepalive_fits_into_the_shortest_timeout(timeouts: list[int], expected: int) -> None:
-    assert conntrack.interval(timeouts) == expected
 
 
 ports = st.integers(1, policy.MAX_PORT)
