@@ -33,6 +33,7 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
         ("pods of which the runtime has reported no end", "gc"),
         ("and take in the pods that started before us", "gc --adopt"),
     ],
+    "join": [("on a node without an agent, as long as connections are to join", "join")],
     "agent": [
         ("as the DaemonSet starts it", "agent --listen 0.0.0.0:15099"),
         ("bring this node up to date, and end", "agent --once"),

@@ -24,7 +24,7 @@ from install.report import Facts, Failure, Growth, Hops
 if TYPE_CHECKING:
     from install.commands import Node
 
-PAIRED = abi.OUTCOMES[0]
+PAIRED = abi.PAIRED[0]
 NAMES_FIT = 120  # columns of a terminal in which a pod's name need not be folded
 SHORT_ID = 13  # characters of a container ID, as crictl prints and takes them
 

@@ -33,6 +33,7 @@ from cni_plugin import names
 from install import VERSION, freshness, log, report
 from install.commands import Node
 from install.generations import Generation, opened
+from install.joiner import Passes
 from install.report import Facts, Growth, Hops
 
 REPAIRS = ("conflist", "plugin", "pins", "sandbox", "attachment")
@@ -100,6 +101,7 @@ class Metrics(Collector):
             )
             attach_errors.add_metric([], self._attach_errors)
             yield attach_errors
+            yield from _passes(Passes.read(self._node.state_dir))
             yield from _traffic(PREFIX, {(): self._total})
             if self._per_pod:
                 yield from _traffic(f"{PREFIX}pod_", self._pods, "namespace", "pod")
@@ -139,10 +141,9 @@ class Metrics(Collector):
 
 def _nothing(hop: str) -> HopCounters:
     """Every series from the start, with zero: one that appears with 1 has no rate."""
-    paired, *others = abi.OUTCOMES
-    outcomes = others if hop == abi.HOPS[0] else [paired]
+    outcomes = abi.UNPAIRED if hop == abi.HOPS[0] else abi.PAIRED
     return HopCounters(
-        tcp_messages=dict.fromkeys(abi.REASONS, 0), connections=dict.fromkeys(outcomes, 0)
+        tcp_messages=dict.fromkeys(abi.REASONS[1:], 0), connections=dict.fromkeys(outcomes, 0)
     )
 
 
@@ -195,6 +196,17 @@ def _state(found: Facts) -> Iterator[Metric]:
         yield _gauge("sockets_limit", "How many sockets can be accelerated at once", limit)
 
 
+def _passes(done: Passes) -> Iterator[Metric]:
+    """Of the joiner that runs now, or ran last: another one begins at zero."""
+    for name, text, value in (
+        ("passes", "Visits to all processes of a pod, in which sockets join or leave", done.passes),
+        ("pass_cpu_seconds", "CPU time of all passes", done.cpu_ns / 1e9),
+        ("pass_errors", "Passes that failed or took too long", done.failed),
+    ):
+        yield CounterMetricFamily(f"{PREFIX}{name}", text, value)
+    yield _gauge("passes_stuck", "Passes that took too long and have not ended", done.left)
+
+
 def _socket_limit(generation: Generation) -> int | None:
     """The kernel tells how many sockets fit, but not how many there are."""
     try:
@@ -206,7 +218,7 @@ def _socket_limit(generation: Generation) -> int | None:
 
 
 def _traffic(prefix: str, rows: Mapping[tuple[str, ...], Hops], *labels: str) -> tuple[Metric, ...]:
-    """Four families; `rows` are counters by the values of `labels`."""
+    """Five families; `rows` are counters by the values of `labels`."""
 
     def family(name: str, text: str, last: str) -> CounterMetricFamily:
         return CounterMetricFamily(f"{prefix}{name}", text, labels=[*labels, "hop", last])
@@ -215,6 +227,7 @@ def _traffic(prefix: str, rows: Mapping[tuple[str, ...], Hops], *labels: str) ->
     messages = family("messages", "Messages sent by sockets that may bypass", "path")
     reasons = family("tcp_messages", "Messages that went by TCP, and why", "reason")
     outcomes = family("connections", "Ends of connections, and what became of them", "outcome")
+    changes = family("sockets", "Sockets that joined the bypass, or left it while open", "change")
     for values, hops in rows.items():
         for hop, counted in hops.items():
             at = [*values, hop]
@@ -222,8 +235,10 @@ def _traffic(prefix: str, rows: Mapping[tuple[str, ...], Hops], *labels: str) ->
             sizes.add_metric([*at, "tcp"], counted.tcp_bytes)
             messages.add_metric([*at, "bypass"], counted.bypassed_messages)
             messages.add_metric([*at, "tcp"], sum(counted.tcp_messages.values()))
+            changes.add_metric([*at, "joined"], counted.joined)
+            changes.add_metric([*at, "left"], counted.left)
             for reason, number in counted.tcp_messages.items():
                 reasons.add_metric([*at, reason], number)
             for outcome, number in counted.connections.items():
                 outcomes.add_metric([*at, outcome], number)
-    return sizes, messages, reasons, outcomes
+    return sizes, messages, reasons, outcomes, changes

@@ -19,6 +19,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "tb_port_range": abi.PortRange,
     "tb_pod": abi.Pod,
     "tb_control": abi.Control,
+    "tb_due": abi.Due,
     "tb_counter_key": abi.CounterKey,
     "tb_counters": abi.Counters,
 }

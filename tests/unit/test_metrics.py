@@ -191,9 +191,9 @@ def test_every_series_is_there_from_the_start() -> None:
     names = {name for name, _ in found}
     assert {BYTES, "tcpip_bypass_attach_errors_total", "process_resident_memory_bytes"} <= names
     reasons = [dict(labels) for name, labels in found if name == "tcpip_bypass_tcp_messages_total"]
-    assert len(reasons) == len(abi.HOPS) * len(abi.REASONS)
+    assert len(reasons) == len(abi.HOPS) * (len(abi.REASONS) - 1)
     outcomes = [dict(labels) for name, labels in found if name == "tcpip_bypass_connections_total"]
-    assert len(outcomes) == len(abi.HOPS) + len(abi.OUTCOMES) - 2
+    assert len(outcomes) == (len(abi.HOPS) - 1) * len(abi.PAIRED) + len(abi.UNPAIRED)
     for sample in reasons:
         assert found["tcpip_bypass_tcp_messages_total", frozenset(sample.items())] == 0
 
@@ -201,7 +201,7 @@ def test_every_series_is_there_from_the_start() -> None:
 def test_messages_by_tcp_are_the_sum_of_their_reasons(kernel: Kernel) -> None:
     metrics = make()
     kernel.pods = {7: "cart"}
-    kernel.reading = {(1, 7): inbound(0, bypassed_messages=4, tcp_messages={"order": 3, "gone": 2})}
+    kernel.reading = {(1, 7): inbound(0, bypassed_messages=4, tcp_messages={"order": 3, "leaving": 2})}
     messages = "tcpip_bypass_messages_total"
     assert value(metrics, messages, hop="inbound", path="tcp") == 5
     assert value(metrics, messages, hop="inbound", path="bypass") == 4

@@ -28,7 +28,7 @@ def test_all_cpus_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
         return bytes(per_cpu)
 
     assert stats.pod_counters(1, lookup) == {
-        "outbound": HopCounters(6, 60, 3 * 2**62, {"order": 6}, {"full": 3})
+        "outbound": HopCounters(6, 60, 3 * 2**62, {"waiting": 6}, {"blocking": 3})
     }
 
 
