@@ -55,7 +55,7 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 	conn->me.id = 0;
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
 	tb_end_probes(skops, conn);
-	tb_call_for_packets(skops, 0);
+	tb_call(skops, 0);
 }
 
 /* Callbacks of a socket that may have been paired. */

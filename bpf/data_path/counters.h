@@ -54,15 +54,6 @@ static __always_inline void tb_flush_tally(struct tb_conn *conn)
 	conn->tally.bytes = 0;
 }
 
-/* Asks to be called when the socket closes, to flush its tally. */
-static __always_inline void tb_call_for_its_end(struct bpf_sock_ops *skops)
-{
-	int flags = skops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG;
-
-	if (flags != skops->bpf_sock_ops_cb_flags)
-		bpf_sock_ops_cb_flags_set(skops, flags);
-}
-
 static __always_inline void tb_count_bypassed(struct tb_conn *conn, __u32 size, __u64 now)
 {
 	conn->tally.messages++;

@@ -67,9 +67,14 @@ static __always_inline __u32 tb_note_exchange(struct tb_conn *conn, __u32 receiv
 	return 1 + (in + out) / TB_EXCHANGE_BYTES;
 }
 
+/* Is it known well enough to join, with the exchange that may be under way? */
 static __always_inline int tb_is_known(const struct tb_conn *conn, __u64 now)
 {
-	return tb_is_paired(conn) && conn->exchanges >= conn->wanted &&
+	__u32 received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
+	__u32 sent = tb_read32(conn->me.sk + OFF_TCP_SOCK_WRITE_SEQ);
+	__u32 more = received != conn->moved.received && sent != conn->moved.sent;
+
+	return tb_is_paired(conn) && conn->exchanges + more >= conn->wanted &&
 	       tb_has_passed(TB_MIN_AGE, conn->since, now);
 }
 
@@ -88,19 +93,18 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	if (!tb_is_paired(conn)) {
 		if (conn->exchanges > TB_SEEKING)
-			tb_call_for_packets(skops, 0);
+			tb_call(skops, 0);
 		return;
 	}
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
 	if (outcome) {
 		if (!conn->refused)
 			tb_refuse(conn, outcome);
-		tb_call_for_packets(skops, 0);
+		tb_call(skops, 0);
 		return;
 	}
 	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn))
 		return;
-	tb_call_for_its_end(skops);
 	tb_miss(conn->me.pod_id, weight);
 }
 

@@ -60,7 +60,7 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	conn->moved.sent = skops->snd_nxt;
 	conn->since = tb_tick_ns();
 	tb_expect_passes(pod->id);
-	tb_call_for_packets(skops, 1);
+	tb_call(skops, 1);
 	return conn;
 }
 

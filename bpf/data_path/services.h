@@ -82,14 +82,15 @@ static __always_inline int tb_requested(struct bpf_sock_ops *skops, __u64 reques
 	return TB_ADDR(skops, remote, &key->client);
 }
 
-/* Asks for callbacks when this socket sends a packet, or for none. A listener of a pod that serves
- * Services asks for its SYN-ACKs; its connections inherit that. */
-static __always_inline void tb_call_for_packets(struct bpf_sock_ops *skops, int on)
+/* Asks for callbacks when this socket sends a packet and when its state changes, or for none. A
+ * listener of a pod that serves Services asks for its SYN-ACKs; its connections inherit that. */
+static __always_inline void tb_call(struct bpf_sock_ops *skops, int on)
 {
-	int flags = skops->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+	int wanted = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG;
+	int flags = skops->bpf_sock_ops_cb_flags & ~wanted;
 
 	if (on)
-		flags |= BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+		flags |= wanted;
 	if (flags != skops->bpf_sock_ops_cb_flags)
 		bpf_sock_ops_cb_flags_set(skops, flags);
 }
@@ -148,9 +149,9 @@ static __always_inline void tb_serve_services(struct bpf_sock_ops *skops, const 
 	if (skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
 		tb_note_dial(skops);
 	else if (skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
-		tb_call_for_packets(skops, 1);
+		tb_call(skops, 1);
 	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
-		tb_call_for_packets(skops, 0);
+		tb_call(skops, 0);
 	else if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB ||
 		 skops->op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB)
 		tb_write_option(skops, pod);
