@@ -82,9 +82,11 @@ def test_twins_that_connect_at_the_same_instant(
             inner = stack.enter_context(netns.created(f"{node.name}-inner"))
             right = LightPod(node, "inner", inner, left.cgroup, left.ip, left.record)  # noqa: PLW2901
         twins = [
-            pod.popen([sys.executable, traffic_twins.__file__, shared, str(number), "600"], uid=0)
+            pod.popen([sys.executable, traffic_twins.__file__, shared, str(number), "200"], uid=0)
             for number, pod in enumerate((left, right))
         ]
+        while any(twin.poll() is None for twin in twins):
+            node.visit(left, right)
         found = [json.loads(twin.communicate()[0]) for twin in twins]
     assert [twin["wrong"] for twin in found] == [0, 0]
     assert bypassed(left, right) > 0
@@ -463,7 +465,9 @@ def test_forgery_works_where_nothing_forbids_it() -> None:
     does, the programs do not ask whose listener announced the connection, and the attacker knows
     everything. Then it gets the victim's bytes."""
     with (
-        light.source_edited(mutants.ANNOUNCED_ELSEWHERE.edit),
+        light.source_edited(
+            lambda source: careless_joining(mutants.ANNOUNCED_ELSEWHERE.edit(source))
+        ),
         traffic_pods.node() as careless,
         attacking(careless) as attack,
     ):
@@ -473,8 +477,21 @@ def test_forgery_works_where_nothing_forbids_it() -> None:
         assert_it_works(attack)
 
 
+def careless_joining(source: str) -> str:
+    """Sockets join that have exchanged nothing, and whose numbers do not fit what TCP has counted:
+    both is so with a forger's."""
+    for rule in (
+        "conn->exchanges + more >= conn->wanted &&",
+        " && tb_is_same_connection(conn, sk)",
+    ):
+        assert source.count(rule) == 1
+        source = source.replace(rule, "")
+    return source
+
+
 def assert_it_works(attack: Attack) -> None:
     with attack.client, attack.pose() as forged:
+        traffic_pods.visit()
         attack.client.sendall(b"secret")
         forged.settimeout(traffic_pods.TIMEOUT_S)
         assert forged.recv(100) == b"secret"

@@ -201,7 +201,9 @@ def test_every_series_is_there_from_the_start() -> None:
 def test_messages_by_tcp_are_the_sum_of_their_reasons(kernel: Kernel) -> None:
     metrics = make()
     kernel.pods = {7: "cart"}
-    kernel.reading = {(1, 7): inbound(0, bypassed_messages=4, tcp_messages={"order": 3, "leaving": 2})}
+    kernel.reading = {
+        (1, 7): inbound(0, bypassed_messages=4, tcp_messages={"order": 3, "leaving": 2})
+    }
     messages = "tcpip_bypass_messages_total"
     assert value(metrics, messages, hop="inbound", path="tcp") == 5
     assert value(metrics, messages, hop="inbound", path="bypass") == 4
