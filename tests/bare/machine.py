@@ -97,7 +97,7 @@ class Log:
             check=False,
         )
         if done.returncode:
-            raise BareError(f"{argv[-1]} ended with {done.returncode}")
+            raise BareError(f"{argv[-1]!r} ended with {done.returncode}")
 
 
 @dataclass(frozen=True)
