@@ -27,6 +27,7 @@ from tests.kernels.apt import KEYRING, AptError, debian_mirrors
 Argv = Sequence[str | Path]
 
 BARE = "--include=make,git,ca-certificates"
+END_PATIENCE_S = 120  # what was killed may need the CPU to go
 CLONE = Path("/root/tcpip-bypass")
 CERTIFICATES = Path("/usr/local/share/ca-certificates")  # what Debian's ca-certificates adds
 # Copied as they are, where they are there.
@@ -164,8 +165,10 @@ def bare_machine(
         yield machine
     finally:
         with sweep.uninterrupted():
-            cgroups.remove(cgroup)
-            shutil.rmtree(folder)
+            try:
+                cgroups.remove(cgroup, END_PATIENCE_S)
+            finally:
+                shutil.rmtree(folder)
 
 
 def _mirrors(mirror: str | None) -> tuple[str, str]:
