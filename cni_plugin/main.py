@@ -60,7 +60,8 @@ def _dispatch(request: Request) -> Json | None:
 
     call = request.call
     pod = (call.args.get("K8S_POD_NAMESPACE"), call.args.get("K8S_POD_NAME"))
-    log.about(f"{call.command} {call.container_id}/{call.ifname} {'/'.join(filter(None, pod))}")
+    attachment = filter(None, (call.container_id, call.ifname))
+    log.about(" ".join([call.command, "/".join(attachment), "/".join(filter(None, pod))]))
     if call.command == "ADD":
         from cni_plugin.add import add
 
