@@ -38,8 +38,8 @@ class CgroupNotFound(Exception):
 def accelerate(request: Request, pod: Pod, result: Json) -> None:
     """Accelerate the pod, or say on stderr why not.
 
-    Raises CniError for an invalid call or configuration, anything else when it did not work
-    out; then nothing of it is left in the kernel, or it is recorded for DEL and GC.
+    Raises InvalidNetns for a malformed call, anything else when it did not work out; then
+    nothing of it is left in the kernel, or it is recorded for DEL and GC.
     """
     _refuse_own_netns(request)
     addresses = results.pod_addresses(result, request.call.ifname)

@@ -28,7 +28,11 @@ def collect(request: Request) -> None:
     bpffs, state_dir = folders(request.conf)
     state = State(state_dir)
     failures = []
-    for key in state.keys():  # noqa: SIM118 - not a dict
+    try:
+        recorded = state.keys()
+    except OSError as error:
+        raise GcIncomplete("what is recorded cannot be read", str(error)) from error
+    for key in recorded:
         if key in valid:
             continue
         try:

@@ -78,10 +78,6 @@ class TryAgainLater(CniError):
     code = 11
 
 
-class NotAvailable(CniError):
-    code = 50
-
-
 class CheckFailed(CniError):
     """The pod is not accelerated the way ADD left it."""
 

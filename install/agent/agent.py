@@ -65,6 +65,7 @@ class Agent:
     def __init__(self, node: Node, settings: Settings, metrics: Metrics, health: Health) -> None:
         self._node, self._settings = node, settings
         self._metrics, self._health = metrics, health
+        health.remarks = self._remarks
         self._lock = FolderLock(node.state_dir)
         self._watch = Watch()
         self._stopped, self._stop = os.pipe()
@@ -194,6 +195,18 @@ class Agent:
         """Why pods that start now are not accelerated as they should be."""
         # Not among them: the CRI socket and the API server, which new pods do without.
         return [task.problem for task in (self._programs, self._files) if task.problem]
+
+    def _remarks(self) -> list[str]:
+        """Why pods that start now are not accelerated, and should not be."""
+        with contextlib.suppress(OSError):
+            ours = ConfDir(self._settings.places.conf_dir).ours()
+            mode = str(ours.entry.get("mode", "auto")) if ours else "auto"
+            reason = "the configuration says so"
+            if mode == "auto":
+                mode, reason = self._node.state.node_mode()
+            if mode == "off":
+                return [f"mode is off: {reason}"]
+        return []
 
     def _folders(self) -> dict[str, set[Path]]:
         places, node = self._settings.places, self._node

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -39,6 +39,8 @@ class Health:
         self._silence_s = silence_s
         self._beat = time.monotonic()
         self._reasons: tuple[str, ...] = ("starting",)
+        # What an operator should know of a node that is as it should be; asked for each answer.
+        self.remarks: Callable[[], Sequence[str]] = tuple
 
     def beat(self) -> None:
         """The agent's loop has come round."""
@@ -176,7 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/healthz":
             self._answer_why_not(self.server.health.alive())
         elif path == "/readyz":
-            self._answer_why_not(self.server.health.ready())
+            reasons = self.server.health.ready()
+            self._answer_why_not(reasons, () if reasons else self.server.health.remarks())
         elif path == "/metrics":
             self._answer(HTTPStatus.OK, self.server.metrics.render(), CONTENT_TYPE_LATEST)
         else:
@@ -184,9 +187,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _answer_why_not(self, reasons: list[str]) -> None:
+    def _answer_why_not(self, reasons: list[str], remarks: Sequence[str] = ()) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-        lines = reasons or ["ok"]
+        lines = reasons or ["ok", *remarks]
         self._answer(status, "".join(f"{line}\n" for line in lines).encode())
 
     def _answer(

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tests.bed import cgroups, sweep
-from tests.bed.apt import KEYRING, AptError, debian_mirrors
 from tests.bed.bed import REPOSITORY
 from tests.image.dockerfile import LENT, PATH
+from tests.bed.apt import KEYRING, AptError, debian_mirrors
 
 Argv = Sequence[str | Path]
 
 BARE = "--include=make,git,ca-certificates"
+END_PATIENCE_S = 120  # what was killed may need the CPU to go
 CLONE = Path("/root/tcpip-bypass")
 CERTIFICATES = Path("/usr/local/share/ca-certificates")  # what Debian's ca-certificates adds
 # Copied as they are, where they are there.
@@ -97,7 +98,7 @@ class Log:
             check=False,
         )
         if done.returncode:
-            raise BareError(f"{argv[-1]} ended with {done.returncode}")
+            raise BareError(f"{argv[-1]!r} ended with {done.returncode}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,10 @@ def bare_machine(
         yield machine
     finally:
         with sweep.uninterrupted():
-            cgroups.remove(cgroup)
-            shutil.rmtree(folder)
+            try:
+                cgroups.remove(cgroup, END_PATIENCE_S)
+            finally:
+                shutil.rmtree(folder)
 
 
 def _mirrors(mirror: str | None) -> tuple[str, str]:

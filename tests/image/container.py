@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from tests.manifests import Json
 
 CGROUP = "cgroup"  # the volume that is this machine's own
 TIMEOUT_S = 180
-START_TIMEOUT_S = 10
 _PROPAGATION = {"None": "rprivate", "HostToContainer": "rslave"}
 _OWN_MOUNTS = [
     {"destination": "/proc", "type": "proc", "source": "proc"},
@@ -139,16 +137,16 @@ def scratch_node(image: Stage) -> Iterator[ScratchNode]:
 @contextmanager
 def _process_1(proc: Path) -> Iterator[None]:
     """Another PID namespace with one process in it, and its /proc mounted."""
-    with subprocess.Popen(["unshare", "--pid", "--fork", "cat"], stdin=subprocess.PIPE) as holder:
-        namespace = Path(f"/proc/{holder.pid}/ns/pid_for_children")
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while subprocess.run(
-            ["nsenter", f"--pid={namespace}", "mount", "-t", "proc", "proc", proc],
-            stderr=subprocess.DEVNULL,
-            check=False,
-        ).returncode:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no process has appeared in {namespace}")
+    process_1 = ["sh", "-c", "echo; exec cat"]
+    with subprocess.Popen(
+        ["unshare", "--pid", "--fork", *process_1], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()  # until then its children's namespace is this machine's own
+        namespace = f"/proc/{holder.pid}/ns/pid_for_children"
+        subprocess.run(
+            ["nsenter", f"--pid={namespace}", "mount", "-t", "proc", "proc", proc], check=True
+        )
         yield  # then its standard input is closed, and it ends
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,10 +36,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A node's places, and a process whose mount namespace stands for the node's."""
+    """A node's places, and a /proc whose process 1 has the node's mount namespace."""
 
     bed: Bed
-    holder: int
+    proc: Path
 
     def call(self, names: frozenset[str], *argv: str | Path) -> Done:
         """Run a program with these capabilities only."""
@@ -77,11 +78,11 @@ def try_kernel(scratch: Scratch, names: frozenset[str]) -> Done:
 def mount_bpffs(scratch: Scratch, names: frozenset[str]) -> Done:
     """A bpffs in the node's mount namespace, as the agent mounts it."""
     mount: Argv = [sys.executable, "-m", "install.agent.bpffs", scratch.bed.folder / "bpffs"]
-    return scratch.call(names, *mount, f"/proc/{scratch.holder}/ns/mnt")
+    return scratch.call(names, *mount, scratch.proc / "1/ns/mnt")
 
 
 def install(scratch: Scratch, names: frozenset[str]) -> Done:
-    """Our entry in the conflist of a CNI plugin that is not root's, whose it stays."""
+    """The plugin, tried on the node, and our entry in a conflist that is another user's."""
     conf_dir = scratch.bed.folder / "net.d"
     conflist = conf_dir / "10-pods.conflist"
     conf_dir.mkdir(exist_ok=True)
@@ -90,7 +91,8 @@ def install(scratch: Scratch, names: frozenset[str]) -> Done:
     for path in (conf_dir, conflist):
         os.chown(path, NOBODY, NOBODY)
     places: Argv = ["--cni-conf-dir", conf_dir, "--cni-bin-dir", scratch.bed.folder / "bin"]
-    answer = scratch.program(names, "install", *places, "--plugin-dir", FROZEN_PLUGIN)
+    places += ["--host-proc", scratch.proc, "--plugin-dir", FROZEN_PLUGIN]
+    answer = scratch.program(names, "install", *places)
     if answer.done:
         status = conflist.stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (NOBODY, NOBODY, 0o600)
@@ -122,12 +124,15 @@ NEEDED = {
 def scratch() -> Iterator[Scratch]:
     with open_bed(bypass=False) as bed:
         (bed.folder / "bpffs").mkdir()
-        unshare = ["unshare", "--mount", "--propagation=private", "sh", "-c", "echo; exec cat"]
-        holder = subprocess.Popen(unshare, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        unshare = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
+        process_1 = ["sh", "-ec", "mount -t proc proc /proc; echo; exec cat"]
+        holder = subprocess.Popen(
+            [*unshare, *process_1], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         with holder:  # ends with its standard input
             assert holder.stdout is not None
             holder.stdout.readline()
-            yield Scratch(bed, holder.pid)
+            yield Scratch(bed, Path(f"/proc/{holder.pid}/root/proc"))
         bed.node.call("unload")
 
 
@@ -147,3 +152,12 @@ def test_none_can_be_spared(scratch: Scratch, name: str) -> None:
     answer = work(scratch, GRANTED - {name})
     assert not answer.done
     assert complaint in answer.said
+
+
+@pytest.mark.parametrize("name", ["SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE"])
+def test_a_plugin_that_cannot_be_tried_is_not_installed(scratch: Scratch, name: str) -> None:
+    shutil.rmtree(scratch.bed.folder / "bin", ignore_errors=True)
+    answer = install(scratch, GRANTED - {name})
+    assert not answer.done
+    assert "could not be tried" in answer.said
+    assert json.loads((scratch.bed.folder / "net.d/10-pods.conflist").read_text()) == CONFLIST

@@ -73,7 +73,7 @@ class Case:
             input=_fill(self.stdin.decode("latin-1"), places).encode("latin-1"),
             capture_output=True,
             check=False,
-            timeout=30,
+            timeout=300,
         )
         swapped = {path: name for name, path in places.items()}
         return Answer(

@@ -66,6 +66,8 @@ def test_ready_without_a_reason_against_it(server: Server, health: Health) -> No
     assert get(server, "/readyz") == (503, "starting\n")
     health.set_ready([])
     assert get(server, "/readyz") == (200, "ok\n")
+    health.remarks = lambda: ["mode is off: order wrong"]
+    assert get(server, "/readyz") == (200, "ok\nmode is off: order wrong\n")
     health.set_ready(["the self-test's mode is off", "no conflist"])
     assert get(server, "/readyz?verbose") == (503, "the self-test's mode is off\nno conflist\n")
     assert get(server, "/healthz") == (200, "ok\n")
