@@ -1,5 +1,5 @@
 # Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test setup-test clean
+.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels test-runtimes image-test setup-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -46,6 +46,14 @@ plugin-speed: build
 # The self-test, the semantics suite and the fuzzer on other kernels, under QEMU.
 test-kernels: build
 	$(PY) -m tests.kernels
+
+# The tests with a real runtime on each containerd of tests/containerd/releases.py.
+RUNTIMES ?= own 1.7 2
+test-runtimes: build
+	for runtime in $(RUNTIMES); do \
+		echo "containerd $$runtime"; \
+		TCPIP_BYPASS_RUNTIME=$$runtime $(PY) -m pytest tests/containerd || exit; \
+	done
 
 # The DaemonSet's image as install/Dockerfile has it, built and tried without a container engine.
 image-test: .venv/.ready
