@@ -27,6 +27,7 @@ CONTROL = "control"
 PAUSED_PODS = "paused_pods"
 DUE = "due"
 BELL = "bell"
+SPLICE_WATCH = "splice_watch"  # a link, where the kernel allows it
 VISIT = "visit"  # the iterator over the open files of a process
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.

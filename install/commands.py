@@ -250,7 +250,7 @@ def uninstall(node: Node, places: installer.Places, *, purge: bool) -> None:
         )
 
 
-def join(node: Node, host_proc: Path) -> None:
+def join(node: Node) -> None:
     """Runs passes as they become due, until it is told to end."""
     from install.joiner import Joiner  # noqa: PLC0415 - for this command alone
     from install.passes import Runner  # noqa: PLC0415
@@ -264,7 +264,7 @@ def join(node: Node, host_proc: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    Joiner(node.bpffs, node.state_dir, Runner(host_proc)).run(lambda: bool(told), stopped)
+    Joiner(node.bpffs, node.state_dir, Runner()).run(lambda: bool(told), stopped)
 
 
 def pause(node: Node, pod: str | None = None) -> None:

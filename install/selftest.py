@@ -40,7 +40,8 @@ FULL, PROXY_ONLY, OFF = names.MODES
 # Without these right, only sidecars may be touched: they never ask for FIONREAD, applications
 # such as nginx and Java do. Without any other, nothing may.
 TCP_ONLY = "fionread_tcp"
-APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY)
+SPLICE = "splice"
+APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY, SPLICE)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,14 @@ def _behaviour() -> list[Check]:
         f"{counters.bypassed_bytes} of {counters.bypassed_bytes + counters.tcp_bytes} bytes",
         counters.bypassed_bytes > 0,
     )
-    return [share, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+    splice = Check(
+        SPLICE,
+        "A reader that splices from its socket is seen",
+        "seen",
+        programs.blind_to_splice or "seen",
+        not programs.blind_to_splice,
+    )
+    return [share, splice, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
 
 
 def compare(name: str, plain: dict[str, Any], bypassed: dict[str, Any]) -> Check:

@@ -97,10 +97,11 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		return;
 	}
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
+	if (outcome && !conn->refused)
+		tb_refuse(conn, outcome);
 	if (outcome) {
-		if (!conn->refused)
-			tb_refuse(conn, outcome);
-		tb_call(skops, 0);
+		if (!conn->own.idle_s) /* else a fresh edge is under way */
+			tb_call(skops, 0);
 		return;
 	}
 	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn))

@@ -102,8 +102,10 @@ static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32
 		return 0;
 	if (tb_is_alone(conn))
 		return 1;
-	conn->is_behind = wish == TB_REASON_LEAVING;
-	return conn->is_behind;
+	if (wish != TB_REASON_LEAVING)
+		return 0;
+	conn->behind++;
+	return 1;
 }
 
 /* Counts what the peer has answered, and what lies between its answers. */
@@ -152,7 +154,6 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 	if (reason)
 		return reason;
 	conn->path = TB_PATH_BYPASS;
-	conn->is_behind = 0;
 	return TB_REASON_NONE;
 }
 
@@ -166,7 +167,7 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 		reason = tb_too_much(conn, size);
 		if (!reason)
 			return TB_REASON_NONE;
-		conn->is_behind = 1; /* RULE (bound): at once */
+		conn->behind++; /* RULE (bound): at once */
 	}
 	conn->path = TB_PATH_TCP;
 	return reason;

@@ -4,7 +4,7 @@
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and its
  * sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `sent`, `begun`
- * and `is_behind` of it, each one aligned word.
+ * and `behind` of it, each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
@@ -108,7 +108,7 @@ struct tb_conn {
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
 	__u32 begun;	  /* of those, begun while on the bypass */
-	__u32 is_behind;  /* went to TCP while bypassed bytes lay unread at the peer */
+	__u32 behind;	  /* how often it went to TCP with bypassed bytes unread at the peer */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */
 	__u32 run;	  /* what was sent since the peer last sent, in units of tb_cost() */
@@ -118,6 +118,7 @@ struct tb_conn {
 	struct tb_place there;
 	/* Fresh edges: edge.h */
 	struct tb_keepalive own;
+	__u32 edged; /* how much of the peer's `behind` is over */
 	/* Not yet in the counters */
 	struct tb_tally tally;
 };

@@ -55,11 +55,7 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
             entry=installer.entry(node.bpffs, node.state_dir, options),
             load_options=_common(arguments),
             gc_options=[*_common(arguments), *_places_options(arguments)],
-            join_options=[
-                *_common(arguments),
-                *("--host-proc", str(arguments.host_proc)),
-                *("--log-format", arguments.log_format),
-            ],
+            join_options=[*_common(arguments), "--log-format", arguments.log_format],
             cri_sockets=_sockets(arguments),
             question=kubernetes.Question(daemonset) if daemonset else None,
             once=arguments.once,

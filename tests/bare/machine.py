@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tests.bed import cgroups, sweep
+from tests.bed.apt import KEYRING, AptError, debian_mirrors
 from tests.bed.bed import REPOSITORY
 from tests.image.dockerfile import LENT, PATH
-from tests.bed.apt import KEYRING, AptError, debian_mirrors
 
 Argv = Sequence[str | Path]
 

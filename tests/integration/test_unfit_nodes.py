@@ -25,9 +25,9 @@ import pytest
 
 from cni_plugin import names
 from tests.bed import open_bed, roots
+from tests.bed.apt import PrivateApt, debian_mirrors
 from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY
 from tests.bed.node import PROGRAM
-from tests.bed.apt import PrivateApt, debian_mirrors
 from tests.unit import frozen
 
 OLD_GLIBC = REPOSITORY / "build" / "glibc-2.31"  # Debian 11's
