@@ -82,7 +82,7 @@ static inline int listening(const struct endpoint *own)
 	int fd = stream_socket(own), one = 1;
 
 	switch_on(fd, SOL_SOCKET, SO_REUSEADDR);
-	/* TPROXY needs it. It fails without CAP_NET_ADMIN, where no test uses TPROXY. */
+	/* For TPROXY. It fails without CAP_NET_RAW, where no test needs it. */
 	setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &one, sizeof(one));
 	if (bind(fd, (const struct sockaddr *)&own->address, own->size) || listen(fd, 4096))
 		err(1, "listen");

@@ -1081,7 +1081,7 @@ static void open_listeners(void)
 		int fd = socket(own->any.sa_family, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
 
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
-		/* TPROXY needs it. It fails without CAP_NET_ADMIN; then there is no TPROXY. */
+		/* For TPROXY. It fails without CAP_NET_RAW, where no test needs it. */
 		setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &one, sizeof(one));
 		if (i)
 			setsockopt(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof(one));
