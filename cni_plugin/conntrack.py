@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How often a bypassed connection must show conntrack that it lives.
 
 A bypassed connection sends no packets. Its entries in the pod's and in the node's conntrack table

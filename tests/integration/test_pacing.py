@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Congestion control that paces, inside a pod and elsewhere: see tb_pace_not()."""
 
 from __future__ import annotations

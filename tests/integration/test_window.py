@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TCP's congestion window, inside a pod and elsewhere: see tb_best_window()."""
 
 from __future__ import annotations
