@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the programs for the running kernel with bcc and pins them as a new generation.
 
 Only the node program imports this: libbcc brings 220 MB of compiler with it.

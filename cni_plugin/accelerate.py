@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of ADD that is for pods we may have to do with: decide, record, attach."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CHECK: is the pod accelerated the way its ADD left it?"""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DEL: take out what this attachment put in, however little of it is left.
 
 A DEL that fails keeps the pod Terminating and its address leaked, for the sake of an

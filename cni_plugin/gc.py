@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GC: remove what belongs to attachments of this network that the runtime no longer has."""
 
 from __future__ import annotations

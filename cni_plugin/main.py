@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program: one CNI call, one JSON document on stdout, one exit code.
 
 It is exec'd for every pod of the node, also for those that are not accelerated. So each command

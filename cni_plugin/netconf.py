@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's own configuration keys, typed and with their defaults filled in.
 
 NamedTuples take the place of the project's frozen dataclasses. Importing ``dataclasses`` costs

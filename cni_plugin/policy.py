@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which pod is accelerated, and how: the operator's configuration and the pod's annotations.
 
 No function here fails a pod. An annotation that cannot be understood leaves the pod on plain TCP,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the plugin remembers of its attachments, and the node's mode, in the state folder.
 
 One file per attachment, ``attachments/<containerID>:<ifname>.json``. ADD writes it before it

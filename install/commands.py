@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of tcpip-bypass-node, without their command line."""
 
 from __future__ import annotations

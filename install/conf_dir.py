@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder of network configurations: which one the runtime uses, and our entry in it.
 
 Which one, as their sources have it:

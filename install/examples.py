@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `--help` shows behind the options: command lines as an operator would type them."""
 
 from __future__ import annotations

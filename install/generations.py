@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bpffs folder: one generation of pinned programs and maps per load, one of them current.
 
 A load makes a new generation and swaps the symlink ``current`` over to it, so that the plugin

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the node program and the agent say on stderr: one line per event, never more.
 
 A person at a terminal gets the sentence ("plain"). Whoever collects logs gets every field, as

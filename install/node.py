@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tcpip-bypass-node: what an operator, or the agent, does to one node."""
 
 from __future__ import annotations

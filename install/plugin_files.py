@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frozen plugin's folder on a node, and how one is replaced by another while pods come and go.
 
 ``<bin-dir>/tcpip-bypass`` is a symbolic link into ``<bin-dir>/.tcpip-bypass/<digest>/``; a version

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the self-test tries on a kernel: one small behaviour of a connection each.
 
 Every probe opens connections of its own on loopback and returns what it found. The self-test

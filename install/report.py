@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What there is on this node: read from the kernel and the state folder, told to nobody yet."""
 
 from __future__ import annotations

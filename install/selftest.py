@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tries this kernel before it is trusted, and decides what may be switched on.
 
 A version number proves nothing: distributions backport both the bugs and the mends. So the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`status` for a person: a table per pod and hop, once with totals, or live with rates."""
 
 from __future__ import annotations

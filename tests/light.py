@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The smallest accelerated setting: one cgroup, loopback, no pod, no plugin, no bridge.
 
 A process that has joined the cgroup connects from 127.0.0.6 to 127.0.0.1 as Envoy does to its

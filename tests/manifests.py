@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifests as kubectl would apply them, overlays included.
 
 Of kustomize, only what the overlays use: `resources` that are files or folders, and `patches` that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent: makes a node right, keeps it so, and knows when to leave it.
 
 It sleeps until a signal, inotify or a slow look around wakes it. What takes memory (the compiler,

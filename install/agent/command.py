@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node program's commands `agent` and `gc`, from their options."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`/healthz`, `/readyz` and `/metrics`, on one small server.
 
 One thread sleeps in accept; a request gets a thread for as long as it takes. Of more than

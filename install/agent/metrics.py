@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Prometheus is told. Nothing is read before somebody asks, and then from kernel and files.
 
 **Counters never go backwards, though what counts them does.** A pod's counters vanish with its

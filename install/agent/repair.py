@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Brings attachments in line with the sandboxes that the runtime has.
 
 A sandbox that was there before us, or that started while nothing was loaded, gets the very call

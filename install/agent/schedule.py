@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When what is due: at once when something happens, later and later while it keeps going wrong."""
 
 from __future__ import annotations

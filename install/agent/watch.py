@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says which folders have changed, through inotify(7): nothing runs until something happens.
 
 A folder may be missing, come later, be replaced or vanish: its nearest parent that exists is

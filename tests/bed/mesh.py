@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A request's whole way: client, its sidecar, the server's sidecar, nginx."""
 
 from __future__ import annotations

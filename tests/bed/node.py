@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node program, called as an operator calls it."""
 
 from __future__ import annotations

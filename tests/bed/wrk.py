@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load: wrk, run in the client's pod as its application."""
 
 from __future__ import annotations

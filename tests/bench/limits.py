@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was promised, and whether a run's numbers keep it.
 
 No test asserts these: times belong to a machine. The report states each with its number.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Markdown report: a short page for the documents, and a file with every table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was measured: every number of every run, in one JSON file that outlives the run."""
 
 from __future__ import annotations

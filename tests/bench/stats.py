@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From measurements to statements: medians, spreads, ratios and how sure they are.
 
 The two variants are measured in pairs, one right after the other, so that a slow change of the

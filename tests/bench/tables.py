@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the report says of each section: its words, and how a table's cells come about."""
 
 from __future__ import annotations

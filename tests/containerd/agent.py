@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent on a node of the bed, as its DaemonSet would run it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node with a real containerd, and pods on it as kubelet makes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's namespaces, folders and cgroups, with nothing running in them yet.
 
 Everything is named after the run (`tbc-<pid>-<n>`): a folder in /run, a network namespace, and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent on a node with a real containerd, from the first install to the last trace.
 
 The tests share one node on which the agent runs. Each may leave that in any state but for pods:

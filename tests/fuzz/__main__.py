@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m tests.fuzz: random traffic over the bypass, every byte checked."""
 
 from __future__ import annotations

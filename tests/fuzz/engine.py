@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs traffic over a setting, disturbs it, and judges what its two ends tell."""
 
 from __future__ import annotations

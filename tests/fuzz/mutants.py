@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs with one of their rules taken out, by editing a copy of the source."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the fuzzer's traffic runs: what both settings of the bypass have in common, and each."""
 
 from __future__ import annotations

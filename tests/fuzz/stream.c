@@ -8,12 +8,12 @@
  *
  * Every byte a socket receives is compared with what its place in the stream says it must be.
  * Worker processes do the work; with KILLS (a rate per 100 s) the parent kills them with SIGKILL
- * now and then and starts others. Everything worth telling is a line of JSON on standard output:
+ * now and then and starts others. It reports in lines of JSON on standard output:
  *
  *   ready, mismatch, short (a stream ended early), stuck, killed, crashed, refused, done
  *
- * A stream that ended early is no error if its connection was planned to be aborted, and none if
- * a process at its other end was killed: who reads the lines of both ends can tell.
+ * A stream that ended early is no error if its connection was planned to be aborted, or if a
+ * process at its other end was killed. The lines of both ends together tell which it was.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -394,7 +394,7 @@ static enum outcome hear(struct end *end, int64_t size)
 	return FINE;
 }
 
-/* After everything: the end of the stream, and nothing before it. */
+/* The end of the stream, and no byte before it. */
 static enum outcome hear_end(struct end *end)
 {
 	ssize_t got = take(end, end->buffer, 1);
@@ -1081,7 +1081,7 @@ static void open_listeners(void)
 		int fd = socket(own->any.sa_family, SOCK_STREAM | SOCK_NONBLOCK, 0), one = 1;
 
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
-		/* What TPROXY leads to. Fails for who may not, and need not. */
+		/* For TPROXY. It fails without CAP_NET_RAW, where no test needs it. */
 		setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &one, sizeof(one));
 		if (i)
 			setsockopt(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof(one));

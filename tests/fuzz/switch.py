@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One connection in a model of the kernel, around the real rules of bpf/tcpip_bypass.c.
 
 The model knows what the kernel does with bytes: a bypass queue that is read before the TCP queue,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A short run of the stream fuzzer over loopback and over the three hops between two pods."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules of the switch, the real C, against a model of the kernel around them."""
 
 from __future__ import annotations

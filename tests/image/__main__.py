@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make image-test`: builds the image and lets the DaemonSet's container do its work."""
 
 from __future__ import annotations

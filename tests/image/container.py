@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The DaemonSet's container on this machine, as a kubelet and containerd would have runc start it.
 
 After containerd, internal/cri/server/container_create.go, and the OCI runtime specification: the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds what a Dockerfile says, with debootstrap, overlayfs and chroot instead of an engine.
 
 Knows FROM debian:N, RUN, COPY and ENTRYPOINT; anything else is an error. As in an engine, each

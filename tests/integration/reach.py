@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections between the testbed's pods, over any hop and family, with both ends in this process.
 
 Real plugins have made the pods and told the programs of them; the sockets are made by traffic.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The capabilities of daemonset.yaml: with them the node program does all its work, and with any
 one less a part of it fails, which part is in NEEDED. docs/deploy.md has the same as a table."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes reach exactly the connection they were sent on, whatever is the same or forged about it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """IPv6 and dual stack: every hop and pairing of families, with pods as real plugins make them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """However a connection, a process, a pod or a generation ends: as over TCP, or on over TCP."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tcpdump sees nothing of a bypassed transfer, everything while it is paused, and nothing again."""
 
 from __future__ import annotations

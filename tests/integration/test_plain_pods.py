@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods without a sidecar: to each other, through a ClusterIP, and between their own containers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frozen plugin's commands on a real kernel, one pod at a time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Many calls at once, for different containers, as a runtime makes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frozen plugin where nodes are odd: its files, folders, streams and limits.
 
 Every call here has an environment of CNI's variables alone: no HOME, no PATH, no locale.

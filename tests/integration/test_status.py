@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `status` and the metrics tell of a node with real pods and real traffic."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Istio's interception mode TPROXY: the application sees its client's own address."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accelerated pods without a CNI chain: a cgroup, a namespace and a record each, in milliseconds.
 
 What ADD would write is under the test's control, so that what a pod is told, and what it is, can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's cases, as data: one file each in tests/fixtures/plugin, run against any build of it.
 
 A case says how it differs from ``tests/fixtures/plugin-base.json``, and what must come out:

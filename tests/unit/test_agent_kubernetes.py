@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When the agent takes its SIGTERM for the end of the DaemonSet, and when not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How often the agent works, when others work against it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For any input: one valid JSON document of the right shape, never a traceback.
 
 In this process, on descriptors and folders of its own; the cases of tests/fixtures show that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmark makes of its measurements: statistics, verdicts, the report."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's server: what it answers, and that silent clients cannot keep others out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lines on stderr: with any text in a value, a line is one event and can be read back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifests: what Kubernetes and kustomize would say of them, and what they promise."""
 
 from __future__ import annotations

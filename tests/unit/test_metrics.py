@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums that only grow, while pods, generations and sandboxes come and go."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/operating.md names every metric, reason, outcome and event that there is, and no other."""
 
 from __future__ import annotations
