@@ -31,6 +31,7 @@ EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 FIRST_COST = 500  # of a pass, in exchanges; data_path/due.h has the same
 LEAST_COST = 50
 LOOK_S = 2.0  # how often for new generations, and for events that were lost
+FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -127,6 +128,22 @@ class Passes:
 
 
 @dataclass
+class Step:
+    """When the next pass over a pod may be that no waiting connection has earned: for the steps of
+    sockets that leave. One whose reader rests may take for ever, so the pauses grow."""
+
+    pause_s: float = FIRST_STEP_S
+    not_before: float = 0.0
+
+    def left_s(self) -> float:
+        return self.not_before - time.monotonic()
+
+    def take(self, *, again: bool) -> None:
+        self.pause_s = min(2 * self.pause_s, LONGEST_STEP_S) if again else FIRST_STEP_S
+        self.not_before = time.monotonic() + self.pause_s
+
+
+@dataclass
 class Joiner:
     """Serves all generations of one node."""
 
@@ -136,6 +153,7 @@ class Joiner:
     done: Passes = Passes()
     _opened: dict[str, Opened] = field(default_factory=dict)
     _folders: dict[int, Path] = field(default_factory=dict)
+    _steps: dict[int, Step] = field(default_factory=dict)  # by pod
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
     _retired_at: float = 0.0
@@ -176,17 +194,24 @@ class Joiner:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
         self._earn()
         due = [
-            (waiting.missed, each, pod_id)
+            (waiting, each, pod_id)
             for each in self._opened.values()
             for pod_id, waiting in each.pending().items()
         ]
-        for _, each, pod_id in sorted(due, key=lambda one: one[0], reverse=True):
+        wait_s = LOOK_S
+        for waiting, each, pod_id in sorted(due, key=lambda one: one[0].missed, reverse=True):
             if self._credit_ns <= 0:
                 break
+            step = self._steps.setdefault(pod_id, Step())
+            is_step = waiting.missed < waiting.cost
+            if is_step and step.left_s() > 0:
+                wait_s = min(wait_s, step.left_s())
+                continue
+            step.take(again=is_step)
             self._pass(each, pod_id)
         self._retire()
         if self._credit_ns > 0:
-            return LOOK_S
+            return wait_s
         return min(LOOK_S, -self._credit_ns / 1e9 / SHARE + 0.001)
 
     def _earn(self) -> None:
@@ -239,6 +264,7 @@ class Joiner:
         self._scan()
         if pod_id not in self._folders:
             self._costs.pop(pod_id, None)
+            self._steps.pop(pod_id, None)
             for each in self._opened.values():
                 each.forget(pod_id)
         return self._folders.get(pod_id)
