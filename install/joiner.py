@@ -31,6 +31,7 @@ EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 FIRST_COST = 500  # of a pass, in exchanges; data_path/due.h has the same
 LEAST_COST = 50
 LOOK_S = 2.0  # how often for new generations, and for events that were lost
+HELD_S = 60.0  # how long a pod is left out after a pass that did not end, or failed
 FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
@@ -134,6 +135,7 @@ class Step:
 
     pause_s: float = FIRST_STEP_S
     not_before: float = 0.0
+    held: bool = False  # the last pass did not end, or failed
 
     def left_s(self) -> float:
         return self.not_before - time.monotonic()
@@ -156,7 +158,7 @@ class Joiner:
     _steps: dict[int, Step] = field(default_factory=dict)  # by pod
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
-    _retired_at: float = 0.0
+    _retiring: Step = field(default_factory=Step)
     _credit_ns: float = BURST_NS
     _counted_at: float = field(default_factory=time.monotonic)
     _troubled: set[int] = field(default_factory=set)
@@ -203,12 +205,14 @@ class Joiner:
             if self._credit_ns <= 0:
                 break
             step = self._steps.setdefault(pod_id, Step())
-            is_step = waiting.missed < waiting.cost
+            is_step = waiting.missed < waiting.cost or step.held
             if is_step and step.left_s() > 0:
                 wait_s = min(wait_s, step.left_s())
                 continue
             step.take(again=is_step)
-            self._pass(each, pod_id)
+            step.held = not self._pass(each, pod_id)
+            if step.held:
+                step.not_before += HELD_S
         self._retire()
         if self._credit_ns > 0:
             return wait_s
@@ -223,19 +227,21 @@ class Joiner:
     def _retire(self) -> None:
         """Old generations: what a load could not take out of them leaves when it can."""
         current = Generations(self.bpffs).current()
-        if time.monotonic() - self._retired_at < LOOK_S:
+        old = [each for each in self._opened.values() if each.generation != current]
+        if self._retiring.left_s() > 0 or not any(each.generation.has_sockets() for each in old):
             return
-        self._retired_at = time.monotonic()
-        for each in self._opened.values():
-            if each.generation != current and each.generation.has_sockets():
-                self._scan()
-                for pod_id in self._folders:
+        self._retiring.take(again=True)
+        self._scan()
+        for each in old:
+            for pod_id in self._folders:
+                if self._credit_ns > 0:
                     self._pass(each, pod_id)
 
-    def _pass(self, opened: Opened, pod_id: int) -> None:
+    def _pass(self, opened: Opened, pod_id: int) -> bool:
+        """Whether it ended in time."""
         folder = self._folder(pod_id)
         if folder is None:
-            return
+            return True
         opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST))
         try:
             spent_ns = self.runner.run(opened.visit, folder)
@@ -243,9 +249,8 @@ class Joiner:
             if pod_id not in self._troubled:
                 log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)
             self._troubled.add(pod_id)
-            self._credit_ns -= BURST_NS  # not again at once
             self.done = replace(self.done, failed=self.done.failed + 1)
-            return
+            return False
         self._troubled.discard(pod_id)
         self._credit_ns -= spent_ns
         self.done = replace(
@@ -253,6 +258,7 @@ class Joiner:
         )
         before = self._costs.get(pod_id, FIRST_COST)
         self._costs[pod_id] = max(LEAST_COST, (3 * before + spent_ns // EXCHANGE_NS) // 4)
+        return True
 
     def _folder(self, pod_id: int) -> Path | None:
         """The pod's cgroup; None when it has none any more, or none has been seen yet."""
