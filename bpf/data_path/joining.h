@@ -137,8 +137,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		return;
 	}
 	/* A thread has entered a call meanwhile, maybe setsockopt(TCP_ULP), whose sk_prot is
-	 * overwritten: as it was, and another time. */
-	if (tb_is_owned(sk) || tb_is_ineligible(sk)) {
+	 * overwritten, or uses the socket again: as it was, and another time. */
+	if (tb_is_owned(sk) || tb_is_ineligible(sk) || conn->me.id != id) {
 		sockhash.delete(&id);
 		return;
 	}
