@@ -13,21 +13,12 @@ from tests.semantics.scenario import (
     SETTLE_S,
     Background,
     Io,
-    Limit,
     abort,
-    attempt,
+    awaited,
     exactly,
     recv,
     scenario,
     settle,
-)
-
-BLOCKED = Limit(
-    "A recv that blocks without time-out on an accelerated socket, also while its bytes go by TCP, "
-    "returns EAGAIN when something other than data wakes it. Event loops, Go, Envoy, nginx and "
-    "Java 13 or newer ask again; a program that takes EAGAIN on a blocking socket for an error "
-    "closes the connection",
-    "proxy-only for pods whose application reads with blocking calls, or exclude the port",
 )
 
 
@@ -52,29 +43,29 @@ def blocked_then_end(io: Io) -> None:
     io.log("recv", reader.result())
 
 
-@scenario(BLOCKED)
+@scenario()
 def blocked_then_reset(io: Io) -> None:
     """A blocked recv when the peer aborts"""
     sender, receiver = io.pair()
-    reader = Background(recv, receiver, 100)
+    reader = Background(awaited, receiver, 100)
     settle()
     abort(sender)
     io.log("recv", reader.result())
-    io.log("recv again", attempt(receiver.recv, 100, socket.MSG_DONTWAIT))
+    io.log("recv again", recv(receiver, 100, socket.MSG_DONTWAIT))
 
 
-@scenario(BLOCKED)
+@scenario()
 def blocked_then_own_shutdown(io: Io) -> None:
     """A blocked recv when another thread calls shutdown(SHUT_RD)"""
     _, receiver = io.pair()
-    reader = Background(recv, receiver, 100)
+    reader = Background(awaited, receiver, 100)
     settle()
     receiver.shutdown(socket.SHUT_RD)
     io.log("recv", reader.result())
     io.log("recv again", recv(receiver, 100, socket.MSG_DONTWAIT))
 
 
-@scenario(BLOCKED)
+@scenario()
 def blocked_then_signal(io: Io) -> None:
     """A blocked recv when a signal comes whose handler asks for restart (SA_RESTART)"""
     sender, receiver = io.pair()
@@ -82,7 +73,7 @@ def blocked_then_signal(io: Io) -> None:
     signal.siginterrupt(signal.SIGUSR1, False)
     reader = threading.main_thread().ident or 0
     Background(signal_then_send, reader, sender)
-    io.log("recv", recv(receiver, 100))
+    io.log("recv", awaited(receiver, 100))
 
 
 def signal_then_send(thread: int, sender: socket.socket) -> None:
@@ -92,7 +83,7 @@ def signal_then_send(thread: int, sender: socket.socket) -> None:
     sender.sendall(b"data")
 
 
-@scenario(BLOCKED)
+@scenario()
 def blocked_then_stopped(io: Io) -> None:
     """A blocked recv over SIGSTOP and SIGCONT (like a frozen cgroup, or strace attached)"""
     sender, receiver = io.pair()
@@ -105,15 +96,15 @@ def blocked_then_stopped(io: Io) -> None:
         settle()
         sender.sendall(b"data")
         os._exit(0)
-    io.log("recv", recv(receiver, 100))
+    io.log("recv", awaited(receiver, 100))
     os.wait()
 
 
-@scenario(BLOCKED)
+@scenario()
 def blocked_while_writer_stalls(io: Io) -> None:
     """A blocked recv while another thread of the process fills the same socket, and drains again"""
     sender, receiver = io.pair()
-    reader = Background(recv, sender, 100)
+    reader = Background(awaited, sender, 100)
     size = 24 << 20
     writer = Background(sender.sendall, b"x" * size)
     settle()

@@ -86,7 +86,7 @@ def peek(io: Io) -> None:
     io.log("peek 4", receiver.recv(4, socket.MSG_PEEK))
     io.log("peek 100", receiver.recv(100, socket.MSG_PEEK))
     io.log("recv", receiver.recv(100))
-    io.log("peek of nothing", attempt(receiver.recv, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    io.log("peek of nothing", recv(receiver, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
 
 
 @scenario(
@@ -321,8 +321,8 @@ def out_of_band(io: Io) -> None:
     sender.sendall(b"after")
     settle()
     io.log("first read", receiver.recv(100))
-    io.log("urgent byte", attempt(receiver.recv, 1, socket.MSG_OOB | socket.MSG_DONTWAIT))
-    io.log("the rest", attempt(receiver.recv, 100, socket.MSG_DONTWAIT))
+    io.log("urgent byte", recv(receiver, 1, socket.MSG_OOB | socket.MSG_DONTWAIT))
+    io.log("the rest", recv(receiver, 100, socket.MSG_DONTWAIT))
 
 
 @scenario()
@@ -359,7 +359,7 @@ def zerocopy_receive(io: Io) -> None:
     _, mapped, to_copy = struct.unpack("QII", argument.raw)
     io.log("getsockopt", errno.errorcode[ctypes.get_errno()] if failed else "done")
     io.log("bytes mapped, bytes to be copied", [mapped, to_copy])
-    io.log("recv", attempt(receiver.recv, 2000, socket.MSG_DONTWAIT))
+    io.log("recv", recv(receiver, 2000, socket.MSG_DONTWAIT))
 
 
 @scenario(
@@ -388,6 +388,7 @@ def error_queue(io: Io) -> None:
     sender, receiver = io.pair()
     sender.sendall(b"data")
     settle()
+    receiver.setblocking(False)
     io.log("recvmsg", attempt(receiver.recvmsg, 10, 100, socket.MSG_ERRQUEUE))
     io.log("recv", receiver.recv(100))
 
