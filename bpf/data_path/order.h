@@ -37,6 +37,15 @@ static __always_inline int tb_is_open(const struct tb_conn *conn, const void *tp
 	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED;
 }
 
+/* May this socket send at all? Not from its own FIN on, where TCP refuses the message (EPIPE), but a
+ * redirect would carry it behind the end of the stream. */
+static __always_inline int tb_may_send(const void *tp)
+{
+	__u8 state = TB_OWN(__u8, tp, OFF_SOCK_STATE);
+
+	return state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT;
+}
+
 /* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
  * that it closes, or has a ULP. Then nothing that was bypassed is unread. */
 static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
@@ -162,7 +171,7 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 {
 	__u32 reason = tb_wish(conn, tp, state, now);
 
-	if (!reason || !tb_may_return(conn, reason, state)) {
+	if (!reason || (tb_may_send(tp) && !tb_may_return(conn, reason, state))) {
 		reason = tb_too_much(conn, size);
 		if (!reason)
 			return TB_REASON_NONE;
