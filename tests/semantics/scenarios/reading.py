@@ -108,14 +108,7 @@ def peek_offset(io: Io) -> None:
     io.log("peek 3, twice", [receiver.recv(3, socket.MSG_PEEK) for _ in range(2)])
 
 
-WAIT_FOR_ALL = Limit(
-    "recv(MSG_WAITALL) may return before the buffer is full; a program that does not ask again "
-    "for the rest loses its place in the stream",
-    EXCLUDE,
-)
-
-
-@scenario(WAIT_FOR_ALL)
+@scenario()
 def wait_for_all(io: Io) -> None:
     """MSG_WAITALL, the bytes arriving in two writes"""
     sender, receiver = io.pair()
@@ -251,7 +244,7 @@ def receive_timeout(io: Io) -> None:
     io.log("waited", "long enough" if took >= 0.9 * duration else "too short")
 
 
-@scenario(WAIT_FOR_ALL)
+@scenario()
 def receive_timeout_of_wait_for_all(io: Io) -> None:
     """SO_RCVTIMEO and MSG_WAITALL, half of the bytes there"""
     sender, receiver = io.pair()
