@@ -75,7 +75,8 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
-	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS))
+	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) ||
+	    (TB_OWN(__u32, tp, OFF_SOCK_TSFLAGS) & TB_TSFLAGS) || tb_has_options(conn->peer.sk))
 		return TB_REASON_INELIGIBLE;
 	if (tb_has_passed(NS_PER_S, conn->tcp_at, now))
 		return TB_REASON_REFRESH;
@@ -88,7 +89,7 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, const void *tp)
 	__u64 sk = conn->peer.sk;
 
 	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ) &&
-	       tb_is_empty(conn->there.psock) && !tb_has_options(sk) && !tb_has_sleeper(sk) &&
+	       tb_is_empty(conn->there.psock) && !tb_has_sleeper(sk) &&
 	       tb_bound(&conn->peer) > TB_LOOK;
 }
 
@@ -186,7 +187,7 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 {
 	conn->tcp_at = now;
 	tb_count_tcp(conn, reason, size);
-	if (reason == TB_REASON_BLOCKING)
+	if (reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->peer.pod_id); /* a pass takes it out */
 	if (reason == TB_REASON_PAUSED || conn->wasted++ < TB_WASTE)
 		return;
