@@ -7,12 +7,15 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tests.semantics.scenario import (
     PATIENCE_S,
     SETTLE_S,
     Background,
     Io,
+    Limit,
     abort,
     awaited,
     exactly,
@@ -20,6 +23,8 @@ from tests.semantics.scenario import (
     scenario,
     settle,
 )
+
+EXCLUDE = "exclude the port"
 
 
 @scenario()
@@ -112,6 +117,102 @@ def blocked_while_writer_stalls(io: Io) -> None:
     io.log("writer", writer.result())
     receiver.sendall(b"end")
     io.log("recv", reader.result())
+
+
+@scenario()
+def signals_at_1_khz(io: Io) -> None:
+    """A reader that waits under a thousand signals a second (SA_RESTART), as profilers send"""
+    sender, receiver = io.pair()
+    with ticking():
+        wrong = 0
+        for number in range(20):
+            Background(send_later, sender, b"%02d" % number)
+            wrong += awaited(receiver, 100) != b"%02d" % number
+    io.log("wrong", wrong)
+
+
+@scenario(bypassed=None)
+def toggled_per_request(io: Io) -> None:
+    """O_NONBLOCK while idle, blocking while a request is read, under signals (gunicorn)"""
+    toggling_reader(io, *io.pair(greet=False))
+
+
+@scenario(
+    Limit(
+        "An event loop's socket that is made blocking after it has joined leaves with the next "
+        "bytes; until then a signal or another thread can end its recv with EAGAIN",
+        EXCLUDE,
+    ),
+    bypassed=None,
+)
+def toggled_late(io: Io) -> None:
+    """The same, from some time after the connection was set up"""
+    toggling_reader(io, *io.pair())
+
+
+def toggling_reader(io: Io, sender: socket.socket, receiver: socket.socket) -> None:
+    """Asks forty times; notes the first answer of recv that is wrong."""
+    wrong = []
+    with ticking():
+        for number in range(40):
+            receiver.setblocking(False)
+            time.sleep(SETTLE_S / 20)
+            receiver.setblocking(True)
+            Background(send_later, sender, b"%02d" % number)
+            read = recv(receiver, 100)
+            if read != b"%02d" % number:
+                wrong.append(read)
+                break
+            receiver.sendall(b"ok")
+            exactly(sender, 2)
+    io.log("wrong", wrong)
+
+
+@scenario(bypassed=None)
+def made_blocking_by_a_child(io: Io) -> None:
+    """A child makes the inherited socket blocking, sleeps in recv, and reads all"""
+    sender, receiver = io.pair()
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        receiver.setblocking(True)
+        read = [recv(receiver, 100) for _ in range(5)]
+        os.write(into, repr(read).encode())
+        os._exit(0)
+    for number in range(5):
+        settle()
+        sender.sendall(b"%d" % number)
+    io.log("child", os.read(out, 1000))
+    os.waitpid(child, 0)
+
+
+@contextmanager
+def ticking() -> Iterator[None]:
+    """A signal each millisecond, whose handler asks for restart."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.siginterrupt(signal.SIGALRM, False)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def send_later(sender: socket.socket, data: bytes) -> None:
+    time.sleep(SETTLE_S / 4)
+    sender.sendall(data)
+
+
+@scenario(bypassed=None)
+def joins_under_readers(io: Io) -> None:
+    """Both ends join while a thread reads at each, and writes go both ways"""
+    sender, receiver = io.pair(greet=False)
+    readers = [Background(exactly, sock, 3000) for sock in (sender, receiver)]
+    for _ in range(300):
+        sender.sendall(b"0123456789")
+        receiver.sendall(b"9876543210")
+        time.sleep(SETTLE_S / 50)
+    io.log("read", [reader.result(PATIENCE_S) for reader in readers])
 
 
 @scenario()

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import struct
+import time
 
 from tests.semantics.scenario import (
     PATIENCE_S,
@@ -22,7 +23,7 @@ from tests.semantics.scenario import (
     settle,
     to_end,
 )
-from tests.semantics.scenarios.reading import EXCLUDE
+from tests.semantics.scenarios.blocking import EXCLUDE
 from tests.semantics.scenarios.writing import pattern
 
 
@@ -46,6 +47,21 @@ def half_close_then_reply(io: Io) -> None:
     receiver.close()
     settle()  # the reply lies unread while the asker's socket goes through its last states
     io.log("reply", to_end(sender))
+
+
+@scenario()
+def half_close_slow_answer(io: Io) -> None:
+    """The asker has shut down its sending side, the answer comes in ten parts"""
+    sender, receiver = io.pair()
+    sender.sendall(b"request")
+    sender.shutdown(socket.SHUT_WR)
+    io.log("request", to_end(receiver))
+    for number in range(10):
+        receiver.sendall(b"part %d," % number)
+        time.sleep(SETTLE_S / 2)
+        io.log(f"part {number}", sender.recv(100))
+    receiver.close()
+    io.log("end", to_end(sender))
 
 
 @scenario()

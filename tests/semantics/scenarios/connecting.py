@@ -7,11 +7,13 @@ import errno
 import select
 import socket
 import struct
+import time
 
 from tests.light import CLIENT_IP, SERVER_IP
 from tests.semantics.scenario import (
     OPTIONS,
     PATIENCE_S,
+    SETTLE_S,
     Background,
     Io,
     Limit,
@@ -55,6 +57,44 @@ def data_before_accept(io: Io) -> None:
     server.sendall(b"answer")
     server.close()
     io.log("client", to_end(client))
+
+
+@scenario()
+def accepted_late(io: Io) -> None:
+    """accept long after the client has sent its first request"""
+    listener = io.listener()
+    client = socket.socket()
+    client.bind((CLIENT_IP, 0))
+    client.connect(listener.getsockname())
+    client.sendall(b"request")
+    time.sleep(4 * SETTLE_S)
+    server, _ = listener.accept()
+    io.log("request", exactly(server, 7))
+    server.sendall(b"reply")
+    io.log("reply", exactly(client, 5))
+    questions(io, client, server)
+
+
+@scenario()
+def idle_at_first(io: Io) -> None:
+    """A connection that is idle for long before its first byte"""
+    sender, receiver = io.pair(greet=False)
+    time.sleep(10 * SETTLE_S)
+    sender.sendall(b"request")
+    io.log("request", exactly(receiver, 7))
+    receiver.sendall(b"reply")
+    io.log("reply", exactly(sender, 5))
+    questions(io, sender, receiver)
+
+
+def questions(io: Io, asker: socket.socket, other: socket.socket) -> None:
+    """Five more exchanges, once both ends have joined where they shall."""
+    io.join()
+    for number in range(5):
+        asker.sendall(b"question %d" % number)
+        io.log(f"question {number}", other.recv(100))
+        other.sendall(b"answer %d" % number)
+        io.log(f"answer {number}", asker.recv(100))
 
 
 @scenario(bypassed=None)
