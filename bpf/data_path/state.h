@@ -103,7 +103,7 @@ struct tb_conn {
 	struct tb_moved moved;
 	__u64 since; /* when it was born, or `state` changed */
 	struct tb_place at;
-	__u64 noted; /* the peer's `begun` at the second visit of leaving, plus 1; 0: none */
+	__u64 noted; /* tb_begun() at the second visit of leaving; 0: none */
 	/* Its sends: order.h, unread.h */
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
