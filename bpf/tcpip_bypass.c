@@ -70,13 +70,12 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 	if (!conn || !conn->me.id)
 		return;
 	if (skops->op == BPF_SOCK_OPS_STATE_CB)
-		tb_flush_tally(conn);
-	else if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
-		tb_use_again(skops, conn);
-	else if (tb_membership(conn->state) == TB_OUT)
+		return tb_flush_tally(conn);
+	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		return tb_use_again(skops, conn);
+	tb_refresh_edge(skops, conn);
+	if (tb_membership(conn->state) == TB_OUT)
 		tb_wait_to_join(skops, conn);
-	else
-		tb_refresh_edge(skops, conn);
 }
 
 /* Attached to the pod's cgroup. Must return 1, and must not touch skops->reply: other programs on
