@@ -51,10 +51,12 @@ static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp, __u32 state,
 				     __u64 now)
 {
+	/* First of all: tb_may_return(). Another sk_prot: the peer has a ULP, or closes. */
+	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
+	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
+		return TB_REASON_LEAVING;
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
-	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER)
-		return TB_REASON_LEAVING;
 	if (!tb_is_open(conn, tp))
 		return TB_REASON_HALF_CLOSED;
 	if (!tb_is_nonblocking(conn->there.file))
