@@ -2,7 +2,8 @@
 /*
  * As much of a kernel as tcpip_bypass.c asks for, in plain C: so that the very rules that run in
  * the kernel can be run in a test, in states that no machine reaches on demand: a lock held at the
- * wrong moment, a thread that rests between verdict and queue, another CPU's step between two looks.
+ * wrong moment, a thread that rests between verdict and queue, another CPU's step between two
+ * looks.
  */
 #ifndef HOST_KERNEL_H
 #define HOST_KERNEL_H
@@ -32,7 +33,8 @@ struct psock {
 
 struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg;
-	__u32 rcvbuf, sndbuf, rcvlowat, uid, copied_seq, write_seq, rcv_nxt, snd_una, owned, rcv_wnd;
+	__u32 rcvbuf, sndbuf, rcvlowat, uid, copied_seq, write_seq, rcv_nxt, snd_una, owned,
+		rcv_wnd;
 	__u32 bytes_acked, bytes_received;
 	__s32 peek_off;
 	__u8 is_mptcp, nonagle, userlocks, state;

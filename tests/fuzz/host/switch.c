@@ -75,7 +75,8 @@ static struct host_end *with_id(__u64 id)
 
 static int redirect(void *msg, __u64 *id, int flags)
 {
-	struct host_end *from = (struct host_end *)((struct sk_msg_md *)msg)->sk, *to = with_id(*id);
+	struct host_end *from = (struct host_end *)((struct sk_msg_md *)msg)->sk,
+			*to = with_id(*id);
 
 	(void)flags;
 	from->redirected = to && to->is_member;
@@ -205,8 +206,8 @@ void host_set(int number, const struct host_view *view)
 
 	end->sock.write_seq = view->write_seq;
 	end->sock.rcv_nxt = view->rcv_nxt;
-	end->sock.bytes_received = view->rcv_nxt - (number ? end->conn.half.client_isn
-							   : end->conn.half.server_isn);
+	end->sock.bytes_received =
+		view->rcv_nxt - (number ? end->conn.half.client_isn : end->conn.half.server_isn);
 	end->sock.copied_seq = view->copied_seq;
 	end->sock.owned = view->is_owned;
 	end->sock.nonagle = view->is_corked ? MASK_TCP_NAGLE_CORK : 0;
@@ -223,7 +224,8 @@ void host_set(int number, const struct host_view *view)
 	end->queue.head.next = view->is_asleep ? &end->sleeper.entry : &end->queue.head;
 }
 
-/* Another CPU's steps are to be taken before the `reads`-th look at the kernel's memory; 0: none. */
+/* Another CPU's steps are to be taken before the `reads`-th look at the kernel's memory; 0: none.
+ */
 void host_interrupt(int reads, void (*meanwhile)(void))
 {
 	host_reads_left = reads;
