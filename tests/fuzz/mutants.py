@@ -41,7 +41,6 @@ class Mutant:
         return light.edited(self.edit, limits=light.LIMITS)
 
 
-
 def _mutant(rule: str, *edits: tuple[str, str]) -> Mutant:
     return Mutant(rule, tuple(Edit(pattern, replacement) for pattern, replacement in edits))
 
@@ -159,7 +158,10 @@ LEAVES_OPENLY = _mutant(
 )
 LEAVES_PAUSED = _mutant(
     "leaving: the pause that goes with it hides it",
-    (r"\tif \(state != conn->peer_state \|\|", "\tif (tb_is_paused(conn))\n\t\treturn TB_REASON_PAUSED;\n\tif (state != conn->peer_state ||"),
+    (
+        r"\tif \(state != conn->peer_state \|\|",
+        "\tif (tb_is_paused(conn))\n\t\treturn TB_REASON_PAUSED;\n\tif (state != conn->peer_state ||",
+    ),
 )
 LEAVES_UNREAD = _mutant(
     "leaving: with bypassed bytes unread", (r"return tb_is_empty\(conn->at\.psock\) &&", "return")

@@ -10,7 +10,8 @@
  * Worker processes do the work; with KILLS (a rate per 100 s) the parent kills them with SIGKILL
  * now and then and starts others. Everything worth telling is a line of JSON on standard output:
  *
- *   ready, mismatch, short (a stream ended early), stuck, killed, crashed, refused, done
+ *   ready, mismatch, short (a stream ended early), woken (a blocking read got nothing), stuck,
+ * killed, crashed, refused, done
  *
  * A stream that ended early is no error if its connection was planned to be aborted, and none if
  * a process at its other end was killed: who reads the lines of both ends can tell.
@@ -68,7 +69,7 @@ struct worker {
 static struct shared {
 	_Atomic uint32_t next;
 	_Atomic int stop;
-	_Atomic int64_t connections, aborted, said, heard, mismatches, woken_for_nothing;
+	_Atomic int64_t connections, aborted, said, heard, mismatches;
 	_Atomic int64_t by_kind[KINDS];
 	struct worker workers[WORKERS];
 } * shared;
@@ -422,7 +423,6 @@ static ssize_t take_blocking(struct end *end, char *buffer, int64_t size)
 		got = receive_as(reading, end->fd, buffer, size);
 		/* Blocked, and woken without data: TCP never does that. */
 		if (got < 0 && errno == EAGAIN && reading != RECV_POLL && reading != RECV_LOWAT) {
-			shared->woken_for_nothing++;
 			tell("{\"event\":\"woken\",\"connection\":%u,\"port\":%u,\"side\":%d}\n",
 			     end->plan->number, end->slot->port, end->side);
 		}
@@ -1198,14 +1198,14 @@ static void supervise(void)
 static void tell_totals(void)
 {
 	tell("{\"event\":\"done\",\"side\":%d,\"connections\":%lld,\"aborted\":%lld,\"said\":%lld,"
-	     "\"heard\":%lld,\"mismatches\":%lld,\"woken_for_nothing\":%lld,\"next\":%u,"
+	     "\"heard\":%lld,\"mismatches\":%lld,\"next\":%u,"
 	     "\"ping_pong\":%lld,\"duplex\":%lld,\"one_way\":%lld,\"events\":%lld,\"crowd\":%lld}"
 	     "\n",
 	     run.side, (long long)shared->connections, (long long)shared->aborted,
 	     (long long)shared->said, (long long)shared->heard, (long long)shared->mismatches,
-	     (long long)shared->woken_for_nothing, shared->next, (long long)shared->by_kind[0],
-	     (long long)shared->by_kind[1], (long long)shared->by_kind[2],
-	     (long long)shared->by_kind[3], (long long)shared->by_kind[4]);
+	     shared->next, (long long)shared->by_kind[0], (long long)shared->by_kind[1],
+	     (long long)shared->by_kind[2], (long long)shared->by_kind[3],
+	     (long long)shared->by_kind[4]);
 }
 
 static struct address address(const char *ip, const char *port)

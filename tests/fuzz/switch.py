@@ -190,7 +190,7 @@ class Connection:
             for step in steps:
                 step()
             self._tell()
-        except Exception as error:  # noqa: BLE001 - must not pass through C
+        except Exception as error:
             self._broken.append(error)
 
     def visit(self, number: int) -> None:
@@ -236,7 +236,7 @@ class Connection:
             end.tcp_at = self.now
         return bypassed
 
-    def _forbidden(self, sender: int, went_by_bypass: bool) -> set[str]:  # noqa: FBT001
+    def _forbidden(self, sender: int, went_by_bypass: bool) -> set[str]:
         """Why this message must not be bypassed."""
         end, peer = self.ends[sender], self.ends[1 - sender]
         if peer.bypass_queue:
@@ -248,7 +248,8 @@ class Connection:
         if not end.deciding and not end.redirects:  # else it waits for another thread's
             wrong |= {
                 "paused": self.flags != 0,
-                "half-closed": ESTABLISHED not in (end.state, peer.state) or end.state != peer.state,
+                "half-closed": ESTABLISHED not in (end.state, peer.state)
+                or end.state != peer.state,
                 "the peer may sleep in recv": not peer.is_nonblocking,
                 "the lock": peer.is_owned and not peer.is_proxy,
                 "corked": end.is_corked,

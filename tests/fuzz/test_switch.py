@@ -95,9 +95,7 @@ class Machine(RuleBasedStateMachine):
         with self._meanwhile(look, steps):
             self.connection.visit(number)
 
-    def _meanwhile(
-        self, look: int, steps: list[tuple[str, int]]
-    ) -> AbstractContextManager[None]:
+    def _meanwhile(self, look: int, steps: list[tuple[str, int]]) -> AbstractContextManager[None]:
         taken: list[Step] = [partial(step, self.connection, *each) for each in steps]
         return self.connection.meanwhile(look, *taken)
 
