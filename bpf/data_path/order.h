@@ -60,10 +60,12 @@ static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp, __u32 state,
 				     __u64 now)
 {
+	/* First of all: tb_may_return(). Another sk_prot: the peer has a ULP, or closes. */
+	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
+	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
+		return TB_REASON_LEAVING;
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
-	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER)
-		return TB_REASON_LEAVING;
 	if (!tb_is_open(conn, tp))
 		return TB_REASON_HALF_CLOSED;
 	if (!tb_is_nonblocking(conn->there.file))
@@ -114,7 +116,7 @@ static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32
 		return 1;
 	if (wish != TB_REASON_LEAVING)
 		return 0;
-	conn->behind++;
+	conn->is_behind = 1;
 	return 1;
 }
 
@@ -168,6 +170,7 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 	if (reason)
 		return reason;
 	conn->path = TB_PATH_BYPASS;
+	conn->is_behind = 0;
 	return TB_REASON_NONE;
 }
 
@@ -181,7 +184,7 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 		reason = tb_too_much(conn, size);
 		if (!reason)
 			return TB_REASON_NONE;
-		conn->behind++; /* RULE (bound): at once */
+		conn->is_behind = 1; /* RULE (bound): at once */
 	}
 	conn->path = TB_PATH_TCP;
 	return reason;
