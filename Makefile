@@ -9,7 +9,7 @@ C_SOURCES := $(wildcard bpf/*.c bpf/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c te
 
 setup: .venv/.ready
 
-.venv/.ready: requirements.txt pyproject.toml install/setup.sh
+.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/tools.txt
 	./install/setup.sh
 	touch $@
 
