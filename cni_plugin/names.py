@@ -34,6 +34,7 @@ ATTACHMENTS = "attachments"
 FAILURES = "failures"
 VALIDATED = "validated"
 NODE_JSON = "node.json"
+SWITCH_JSON = "switch.json"  # what holds for the whole cluster, as the agent has read it
 
 MODES = ("full", "proxy-only", "off")
 
