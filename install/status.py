@@ -82,7 +82,9 @@ def _head(found: Facts) -> Iterator[RenderableType]:
         yield Text("Half unloaded: run tcpip-bypass-node unload again, or load.", "red")
     else:
         yield "Not loaded: pods on this node use plain TCP. Run tcpip-bypass-node load."
-    if found.paused:
+    if found.switch.switch.is_stop:
+        yield Text("Paused for the whole cluster, by its switch (a ConfigMap).", "yellow")
+    elif found.paused:
         yield Text("Paused: all bytes go by TCP until tcpip-bypass-node resume.", "yellow")
     if older:
         yield f"Older generations that still have connections: {', '.join(map(str, older))}"
