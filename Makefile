@@ -1,5 +1,5 @@
 # Run as root on a bare Debian 12 or Ubuntu 24.04: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test clean
+.PHONY: setup build freeze demo bench test lint manifests soak plugin-speed test-kernels image-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -50,6 +50,10 @@ test-kernels: build
 # The DaemonSet's image as install/Dockerfile has it, built and tried without a container engine.
 image-test: .venv/.ready
 	$(PY) -m tests.image
+
+# install/daemonset.yaml, the overlays and the rest that is rendered from install/chart.
+manifests: .venv/.ready
+	$(PY) -m tests.manifests
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -58,8 +58,8 @@ def check(node: ScratchNode) -> None:
     print(good(node.run("status")).printed)
 
     with socket.socket(socket.AF_UNIX) as nobody_listens:
-        nobody_listens.bind(str(node.volume("cri") / "containerd.sock"))
-    answer = node.run("gc", "--adopt", "--cri-socket=/run/cri/containerd.sock")
+        nobody_listens.bind(str(node.volume("containerd") / "containerd.sock"))
+    answer = node.run("gc", "--adopt")
     assert "UNAVAILABLE" in answer.said, answer  # grpc's own word: its libraries are there
 
     plugins = json.loads((node.volume("cni-conf") / "10-pods.conflist").read_text())["plugins"]
