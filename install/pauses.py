@@ -56,7 +56,7 @@ def settle(
     now = in_kernel(generations)
     own = change(Pauses(now.node and not before.holds_node, now.pods - before.held_pods))
     switch = switch or before.switch
-    wanted = Pauses(switch.is_stop, _pods_of(node, switch.exclude_namespaces))
+    wanted = Pauses(switch.is_stop, _pods_of(node, switch.exclude_namespaces, before.held_pods))
     after = Kept(switch, wanted.node and not own.node, wanted.pods - own.pods)
     # A process that dies half way must not leave a pause of the switch's that counts as the
     # operator's: the file claims it before the kernel has it, and as long as the kernel has it.
@@ -99,7 +99,12 @@ def _keep(node: Node, what: Kept) -> None:
         log.error("switch_not_kept", f"pods that start now do not know the switch: {error}")
 
 
-def _pods_of(node: Node, namespaces: tuple[str, ...]) -> frozenset[int]:
+def _pods_of(node: Node, namespaces: tuple[str, ...], before: frozenset[int]) -> frozenset[int]:
+    """The pods of these namespaces; those of before when the state folder cannot be read."""
     if not namespaces:
         return frozenset()
-    return frozenset(r.pod_id for r in node.attachments() if r.pod_namespace in namespaces)
+    try:
+        return frozenset(r.pod_id for r in node.attachments() if r.pod_namespace in namespaces)
+    except OSError as error:
+        log.warning("pods_unknown", f"pods that came since may bypass: {error}")
+        return before

@@ -148,7 +148,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def kept(state: State) -> Kept | None:
-    """What was kept last; None when that is nothing, or is damaged."""
+    """What was kept last; None when that is nothing, is damaged, or cannot be read."""
     try:
         found = state.switch()
         if found is None:
@@ -160,7 +160,7 @@ def kept(state: State) -> Kept | None:
             exclude_ports=tuple(found["excludePorts"]),
         )
         return Kept(switch, bool(found["holdsNode"]), frozenset(found["heldPods"]))
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -262,3 +262,11 @@ def test_damage_is_mended(tmp_path: Path) -> None:
     (tmp_path / names.SWITCH_JSON).write_text("{")
     node.settle()
     assert switch.kept(node.state) == Kept()
+
+
+def test_a_state_folder_that_cannot_be_read_does_not_keep_from_pausing(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)  # ELOOP, also for root
+    node = ScratchNode(State(str(loop)), [Generation()])
+    node.settle(STEPS["pause"])
+    assert node.loaded[0].paused
