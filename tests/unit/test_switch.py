@@ -104,7 +104,7 @@ found_switches = st.builds(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(found_switches)
 def test_the_plugin_reads_what_is_kept(tmp_path: Path, wanted: Switch) -> None:
     state = State(str(tmp_path))
@@ -193,9 +193,7 @@ SWITCHES = {
 }
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*STEPS, *SWITCHES, "load", "look"]), max_size=12))
 def test_each_ends_its_own_pauses_and_no_others(tmp_path: Path, steps: list[str]) -> None:
     """Whatever operator and switch do in turn, what is paused is what either of them wants."""
