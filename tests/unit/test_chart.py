@@ -162,3 +162,5 @@ def test_versions_are_one() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     assert f'\nversion = "{meta["version"]}"\n' in project
     assert meta["appVersion"] == meta["version"]
+    label = f'org.opencontainers.image.version="{meta["version"]}"'
+    assert label in (ROOT / "install" / "Dockerfile").read_text()
