@@ -1,5 +1,6 @@
 # Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels test-runtimes image-test setup-test clean
+.PHONY: setup build freeze demo bench test lint manifests soak plugin-speed test-kernels test-runtimes image-test \
+	setup-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -9,7 +10,8 @@ C_SOURCES := $(wildcard bpf/*.c bpf/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c te
 
 setup: .venv/.ready
 
-.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/agent/cri.proto install/agent/messages.sh
+.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/tools.txt install/agent/cri.proto \
+		install/agent/messages.sh
 	./install/setup.sh
 	touch $@
 
@@ -62,6 +64,10 @@ image-test: .venv/.ready
 # These commands from a clean clone of HEAD on a bare Debian 12 and on a bare Debian 13.
 setup-test: .venv/.ready
 	$(PY) -m tests.bare
+
+# install/daemonset.yaml, the overlays and the rest that is rendered from install/chart.
+manifests: .venv/.ready
+	$(PY) -m tests.manifests
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -10,8 +10,8 @@ import os
 import platform
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
 from cni_plugin.state import Attachment, State
-from install import freshness, installer, leaving, log, report
+from install import freshness, installer, leaving, log, pauses, report
 from install import selftest as selftests
+from install import switch as switches
 from install.generations import Generation, Generations, is_bpffs
 from install.plugin_files import DoesNotRun
 from install.pods import attached_cgroups
@@ -119,6 +120,7 @@ def load(node: Node) -> None:
         generations = node.generations
         ours = generations.program_ids()
         generation = generations.publish(programs)
+        pauses.settle(node)  # ADD waits for the lock: no pod sees programs that should be paused
         try:
             _move_pods(node, generation, ours, verdict.mode)
         finally:
@@ -198,7 +200,7 @@ def unload(node: Node) -> None:
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for file in (names.NODE_JSON, names.JOINER_JSON):
+            for file in (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON):
                 (node.state_dir / file).unlink(missing_ok=True)
             node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
@@ -275,26 +277,31 @@ def pause(node: Node, pod: str | None = None) -> None:
     """
     with _locked_if_possible(node):
         if pod is not None:
-            pods = _ids_of(node, pod)
-            _change_paused_pods(node, lambda paused: paused | pods)
-        elif not _set_paused(node, True):
+            pods, alive = _ids_of(node, pod), _alive(node)
+            pauses.settle(node, lambda own: replace(own, pods=(own.pods | pods) & alive))
+        elif not pauses.settle(node, lambda own: replace(own, node=True)):
             raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
 
 
 def resume(node: Node, pod: str | None = None) -> None:
     """Undoes pause: everything, or what concerns one pod, may bypass again.
 
-    Each direction goes back to the bypass when its order rule allows.
+    Each direction goes back to the bypass when its order rule allows. What the cluster's switch
+    has paused stays so.
     """
     with _locked_if_possible(node):
         if pod is not None:
-            pods = _ids_of(node, pod)
-            _change_paused_pods(node, lambda paused: paused - pods)
-            return
-        if not _set_paused(node, False):
+            pods, alive = _ids_of(node, pod), _alive(node)
+            pauses.settle(node, lambda own: replace(own, pods=(own.pods - pods) & alive))
+        elif not pauses.settle(node, lambda _: pauses.Pauses()):
             raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
-        for generation in node.generations.complete():
-            generation.set_paused_pods(set())
+        held = switches.kept(node.state) or switches.Kept()
+    if held.holds_node or held.held_pods:
+        log.warning(
+            "switch_holds",
+            f"{'this node' if held.holds_node else 'some pods'} stay paused: the ConfigMap "
+            "that is the cluster's switch says so; resume there",
+        )
 
 
 def _ids_of(node: Node, pod: str) -> set[int]:
@@ -311,21 +318,10 @@ def _ids_of(node: Node, pod: str) -> set[int]:
     return found
 
 
-def _change_paused_pods(node: Node, change: Callable[[set[int]], set[int]]) -> None:
-    """Also forgets the paused pods that are no more."""
-    generations = node.generations
-    pods = attached_cgroups(generations.program_ids())
-    alive = {pod.record.id for pod in pods if pod.record is not None}
-    for generation in generations.complete():
-        generation.set_paused_pods(change(generation.paused_pods() & alive))
-
-
-def _set_paused(node: Node, paused: bool) -> int:
-    """Returns how many generations there are."""
-    generations = node.generations.complete()
-    for generation in generations:
-        generation.set_paused(paused)
-    return len(generations)
+def _alive(node: Node) -> set[int]:
+    """The IDs of the pods that are there: the pauses of others are to be forgotten."""
+    pods = attached_cgroups(node.generations.program_ids())
+    return {pod.record.id for pod in pods if pod.record is not None}
 
 
 def status(node: Node, *, as_json: bool, watch_s: float | None = None) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The joiner: begins a pass over a pod when what its connections miss is what a pass costs.
 
 Without it everything goes on; only new connections stay on TCP. All passes together take at most a

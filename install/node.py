@@ -75,6 +75,12 @@ def _agent_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per-pod-metrics", action="store_true", help="also series for each pod, in /metrics"
     )
+    parser.add_argument(
+        "--switch-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the ConfigMap is mounted that holds for the whole cluster",
+    )
     parser.add_argument("--once", action="store_true", help="do everything once, and end")
 
 

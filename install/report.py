@@ -7,15 +7,18 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bpf import abi, stats
 from bpf.stats import HopCounters
 from cni_plugin import bpfsys, names
 from cni_plugin.state import Attachment
+from install import pauses
+from install import switch as switches
 from install.generations import Generation, opened
 from install.pods import programs_of
+from install.switch import Kept
 
 if TYPE_CHECKING:
     from install.commands import Node
@@ -50,42 +53,28 @@ class Facts:
     attached: frozenset[int]  # IDs of the pods whose programs are where they should be
     failures: list[Failure]
     plugin_problem: str  # why the node cannot run the plugin; empty when it can
+    switch: Kept = field(default_factory=Kept)  # the cluster's
 
 
 def facts(node: Node) -> Facts:
     """Raises OSError when the kernel or a folder cannot be read."""
     complete = node.generations.complete()
+    paused = pauses.in_kernel(complete)
     mode, reason = node.state.node_mode()
     attachments = node.attachments()
     return Facts(
         current=node.generations.current(),
         generations=complete,
-        paused=_paused(complete),
-        paused_pods=_paused_pods(complete),
+        paused=paused.node,
+        paused_pods=paused.pods,
         mode=mode,
         reason=reason,
         attachments=attachments,
         attached=frozenset(record.pod_id for record in attachments if programs_of(record)),
         failures=_failures(node),
         plugin_problem=node.plugin_problem,
+        switch=switches.kept(node.state) or Kept(),
     )
-
-
-def _paused(generations: list[Generation]) -> bool:
-    """Whether there are any, and all of them are."""
-    flags = []
-    for generation in generations:
-        with contextlib.suppress(FileNotFoundError):  # removed by a load since it was listed
-            flags.append(generation.flags() & abi.CONTROL_PAUSED)
-    return bool(flags) and all(flags)
-
-
-def _paused_pods(generations: list[Generation]) -> frozenset[int]:
-    paused: set[int] = set()
-    for generation in generations:
-        with contextlib.suppress(FileNotFoundError):  # as above
-            paused |= generation.paused_pods()
-    return frozenset(paused)
 
 
 def _failures(node: Node) -> list[Failure]:
@@ -165,6 +154,7 @@ def report(node: Node) -> dict[str, Any]:
         "generation": found.current.number if found.current else None,
         "older_generations": [g.number for g in found.generations if g != found.current],
         "paused": found.paused,
+        "switch": found.switch.switch.as_json(),
         "mode": found.mode,
         "reason": found.reason,
         "plugin_problem": found.plugin_problem or None,

@@ -85,7 +85,9 @@ def _head(found: Facts) -> Iterator[RenderableType]:
         yield "Not loaded: pods on this node use plain TCP. Run tcpip-bypass-node load."
     if found.plugin_problem:
         yield Text(f"No new pod is accelerated: {found.plugin_problem}", "red")
-    if found.paused:
+    if found.switch.switch.is_stop:
+        yield Text("Paused for the whole cluster, by its switch (a ConfigMap).", "yellow")
+    elif found.paused:
         yield Text("Paused: all bytes go by TCP until tcpip-bypass-node resume.", "yellow")
     if older:
         yield f"Older generations that still have connections: {', '.join(map(str, older))}"

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
 
-from install import installer, log
+from install import installer
 from install.commands import Node, NodeError
 from install.installer import Places
 
@@ -59,14 +59,12 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
             join_options=[*_common(arguments), "--log-format", arguments.log_format],
             cri_sockets=_sockets(arguments),
             question=kubernetes.Question(daemonset) if daemonset else None,
+            switch_dir=arguments.switch_dir,
             once=arguments.once,
         )
         metrics, health = Metrics(node, per_pod=arguments.per_pod_metrics), http.Health()
-        with contextlib.ExitStack() as stack:
-            if arguments.listen:
-                server = stack.enter_context(http.serve(arguments.listen, metrics, health))
-                log.info("serving", "/healthz, /readyz and /metrics are served", at=server.address)
-            return Agent(node, settings, metrics, health).run()
+        serve = functools.partial(http.serve, arguments.listen, metrics, health)
+        return Agent(node, settings, metrics, health).run(serve if arguments.listen else None)
     except ValueError as error:
         raise NodeError(str(error)) from error
 

@@ -23,7 +23,7 @@ from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY
 from tests.bed.cni import Json
 from tests.containerd.bed import PLAIN, RuntimeBed
 
-READY_TIMEOUT_S = 120
+READY_TIMEOUT_S = 300
 END_TIMEOUT_S = 60
 
 

@@ -29,6 +29,7 @@ from cni_plugin.state import Key, State
 from install.agent import bpffs
 from install.generations import is_bpffs
 from tests.bed import OPTED_OUT, apiserver, cgroups, cni
+from tests.bed.cni import Json
 from tests.bed.pod import MESH
 from tests.containerd import containerd, traffic
 from tests.containerd.agent import Agent, Release
@@ -369,6 +370,89 @@ def test_two_agents_at_once(agent: Agent) -> None:
     finally:
         second.kill()
     agent.wait_until("ready again", lambda: agent.reasons() == [])
+
+
+def test_a_port_that_is_taken_is_waited_for(agent: Agent) -> None:
+    """Whoever deletes the pod by force has two agents at once, on one port."""
+    second = Agent(agent.bed, port=agent.port)
+    seen = len(second.events())  # one port, one log
+    try:
+        second.start()
+        second.wait_for("port_taken", since=seen)
+        agent.kill()
+        second.wait_until("ready", lambda: second.reasons() == [])
+        assert len(second.said("port_taken", since=seen)) == 1
+        assert second.get("/startupz")[0] == 200
+    finally:
+        second.kill()
+    agent.start_and_wait()
+
+
+def test_a_taken_port_does_not_keep_the_agent_from_ending(agent: Agent) -> None:
+    second = Agent(agent.bed, port=agent.port)
+    seen = len(second.events())
+    second.start()
+    second.wait_for("port_taken", since=seen)
+    assert second.end() == 0
+
+
+def test_the_clusters_switch(agent: Agent) -> None:
+    """A ConfigMap's files are written; what runs is paused, what starts is left on TCP."""
+    folder = agent.bed.node.folder / "switch"
+    folder.mkdir()
+    agent.end()
+    agent.options = ("--switch-dir", str(folder))
+    agent.start_and_wait()
+
+    def say(**texts: str) -> None:
+        seen = len(agent.events())
+        for path in folder.iterdir():
+            path.unlink()
+        for key, text in texts.items():
+            (folder / key).write_text(text)
+        agent.wait_until("told", lambda: bool(agent.said("switch", seen)))
+
+    def status() -> Json:
+        found: Json = json.loads(agent.run("status", "--json"))
+        return found
+
+    with made(agent.bed, "before", "after") as pods:
+        run(pods[:1])
+        say(paused="true")
+        assert status()["paused"]
+        agent.run("resume")
+        assert status()["paused"]
+        agent.end()
+        agent.run("unload")  # as a boot does
+        agent.start_and_wait()
+        assert status()["paused"]
+        say()
+        assert not status()["paused"]
+        agent.wait_until("with its pod", lambda: accelerated(pods[:1]) == [True])
+
+        say(excludeNamespaces="default", excludePorts="3306")
+        run(pods[1:])
+        assert accelerated(pods) == [True, False]
+        assert [pod["paused"] for pod in status()["pods"]] == [True]
+
+        seen = len(agent.events())
+        (folder / "mode").write_text("fast")
+        agent.wait_for("switch_failed", since=seen)
+        assert [pod["paused"] for pod in status()["pods"]] == [True]
+        assert "tcpip_bypass_switch_valid 0.0" in agent.get("/metrics")[1]
+        assert agent.reasons() == []
+        (folder / "mode").unlink()
+        agent.wait_for("switch_recovered", since=seen)
+
+        say(excludePorts="3306")
+        agent.wait_until("with all pods", lambda: accelerated(pods) == [True, True])
+        agent.wait_until(
+            "with the port",
+            lambda: {str(pod["excluded_ports"]) for pod in status()["pods"]} == {"[[3306, 3306]]"},
+        )
+        assert [pod["paused"] for pod in status()["pods"]] == [False, False]
+    agent.end()
+    shutil.rmtree(folder)
 
 
 def test_what_is_damaged_is_mended(agent: Agent) -> None:

@@ -102,14 +102,12 @@ class ScratchNode:
 
     def _bind(self, spec: Json, mount: Json) -> Json:
         name = mount["name"]
-        (on_a_node,) = [
-            each["hostPath"]["path"] for each in spec["volumes"] if each["name"] == name
-        ]
+        (volume,) = [each for each in spec["volumes"] if each["name"] == name]
         propagation = _PROPAGATION[mount.get("mountPropagation", "None")]
         return {
             "destination": mount["mountPath"],
             "type": "bind",
-            "source": on_a_node if name == CGROUP else str(self.volume(name)),
+            "source": volume["hostPath"]["path"] if name == CGROUP else str(self.volume(name)),
             "options": ["rbind", propagation, "ro" if mount.get("readOnly") else "rw"],
         }
 
