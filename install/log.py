@@ -19,15 +19,17 @@ if TYPE_CHECKING:
     from cni_plugin.state import Attachment
 
 FORMATS = ("plain", "logfmt", "json")
+LEVELS = ("info", "warning", "error")
 
 _BARE = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but space, quote, equals sign, backslash
 _format = "plain"
+_lowest = 0  # index into LEVELS
 
 
-def setup(style: str) -> None:
-    """From now on lines are written in one of FORMATS."""
-    global _format
-    _format = style
+def setup(style: str, level: str = LEVELS[0]) -> None:
+    """From now on lines are written in one of FORMATS, those of this level and graver ones."""
+    global _format, _lowest
+    _format, _lowest = style, LEVELS.index(level)
 
 
 def info(event: str, message: str, **fields: object) -> None:
@@ -64,6 +66,8 @@ def of(attachment: Attachment | None) -> dict[str, str]:
 
 
 def _say(level: str, event: str, message: str, fields: dict[str, object]) -> None:
+    if LEVELS.index(level) < _lowest:
+        return
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     line = {"ts": now, "level": level, "event": event, "msg": message, **fields}
     line = {name: value for name, value in line.items() if value is not None}

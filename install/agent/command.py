@@ -26,7 +26,7 @@ def gc(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     from install.agent import cri, repair  # noqa: PLC0415 - 30 MB, see cri.py
 
-    sockets = _sockets(arguments)
+    sockets = sockets_of(arguments)
     socket = next((each for each in sockets if each.is_socket()), None)
     if socket is None:
         raise NodeError(f"no container runtime: none of {_listed(sockets)} is there")
@@ -55,7 +55,7 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
             entry=installer.entry(node.bpffs, node.state_dir, options),
             load_options=_common(arguments),
             gc_options=[*_common(arguments), *_places_options(arguments)],
-            cri_sockets=_sockets(arguments),
+            cri_sockets=sockets_of(arguments),
             question=kubernetes.Question(daemonset) if daemonset else None,
             once=arguments.once,
         )
@@ -69,7 +69,8 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
         raise NodeError(str(error)) from error
 
 
-def _sockets(arguments: argparse.Namespace) -> tuple[Path, ...]:
+def sockets_of(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    """Where the runtime may listen: what --cri-socket says, or the well-known places."""
     given = arguments.cri_socket
     return (Path(given.removeprefix("unix://")),) if given else CRI_SOCKETS
 

@@ -1,0 +1,1 @@
+"""`check`: whether a node is fit for the bypass, whether it is well, and what to do if not."""
