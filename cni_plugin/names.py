@@ -34,6 +34,7 @@ ATTACHMENTS = "attachments"
 FAILURES = "failures"
 VALIDATED = "validated"
 NODE_JSON = "node.json"
+AGENT_LOGS = ("agent.log.1", "agent.log")  # older lines, newer ones
 
 MODES = ("full", "proxy-only", "off")
 

@@ -194,7 +194,8 @@ def unload(node: Node) -> None:
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            (node.state_dir / names.NODE_JSON).unlink(missing_ok=True)
+            for file in (names.NODE_JSON, *names.AGENT_LOGS):
+                (node.state_dir / file).unlink(missing_ok=True)
             node.state_dir.rmdir()  # unless something that is not ours is in it
     selftests.sweep()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bpf.loader import LoadError
 from cni_plugin import names
 from cni_plugin.attachment import NotLoaded
-from install import VERSION, commands, exits, installer, log, paths
+from install import VERSION, bugreport, commands, exits, installer, log, paths
 from install.check import command as check
 from install.lock import FolderLock
 from install.plugin_files import InstallError
@@ -146,6 +147,24 @@ def build_parser() -> argparse.ArgumentParser:
     checking = command("check", "Say whether this node is well, and what to do if not.", places)
     _cri_option(checking)
     check.options(checking)
+    reporting = command(
+        "bugreport", "Put what is needed to find a fault here into one archive.", places
+    )
+    _cri_option(reporting)
+    bugreport.options(reporting)
+    estimating = command(
+        "estimate", "Say what would bypass here; loads and writes nothing.", places
+    )
+    _cri_option(estimating)
+    estimating.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
+    estimating.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=10.0,
+        metavar="N",
+        help="how long to look; default: %(default)s",
+    )
+    estimating.add_argument("--json", action="store_true", help="for machines")
     install = command("install", "Put the plugin and its entry in place, or repair them.", places)
     install.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
     uninstall = command(
@@ -195,17 +214,13 @@ def _run(node: commands.Node, arguments: argparse.Namespace) -> int:
     command = arguments.command
     if command in ("uninstall", "unload"):
         _refuse_beside_an_agent(node)
+    if command in _LOOKING:
+        return _LOOKING[command](node, arguments)
     if command in ("agent", "gc"):
         from install.agent import command as of_agent  # noqa: PLC0415 - brings a web server
 
         run = of_agent.agent if command == "agent" else of_agent.gc
         return run(node, places_of(arguments), arguments)
-    if command == "check":
-        return check.run(node, places_of(arguments), arguments)
-    if command == "status":
-        return commands.status(node, as_json=arguments.json, watch_s=arguments.watch)
-    if command == "selftest":
-        return commands.selftest(node, as_json=arguments.json)
     if command == "load":
         commands.load(node, arguments.host_proc)
     elif command == "install":
@@ -218,6 +233,22 @@ def _run(node: commands.Node, arguments: argparse.Namespace) -> int:
     else:
         getattr(commands, command)(node)
     return 0
+
+
+def _estimate(node: commands.Node, arguments: argparse.Namespace) -> int:
+    from install.estimate import command as estimate  # noqa: PLC0415 - pyroute2: 130 ms
+
+    return estimate.run(node, places_of(arguments), arguments)
+
+
+# Those that change nothing on the node.
+_LOOKING: dict[str, Callable[[commands.Node, argparse.Namespace], int]] = {
+    "bugreport": lambda node, given: bugreport.run(node, places_of(given), given),
+    "check": lambda node, given: check.run(node, places_of(given), given),
+    "estimate": _estimate,
+    "selftest": lambda node, given: commands.selftest(node, as_json=given.json),
+    "status": lambda node, given: commands.status(node, as_json=given.json, watch_s=given.watch),
+}
 
 
 def _refuse_beside_an_agent(node: commands.Node) -> None:

@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from cni_plugin import names
 from install import installer, log
 from install.commands import Node, NodeError
 from install.installer import Places
@@ -48,6 +49,7 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     from install.agent.metrics import Metrics  # noqa: PLC0415
 
     options = arguments.conf_json and installer.parse_options(arguments.conf_json)
+    log.keep(node.state_dir, names.AGENT_LOGS)
     try:
         daemonset = arguments.daemonset and kubernetes.DaemonSet.parse(arguments.daemonset)
         settings = Settings(

@@ -35,14 +35,13 @@ class Installed:
 
     def call(self, command: str, *options: str) -> tuple[int, str]:
         """Exit status and what was printed."""
+        argv: list[str | Path] = [PROGRAM, command, *options]
+        argv += ["--bpffs", self.node.bpffs, "--state-dir", self.node.state_dir]
+        argv += ["--cni-conf-dir", self.conf_dir]
+        if command != "status":
+            argv += ["--cni-bin-dir", self.bin_dir, "--plugin-dir", FROZEN_PLUGIN]
         done = subprocess.run(
-            [
-                *(PROGRAM, command, *options),
-                *("--bpffs", self.node.bpffs, "--state-dir", self.node.state_dir),
-                *("--cni-conf-dir", self.conf_dir),
-                *(() if command == "status" else ("--cni-bin-dir", self.bin_dir)),
-                *(() if command == "status" else ("--plugin-dir", FROZEN_PLUGIN)),
-            ],
+            argv,
             capture_output=True,
             text=True,
             timeout=180,
@@ -120,7 +119,8 @@ def test_what_is_wrong_with_pods_is_named(bed: Bed, node: Installed) -> None:
 
 
 def test_status_of_a_node_where_nothing_is_loaded(tmp_path: Path) -> None:
-    argv = [PROGRAM, "status", "--bpffs", tmp_path / "bpffs", "--state-dir", tmp_path / "state"]
+    places: list[str | Path] = ["--bpffs", tmp_path / "bpffs", "--state-dir", tmp_path / "state"]
+    argv = [PROGRAM, "status", *places]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == exits.NOT
     assert done.stdout.startswith("Not loaded")

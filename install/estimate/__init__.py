@@ -1,0 +1,1 @@
+"""`estimate`: what of a node's traffic would bypass TCP/IP. It only looks."""
