@@ -165,6 +165,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="how long to look; default: %(default)s",
     )
     estimating.add_argument("--json", action="store_true", help="for machines")
+    comparing = command("compare", "Pause and resume a few times, and say what the bypass brings.")
+    _host_proc_option(comparing)
+    comparing.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=120.0,
+        metavar="N",
+        help="how long it may take; default: %(default)s",
+    )
+    comparing.add_argument("--json", action="store_true", help="for machines")
     install = command("install", "Put the plugin and its entry in place, or repair them.", places)
     install.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
     uninstall = command(
@@ -221,6 +231,10 @@ def _run(node: commands.Node, arguments: argparse.Namespace) -> int:
 
         run = of_agent.agent if command == "agent" else of_agent.gc
         return run(node, places_of(arguments), arguments)
+    if command == "compare":
+        from install import compare  # noqa: PLC0415 - pyroute2: 130 ms
+
+        return compare.run(node, arguments.host_proc, arguments)
     if command == "load":
         commands.load(node, arguments.host_proc)
     elif command == "install":

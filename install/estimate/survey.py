@@ -11,7 +11,7 @@ from pathlib import Path
 
 from install import log
 from install.estimate import figures, files, sockets
-from install.estimate.pairs import Connection, End, Judge, pair
+from install.estimate.pairs import End, Judge, pair
 from install.estimate.pods import Pod
 from install.estimate.sockets import Buffers, Dump, Socket
 
@@ -28,10 +28,10 @@ class Traffic:
     messages: float = 0.0
     bytes: int = 0
 
-    def add(self, messages: float, size: int) -> None:
-        self.connections += 1
-        self.messages += messages
-        self.bytes += size
+    def add(self, other: Traffic) -> None:
+        self.connections += other.connections
+        self.messages += other.messages
+        self.bytes += other.bytes
 
 
 @dataclass
@@ -43,21 +43,19 @@ class HopTraffic:
 
     @property
     def all(self) -> Traffic:
-        parts = [self.bypass, *self.tcp.values()]
-        return Traffic(
-            sum(each.connections for each in parts),
-            sum(each.messages for each in parts),
-            sum(each.bytes for each in parts),
-        )
+        whole = Traffic()
+        for each in (self.bypass, *self.tcp.values()):
+            whole.add(each)
+        return whole
 
-    def merge(self, other: HopTraffic) -> None:
-        for mine, theirs in [
-            (self.bypass, other.bypass),
-            *((self.tcp.setdefault(why, Traffic()), each) for why, each in other.tcp.items()),
-        ]:
-            mine.connections += theirs.connections
-            mine.messages += theirs.messages
-            mine.bytes += theirs.bytes
+    def part(self, reason: str) -> Traffic:
+        """What stays on TCP for this reason; without one, what would bypass."""
+        return self.tcp.setdefault(reason, Traffic()) if reason else self.bypass
+
+    def add(self, other: HopTraffic) -> None:
+        self.bypass.add(other.bypass)
+        for reason, traffic in other.tcp.items():
+            self.part(reason).add(traffic)
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Estimate:
         found: dict[str, HopTraffic] = {}
         for hops in self.hops.values():
             for hop, traffic in hops.items():
-                found.setdefault(hop, HopTraffic()).merge(traffic)
+                found.setdefault(hop, HopTraffic()).add(traffic)
         return found
 
     @property
@@ -122,7 +120,11 @@ def _saved_us(hop: str) -> float:
 class Survey:
     """One look after the other; result() is what they show together."""
 
-    def __init__(self, pods: Sequence[Pod], proxy_uid: int, host_proc: Path) -> None:
+    def __init__(
+        self, pods: Sequence[Pod], proxy_uid: int, host_proc: Path, *, with_files: bool = True
+    ) -> None:
+        """Without files, whether a socket blocks is not looked for."""
+        self._with_files = with_files
         self._pods, self._proxy_uid, self._host_proc = pods, proxy_uid, host_proc
         self._first: dict[tuple[Pod, int], Socket] = {}  # by cookie; only what was there at first
         self._last: dict[Pod, dict[int, Socket]] = {pod: {} for pod in pods}
@@ -146,7 +148,8 @@ class Survey:
                     self._first[pod, socket.cookie] = socket
                 self._last[pod][socket.cookie] = socket
                 inodes.add(socket.inode)
-        self._look_at_files(inodes - self._blocking.keys() - {0})
+        if self._with_files:
+            self._look_at_files(inodes - self._blocking.keys() - {0})
         self._looked += 1
 
     def _look_at_files(self, inodes: set[int]) -> None:
@@ -182,20 +185,15 @@ class Survey:
             reason = judge.reason(connection)
             for end in connection.ends:
                 messages, size = self._grown(end)
-                traffic = hops[end.pod][connection.hop]
-                part = traffic.tcp.setdefault(reason, Traffic()) if reason else traffic.bypass
-                part.add(messages, size)
+                sent = Traffic(1, messages, size)
+                hops[end.pod][connection.hop].part(reason).add(sent)
                 unseen += end.socket.inode not in self._blocking
-            if connection.is_proxys_call:
-                sent = self._exchanged(connection)
-                calls += sent
-                on_node += sent if connection.hop == "sidecars" else 0.0
+            if connection.client and connection.is_proxys_call:
+                messages, _ = self._grown(connection.client)
+                calls += messages
+                on_node += messages if connection.hop == "sidecars" else 0.0
         plain = {pod: dict(each) for pod, each in hops.items()}
         return Estimate(seconds, list(self._pods), plain, calls, on_node, unseen)
-
-    def _exchanged(self, connection: Connection) -> float:
-        assert connection.client
-        return self._grown(connection.client)[0]
 
     def _grown(self, end: End) -> tuple[float, int]:
         """Messages and bytes that this end has sent while it was looked at."""
@@ -203,5 +201,5 @@ class Survey:
         before = self._first.get((end.pod, now.cookie), replace(now, sent=0, segments=0))
         size, segments = now.sent - before.sent, now.segments - before.segments
         if now.mss and size > 0.9 * segments * now.mss:
-            return max(1.0, size / _LARGE_WRITE) if size else 0.0, size
+            return max(1.0, size / _LARGE_WRITE), size
         return float(segments), size
