@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -16,7 +17,9 @@ from install.estimate import pods as of_pods
 from install.estimate import sockets
 from install.estimate.survey import Estimate, Survey
 from tests import capabilities, manifests
-from tests.bed import OPTED_OUT, Bed, Pod, fetch, mesh, open_bed
+from tests.bed import OPTED_OUT, Bed, Pod, cni, fetch, mesh, open_bed
+from tests.bed.addresses import Family
+from tests.bed.envoy import Sidecar
 from tests.bed.node import PROGRAM
 from tests.bed.pingpong import HOPS
 
@@ -27,6 +30,7 @@ FOR_EVER = 1_000_000
 SECONDS = 3.0
 CLOSE = 0.05  # how far a hop's share may be off
 CONF = netconf.parse({})
+Protocol = Literal["http", "tcp"]
 
 BLOCKING = """
 import socket, sys, time
@@ -57,12 +61,13 @@ def described(pod: Pod) -> of_pods.Pod:
 
 
 @contextmanager
-def load(client: Pod) -> Iterator[None]:
+def load(client: Pod, family: Family = "v4") -> Iterator[None]:
     """Requests through the mesh all the time, on connections that stay."""
-    argv = [sys.executable, fetch.__file__, mesh.SERVICE_URL, str(FOR_EVER), f"body={SIZE}"]
+    url = mesh.service_url(family)
+    argv = [sys.executable, fetch.__file__, url, str(FOR_EVER), f"body={SIZE}"]
     running = [client.spawn(argv, stdout=subprocess.PIPE) for _ in range(FETCHERS)]
     try:
-        client.run([sys.executable, fetch.__file__, mesh.SERVICE_URL, "50", f"body={SIZE}"])
+        client.run([sys.executable, fetch.__file__, url, "50", f"body={SIZE}"])
         yield
         assert all(each.poll() is None for each in running)
     finally:
@@ -92,15 +97,28 @@ def counted(bed: Bed) -> dict[str, tuple[int, int]]:
     return sums
 
 
-def test_hop_shares_are_what_bypasses_once_it_is_on() -> None:
+@contextmanager
+def meshed(protocol: Protocol, family: Family, *, bypass: bool) -> Iterator[tuple[Bed, Pod, Pod]]:
+    """A node with a client and a server that are kept busy."""
+    sidecar = Sidecar(endpoint=None, protocol=protocol)
     with (
-        open_bed(bypass=False) as bed,
+        open_bed(bypass=bypass, subnets=cni.DUAL_STACK) as bed,
         bed.pod("client") as client,
         bed.pod("server") as server,
-        mesh.running(client, server, FILES),
-        load(client),
+        mesh.running(client, server, FILES, sidecar=sidecar, family=family),
+        load(client, family),
     ):
+        yield bed, client, server
+
+
+@pytest.mark.parametrize(("protocol", "family"), [("http", "v4"), ("tcp", "v4"), ("http", "v6")])
+def test_hop_shares_are_what_bypasses_once_it_is_on(protocol: Protocol, family: Family) -> None:
+    with meshed(protocol, family, bypass=False) as (_, client, server):
         found = estimated(client, server)
+    with meshed(protocol, family, bypass=True) as (bed, client, _):
+        before = counted(bed)
+        client.run(["sleep", str(SECONDS)])
+        after = counted(bed)
     would: dict[str, int] = {hop: found.total[hop].bypass.bytes for hop in HOPS}
     all_of = {hop: found.total[hop].all.bytes for hop in HOPS}
     with (
