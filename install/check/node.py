@@ -103,9 +103,13 @@ def _c_library(asked: Asked) -> Finding:
         hint = "run make build, or name the frozen plugin's folder with --plugin-dir"
         return finding.broken("c library", f"no plugin in {source}", hint, finding.THE_PROGRAM)
     try:
+        there = libc_fit.of_host(asked.host_root)
         why_not = libc_fit.why_not(source, asked.host_root)
     except OSError as error:
         return finding.well("c library", f"the node's cannot be seen: {error}", finding.THE_PROGRAM)
+    if not why_not and there is None:
+        found = f"none found below {asked.host_root} to compare with; `install` tries the plugin"
+        return finding.well("c library", found, finding.THE_PROGRAM)
     if why_not:
         hint = "make freeze builds a plugin for older nodes; the image brings that one"
         return finding.broken("c library", why_not, hint, finding.THE_PROGRAM)

@@ -14,8 +14,11 @@ from install import exits, libc_fit
 from install.check import command, finding, kernel, pods
 from install.check import node as of_node
 from install.check.finding import Finding
+from install.check.node import Asked
+from install.commands import Node
 from install.conf_dir import Ours
 from install.generations import Generation
+from install.installer import Places
 from install.report import Facts, Failure
 from tests.unit.cases import ROOT
 from tests.unit.test_attachment import BLANK
@@ -219,3 +222,18 @@ def test_c_library(tmp_path: Path) -> None:
     libc.unlink()
     (root / "lib" / "ld-musl-x86_64.so.1").touch()
     assert "musl" in libc_fit.why_not(plugin, root)
+
+
+def test_a_c_library_that_is_not_found_is_not_said_to_fit(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "tcpip-bypass").write_bytes(elf("GLIBC_2.31"))
+    places = Places(tmp_path, tmp_path, plugin, Path("/proc"))
+    node = Node(tmp_path, tmp_path)
+    asked = Asked(node, places, (), tmp_path / "root")
+    assert of_node._c_library(asked).found.startswith("none found below")
+    libc = tmp_path / "root" / "lib64" / "libc.so.6"
+    libc.parent.mkdir(parents=True)
+    for minor, status in ((28, exits.NOT), (36, exits.WELL)):
+        libc.write_bytes(b"GNU C Library stable release version 2.%d.\n" % minor)
+        assert of_node._c_library(asked).status == status
