@@ -101,7 +101,8 @@ def run(node: Node, places: Places, arguments: argparse.Namespace) -> int:
         return 0
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     path = Path(arguments.output or f"tcpip-bypass-{report.node_name()}-{stamp}.tar.gz")
-    with path.open("xb") as file:
+    path.touch(mode=0o600, exist_ok=False)
+    with path.open("wb") as file:
         write(parts, file)
     print(f"{path}: {CONTENTS} in it says what it holds; look at it before you send it")
     return 0

@@ -38,6 +38,7 @@ def test_a_report_of_a_pod_that_talks(tmp_path: Path) -> None:
         argv += ["--cni-conf-dir", tmp_path / "net.d"]
         argv += ["--pod", "default/talker", "--pod", "default/nobody"]
         subprocess.run(argv, check=True, timeout=180)
+    assert archive.stat().st_mode & 0o777 == 0o600
     with tarfile.open(archive) as found:
         first, *_ = found.getnames()
         assert first == "tcpip-bypass/CONTENTS.txt"
