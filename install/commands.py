@@ -19,9 +19,11 @@ from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
 from cni_plugin.state import Attachment, State
-from install import freshness, installer, leaving, log, pauses, report
+from install import exits, freshness, installer, leaving, log, pauses, report
 from install import selftest as selftests
 from install import switch as switches
+from install.agent import bpffs
+from install.agent.schedule import NotDone
 from install.generations import Generation, Generations, is_bpffs
 from install.plugin_files import DoesNotRun
 from install.pods import attached_cgroups
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOCK_PATIENCE_S = 30.0
+OWN_PROC = Path("/proc")
 
 
 class NodeError(Exception):
@@ -38,10 +41,11 @@ class NodeError(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """One node, by its two folders."""
+    """One node, by its folders."""
 
     bpffs: Path
     state_dir: Path
+    conf_dir: Path | None = None  # the network configurations; None: the mode is never forced
 
     @property
     def generations(self) -> Generations:
@@ -84,12 +88,15 @@ class Node:
         return [record for record in records if record is not None]
 
 
-def selftest(_node: Node, *, as_json: bool) -> None:
-    """Tries this kernel and prints what was found; changes nothing on the node."""
+def selftest(_node: Node, *, as_json: bool) -> int:
+    """Tries this kernel and prints what was found; changes nothing on the node.
+
+    Returns the exit status, of install/exits.py.
+    """
     verdict = selftests.run()
     if as_json:
         print(json.dumps(verdict.as_json(), indent=1))
-        return
+        return exits.of_mode(verdict.mode)
     from rich.table import Table  # noqa: PLC0415 - see status()
 
     table = Table("", "what", "expected", "found")
@@ -100,12 +107,12 @@ def selftest(_node: Node, *, as_json: bool) -> None:
     console.print(f"Mode on kernel {platform.release()}: {verdict.mode}")
     for reason in verdict.reasons:
         console.print(f"  because of {reason}")
+    return exits.of_mode(verdict.mode)
 
 
-def load(node: Node) -> None:
+def load(node: Node, host_proc: Path = OWN_PROC) -> None:
     """Tries the kernel, then makes a new generation current; attached pods move over to it."""
-    if not is_bpffs(node.bpffs):
-        raise NodeError(f"{node.bpffs} is not on a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf")
+    _mount_bpffs(node, host_proc)
     verdict = selftests.run()
     for reason in verdict.reasons:
         log.warning("mode", f"mode {verdict.mode} because of {reason}", mode=verdict.mode)
@@ -129,6 +136,21 @@ def load(node: Node) -> None:
             generations.remove_idle(_attached_ids(generations))
         if verdict.is_final:
             _write_node_json(node, verdict, freshness.mark(generation))
+
+
+def _mount_bpffs(node: Node, host_proc: Path) -> None:
+    """As the agent does, but never over files that a mistyped --bpffs would hide."""
+    folder = node.bpffs.parent
+    by_hand = f"{node.bpffs} is not on a bpffs; mount one: mount -t bpf bpf {folder}"
+    if is_bpffs(node.bpffs):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise NodeError(by_hand)
+    try:
+        bpffs.mount(node.bpffs, host_proc)
+    except NotDone as error:
+        raise NodeError(f"{by_hand} ({error})") from error
+    log.warning("bpffs_mounted", "mounted a bpffs, there was none", path=folder)
 
 
 def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) -> None:
@@ -200,7 +222,8 @@ def unload(node: Node) -> None:
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for file in (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON):
+            written = (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON, *names.AGENT_LOGS)
+            for file in written:
                 (node.state_dir / file).unlink(missing_ok=True)
             node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
@@ -324,21 +347,27 @@ def _alive(node: Node) -> set[int]:
     return {pod.record.id for pod in pods if pod.record is not None}
 
 
-def status(node: Node, *, as_json: bool, watch_s: float | None = None) -> None:
-    """Prints the node's state: a table for people, maybe live, or one JSON document."""
+def status(node: Node, *, as_json: bool, watch_s: float | None = None) -> int:
+    """Prints the node's state: a table for people, maybe live, or one JSON document.
+
+    Returns the exit status, of install/exits.py.
+    """
+    found = report.facts(node)
     if as_json:
-        print(json.dumps(report.report(node), indent=1))
-        return
+        print(json.dumps(report.as_json(found), indent=1))
+        return found.exit_status
     from install import status as tables  # noqa: PLC0415 - rich: 5 MB that the agent can do without
 
     console = _console()
     if watch_s is None:
-        tables.show(node, console)
+        tables.show(found, console)
     elif console.is_terminal:
         with contextlib.suppress(KeyboardInterrupt):
             tables.watch(node, console, watch_s)
+        return exits.WELL
     else:
         raise NodeError("--watch needs a terminal; for machines there is --json")
+    return found.exit_status
 
 
 def _console() -> Console:

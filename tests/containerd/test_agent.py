@@ -179,6 +179,36 @@ def assert_like_an_add_by_the_runtime(agent: Agent, adopted: Pod, box: str) -> N
         assert Path(ours.netns).parent == Path(theirs.netns).parent
 
 
+def test_reports_know_the_runtimes_pods(agent: Agent) -> None:
+    bed, places = agent.bed, agent.places()
+    with ExitStack() as stack:
+        mesh = stack.enter_context(made(bed, "client", "server"))
+        out = stack.enter_context(made(bed, "opted-out", annotations={**MESH, **OPTED_OUT}))
+        boxes = run([*mesh, *out])
+        with talking(mesh, boxes[:2]) as load:
+            checked = json.loads(agent.run("check", "--json", *places))
+            options = ("--json", "--seconds", "2", *places)
+            estimated = json.loads(agent.run("estimate", *options))
+            assert_whole(load.end())
+    findings = {each["name"]: each for each in checked["findings"]}
+    for name in ("runtime", "conflist", "plugin", "entry", "programs", "mode", "pods"):
+        assert findings[name]["status"] == "well", findings[name]
+    states = {each["name"]: (each["state"], each["why"]) for each in checked["pods"]}
+    assert {name: state for name, (state, _) in states.items()} == {
+        "client": "accelerated",
+        "server": "accelerated",
+        "opted-out": "left out",
+    }
+    assert "tcpip-bypass/enabled is false" in states["opted-out"][1]
+    pods = {each["name"]: each for each in estimated["pods"]}
+    assert pods.keys() == states.keys()
+    assert [pods[name]["accelerated"] for name in ("client", "opted-out")] == [True, False]
+    direct = pods["client"]["hops"]["direct"]
+    assert sum(each["connection_ends"] for each in (direct["bypass"], *direct["tcp"].values()))
+    log = bed.node.outside(Path(names.STATE_DIR)) / names.AGENT_LOGS[1]
+    assert '"event": "loaded"' in log.read_text()
+
+
 def test_churn(agent: Agent) -> None:
     began = len(agent.events())
     deadline = time.monotonic() + PATIENCE_S

@@ -214,3 +214,19 @@ def test_every_library_in_the_image_is_pinned() -> None:
             needed.add(name)
             waiting += metadata.requires(name) or ()
     assert needed - pinned == set()
+
+
+def test_the_estimating_job() -> None:
+    (job,) = manifests.documents(manifests.INSTALL / "estimate.yaml")
+    validate([job], SUPPORTED)
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    arguments = node.build_parser().parse_args(container["args"])
+    assert arguments.command == "estimate"
+    assert container["image"] == manifests.agent(BASE)["image"]
+    # It looks only: nothing of the node can be written, and there is no bpffs to pin anything.
+    assert all(each["readOnly"] for each in container["volumeMounts"])
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert {each["name"] for each in spec["volumes"]} == {"netns", "cri", "proc"}
+    assert all(each["hostPath"]["type"] == "Directory" for each in spec["volumes"])
+    assert not spec["automountServiceAccountToken"]
