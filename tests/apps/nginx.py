@@ -1,0 +1,119 @@
+"""nginx: static files with sendfile, and proxy_pass in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.apps import tools
+from tests.apps.application import Application, Serve
+from tests.apps.place import Link, Place
+from tests.apps.tools import SIZES, contract, wrk_of
+
+CONFIG = """
+daemon off;
+master_process off;
+worker_processes 1;
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    default_type application/octet-stream;
+    sendfile on;
+    tcp_nodelay on;
+    keepalive_timeout 1h;
+    keepalive_requests 1000000000;
+    client_max_body_size 0;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    scgi_temp_path {folder}/scgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    {http}
+    server {{
+        listen {port};
+        {server}
+    }}
+}}
+"""
+PROXY = """
+        location / {{
+            proxy_pass http://backend;
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_read_timeout 30s;
+            {buffering}
+        }}
+"""
+UNBUFFERED = "proxy_buffering off; proxy_request_buffering off;"
+
+
+@contextmanager
+def running(link: Link, server: str, http: str = "") -> Iterator[None]:
+    """nginx on the link, with these parts of its configuration."""
+    folder = link.server.folder("nginx")
+    config = folder / "nginx.conf"
+    config.write_text(CONFIG.format(folder=folder, port=link.listen_port, server=server, http=http))
+    config.chmod(0o644)
+    with link.serving(["nginx", "-c", config, "-e", folder / "error.log"]):
+        yield
+
+
+@contextmanager
+def serve_files(place: Place) -> Iterator[None]:
+    """Static files of the contract's sizes."""
+    root = tools.files(place.front.server)
+    with running(place.front, f"root {root};"):
+        yield
+
+
+def serve_proxy(buffering: str) -> Serve:
+    """proxy_pass to the contract's Go server, over connections that are kept."""
+
+    @contextmanager
+    def serve(place: Place) -> Iterator[None]:
+        upstream = f"upstream backend {{ server {place.back.address}; keepalive 16; }}"
+        server = PROXY.format(buffering=buffering)
+        with tools.go_backend(place.back), running(place.front, server, upstream):
+            yield
+
+    return serve
+
+
+UP_AND_DOWN = contract("http.client", gets=(*SIZES, 50_000_000), posts=(*tools.ECHOED, 20_000_000))
+
+APPLICATIONS = (
+    Application(
+        "nginx",
+        "nginx, static files with sendfile; wrk",
+        reader="event loop",
+        protocol="http",
+        serve=serve_files,
+        check=contract("http.client"),
+        loads={
+            "1 KB": wrk_of(1000),
+            "64 KB": wrk_of(65_537),
+            "1 MB": wrk_of(1_000_000),
+            "10 MB": wrk_of(10_000_000, 2),
+        },
+    ),
+    Application(
+        "nginx-proxy",
+        "nginx, proxy_pass to a Go server; wrk",
+        reader="event loop",
+        protocol="http",
+        serve=serve_proxy(""),
+        check=UP_AND_DOWN,
+        loads={"1 KB": wrk_of(1000), "1 MB": wrk_of(1_000_000, 2)},
+    ),
+    Application(
+        "nginx-unbuffered",
+        "nginx, proxy_pass without buffering to a Go server; wrk",
+        reader="event loop",
+        protocol="http",
+        serve=serve_proxy(UNBUFFERED),
+        check=UP_AND_DOWN,
+        loads={"1 KB": wrk_of(1000), "1 MB": wrk_of(1_000_000, 2)},
+    ),
+)
