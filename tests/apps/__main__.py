@@ -81,13 +81,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def values(figures: Figures, cost: Cost) -> dict[str, float]:
     """A run's values. Every CPU second of both pods counts, the client's as well."""
-    return {
+    found = {
         "requests_per_s": figures.requests / figures.seconds,
+        "bytes_per_s": figures.bytes / figures.seconds or None,
         "p50_us": figures.p50_us,
         "p99_us": figures.p99_us,
         "cpu_us_per_request": cost.cpu_s / figures.requests * 1e6,
-        **({"bytes_per_s": figures.bytes / figures.seconds} if figures.bytes else {}),
     }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def measure_hop(

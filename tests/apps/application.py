@@ -19,12 +19,15 @@ Reader = Literal["event loop", "blocking", "splice"]
 
 @dataclass(frozen=True)
 class Figures:
-    """One run of a load. bytes: of payload, where they are what counts; else 0."""
+    """One run of a load. bytes: of payload, 0 where they are not what counts.
+
+    Latencies are None where messages go one way.
+    """
 
     requests: int
     seconds: float
-    p50_us: float
-    p99_us: float
+    p50_us: float | None
+    p99_us: float | None
     bytes: int = 0
 
 

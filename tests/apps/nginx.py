@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.apps import tools
+from tests.apps import curl, tools
 from tests.apps.application import Application, Serve
 from tests.apps.place import Link, Place
 from tests.apps.tools import SIZES, contract, wrk_of
@@ -32,7 +32,7 @@ http {{
     uwsgi_temp_path {folder}/uwsgi;
     {http}
     server {{
-        listen {port};
+        listen {port}{switches};
         {server}
     }}
 }}
@@ -50,11 +50,15 @@ UNBUFFERED = "proxy_buffering off; proxy_request_buffering off;"
 
 
 @contextmanager
-def running(link: Link, server: str, http: str = "") -> Iterator[None]:
+def running(link: Link, server: str, http: str = "", switches: str = "") -> Iterator[None]:
     """nginx on the link, with these parts of its configuration."""
     folder = link.server.folder("nginx")
     config = folder / "nginx.conf"
-    config.write_text(CONFIG.format(folder=folder, port=link.listen_port, server=server, http=http))
+    config.write_text(
+        CONFIG.format(
+            folder=folder, port=link.listen_port, switches=switches, server=server, http=http
+        )
+    )
     config.chmod(0o644)
     with link.serving(["nginx", "-c", config, "-e", folder / "error.log"]):
         yield
@@ -65,6 +69,20 @@ def serve_files(place: Place) -> Iterator[None]:
     """Static files of the contract's sizes."""
     root = tools.files(place.front.server)
     with running(place.front, f"root {root};"):
+        yield
+
+
+@contextmanager
+def serve_tls(place: Place) -> Iterator[None]:
+    """The same over TLS, with a certificate of its own."""
+    end = place.front.server
+    root, folder = tools.files(end), end.folder("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    subject = ["-subj", "/CN=app", "-keyout", str(key), "-out", str(certificate)]
+    end.run(["openssl", *new, *subject])
+    server = f"root {root}; ssl_certificate {certificate}; ssl_certificate_key {key};"
+    with running(place.front, server, switches=" ssl"):
         yield
 
 
@@ -81,7 +99,7 @@ def serve_proxy(buffering: str) -> Serve:
     return serve
 
 
-UP_AND_DOWN = contract("http.client", gets=(*SIZES, 50_000_000), posts=(*tools.ECHOED, 20_000_000))
+UP_AND_DOWN = contract("http.client", gets=(*SIZES, 30_000_000), posts=(*tools.ECHOED, 10_000_000))
 
 APPLICATIONS = (
     Application(
@@ -96,6 +114,18 @@ APPLICATIONS = (
             "64 KB": wrk_of(65_537),
             "1 MB": wrk_of(1_000_000),
             "10 MB": wrk_of(10_000_000, 2),
+        },
+    ),
+    Application(
+        "nginx-tls",
+        "nginx, TLS by OpenSSL; wrk and curl",
+        reader="event loop",
+        protocol="tcp",
+        serve=serve_tls,
+        check=curl.downloads("https"),
+        loads={
+            "1 KB": wrk_of(1000, scheme="https"),
+            "1 MB": wrk_of(1_000_000, 2, scheme="https"),
         },
     ),
     Application(

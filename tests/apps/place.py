@@ -7,10 +7,11 @@ user. A proxy has a second link, to its backend: the hop that its connection tak
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,7 +81,9 @@ class Link:
     def serving(
         self, argv: Sequence[str | Path], *, stop: Callable[[], None] | None = None
     ) -> Iterator[subprocess.Popen[str]]:
-        """A server that runs and listens; killed on leaving, after `stop` where it is given.
+        """A server that runs and listens; killed with its children on leaving.
+
+        stop: called before, for servers whose children have sessions of their own.
 
         Raises:
             RuntimeError: it ended, or does not listen; the message holds its log.
@@ -92,8 +95,18 @@ class Link:
         finally:
             if stop is not None:
                 stop()
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            self._await_silence()
+
+    def _await_silence(self) -> None:
+        """Return once nothing listens on the link's port: the next server is to."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while sockets.listens(self.server.pod.netns, self.listen_port):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"port {self.listen_port} of {self.server.pod.name} stays taken")
+            time.sleep(0.02)
 
     def await_listening(self, process: subprocess.Popen[str]) -> None:
         """Return once a socket listens on the link's port; raises as serving()."""

@@ -6,6 +6,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,12 +87,11 @@ def serve(place: Place) -> Iterator[None]:
     argv = [_program("postgres"), "-D", str(folder), "-p", str(link.listen_port)]
     with link.serving(argv) as server:
         try:
-            link.client.run(
-                ["pgbench", "-i", "-s", str(SCALE), "-q", *_where(link)], timeout_s=PATIENCE_S
-            )
+            fill = ["pgbench", "-i", "-I", "dtgvp", "-s", str(SCALE), "-q", *_where(link)]
+            link.client.run(fill, timeout_s=PATIENCE_S)
             yield
         finally:
-            server.terminate()  # its children end with it; SIGKILL would leave them
+            server.send_signal(signal.SIGINT)  # its children have sessions of their own
             server.wait()
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from tests.apps import bed
+from tests.apps import bed, report
+from tests.apps.__main__ import Plan, measure
 from tests.apps.bed import AppNode
 from tests.apps.place import HopName
 from tests.apps.registry import APPLICATIONS
+from tests.bed.cpus import Cpus
+from tests.bed.pairs import KINDS
+from tests.bench.results import Results
 
 # "full" is all three hops; "auto" is what this kernel is trusted with.
 CASES = [
@@ -41,3 +48,24 @@ def test_every_byte_is_right(nodes: dict[str, AppNode], mode: str, name: str, ho
     must_bypass = mode == "full" and application.reader == "event loop"
     with bed.served(node, application, hop, "bypass") as where:
         bed.check(node, application, where, must_bypass=must_bypass)
+
+
+def test_a_measurement_makes_a_page(tmp_path: Path) -> None:
+    *others, measured = map(str, sorted(os.sched_getaffinity(0)))
+    said = io.StringIO()
+    plan = Plan(pairs=1, seconds=0.1, hops=("outbound",))
+    with bed.opened("full", *KINDS) as node:
+        section = measure(
+            node,
+            APPLICATIONS["redis"],
+            plan,
+            Cpus(measured, tuple(others)),
+            Console(file=said),
+        )
+    assert section.machine["failures"] == {}, said.getvalue()
+    results = Results({"redis": section})
+    page, picture = tmp_path / "applications.md", tmp_path / "applications.png"
+    report.draw(results, picture)
+    report.write(results, page, picture)
+    assert "| outbound | GET 64 B |" in page.read_text()
+    assert picture.stat().st_size > 0

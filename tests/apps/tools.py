@@ -118,11 +118,11 @@ def requests_of(client: str, size: int) -> LoadRun:
     return run
 
 
-def wrk_of(size: int, connections: int = 8) -> LoadRun:
+def wrk_of(size: int, connections: int = 8, *, scheme: str = "http") -> LoadRun:
     """A load: wrk gets an answer of this size on so many connections."""
 
     def run(place: Place, seconds: float) -> Figures:
-        client, url = place.front.client, f"{place.front.url}/bytes/{size}"
+        client, url = place.front.client, f"{scheme}://{place.front.address}/bytes/{size}"
         return application.of_load(
             wrk.run(
                 client.pod,

@@ -303,7 +303,9 @@ def _http_proxy(cluster: str) -> Json:
         "typed_config": {
             "@type": (f"{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager"),
             "stat_prefix": cluster,
-            "stream_idle_timeout": "0s",  # as Istio has it
+            # As Istio has them.
+            "stream_idle_timeout": "0s",
+            "upgrade_configs": [{"upgrade_type": "websocket"}],
             "route_config": {"name": cluster, "virtual_hosts": [host]},
             "http_filters": [
                 {

@@ -65,6 +65,11 @@ func serve(address string) {
 		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 		w.Write(body)
 	})
+	http.HandleFunc("/sink", func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(io.Discard, r.Body); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+		}
+	})
 	must(0, http.ListenAndServe(address, nil))
 }
 
