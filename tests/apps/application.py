@@ -58,7 +58,8 @@ LoadRun = Callable[[Place, float], Figures]  # a load that lasts about so many s
 class Application:
     """A client and a server, or a proxy between both.
 
-    check raises when a byte is wrong or late. loads are by title.
+    check raises when a byte is wrong or late. loads are by title. lasting: connections live long
+    enough, and carry enough both ways, to be joined.
     """
 
     name: str
@@ -70,3 +71,4 @@ class Application:
     loads: Mapping[str, LoadRun] = field(default_factory=dict)
     hops: tuple[HopName, ...] = HOPS
     advice: str = ""
+    lasting: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.apps import curl, tools
+from tests.apps import tools
 from tests.apps.application import Application, Serve
 from tests.apps.place import Link, Place
 from tests.apps.tools import SIZES, contract, wrk_of
@@ -118,11 +118,11 @@ APPLICATIONS = (
     ),
     Application(
         "nginx-tls",
-        "nginx, TLS by OpenSSL; wrk and curl",
+        "nginx, TLS by OpenSSL; wrk",
         reader="event loop",
         protocol="tcp",
         serve=serve_tls,
-        check=curl.downloads("https"),
+        check=contract("http.client", scheme="https"),
         loads={
             "1 KB": wrk_of(1000, scheme="https"),
             "1 MB": wrk_of(1_000_000, 2, scheme="https"),

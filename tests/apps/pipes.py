@@ -114,6 +114,7 @@ APPLICATIONS = (
         serve=serve_half_close,
         check=check_half_close,
         advice="half-closed connections go on over TCP",
+        lasting=False,
     ),
     Application(
         "rsync",
@@ -123,5 +124,6 @@ APPLICATIONS = (
         serve=serve_rsync,
         check=check_rsync,
         loads={"10 MB up": load_rsync},
+        lasting=False,
     ),
 )

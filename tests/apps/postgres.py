@@ -122,7 +122,7 @@ def check(place: Place) -> None:
     large.write_text(f"select md5('{got}') = md5({value});\n")
     large.chmod(0o644)
     assert _psql(link, "-f", str(large)) == "t"
-    assert pgbench(place, ["-t", "50"]).requests == 50 * CLIENTS
+    pgbench(place, ["-T", "1"])
     sums = "select sum(delta) from pgbench_history", "select sum(bbalance) from pgbench_branches"
     assert len({_psql(link, "-c", each) for each in sums}) == 1
 

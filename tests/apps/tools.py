@@ -95,12 +95,13 @@ CLIENTS: dict[str, Callable[..., list[str]]] = {
 
 
 def contract(
-    client: str, *, gets: Sequence[int] = SIZES, posts: Sequence[int] = ()
+    client: str, *, gets: Sequence[int] = SIZES, posts: Sequence[int] = (), scheme: str = "http"
 ) -> Callable[[Place], None]:
     """A check: this client gets and posts these sizes."""
 
     def check(place: Place) -> None:
-        argv = CLIENTS[client](place.front.url, "check", *gets, *(f"echo={each}" for each in posts))
+        url = f"{scheme}://{place.front.address}"
+        argv = CLIENTS[client](url, "check", *gets, *(f"echo={each}" for each in posts))
         said = place.front.client.run(argv, timeout_s=PATIENCE_S)
         assert said.startswith("checked "), said
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
-ROUNDS = 12  # of all sizes but the large ones
+# Small sizes again and again, for connections to live until they are joined; large ones once.
+PASSES = 3
+LASTING_S = 0.7
 LARGE = 1_000_000
 
 
@@ -37,28 +39,30 @@ Get = Callable[[str], bytes]
 Post = Callable[[str, bytes], bytes]
 
 
-def plan(arguments: list[str]) -> tuple[list[int], list[int]]:
-    """The sizes to get and those to have echoed, each as often as it is due."""
-    gets = [int(each) for each in arguments if "=" not in each]
-    posts = [int(each.partition("=")[2]) for each in arguments if "=" in each]
-    return _repeated(gets), _repeated(posts)
-
-
-def _repeated(sizes: list[int]) -> list[int]:
+def passes(sizes: Sequence[int]) -> Iterator[int]:
+    """The sizes as often as each is due."""
+    yield from sizes
     small = [each for each in sizes if each < LARGE]
-    return small * ROUNDS + [each for each in sizes if each >= LARGE]
+    if not small:
+        return
+    done, end = 1, time.monotonic() + LASTING_S
+    while done < PASSES or time.monotonic() < end:
+        yield from small
+        done += 1
 
 
 def main(get: Get, post: Post) -> None:
     """A client's main program; get and post take the path."""
     _url, command, *arguments = sys.argv[1:]
     if command == "check":
-        gets, posts = plan(arguments)
-        for size in gets:
+        checked = 0
+        for size in passes([int(each) for each in arguments if "=" not in each]):
             compare(get(f"/bytes/{size}"), pattern(size))
-        for size in posts:
+            checked += 1
+        for size in passes([int(each[len("echo=") :]) for each in arguments if "=" in each]):
             compare(post("/echo", pattern(size)), pattern(size))
-        print(f"checked {len(gets) + len(posts)}")
+            checked += 1
+        print(f"checked {checked}")
         return
     seconds, wanted = float(arguments[0]), arguments[1]
     end = time.perf_counter() + seconds
