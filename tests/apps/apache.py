@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tests.apps import tools
 from tests.apps.application import Application, Serve
-from tests.apps.place import Place
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.tools import contract, wrk_of
 
 CONFIG = """
@@ -66,6 +66,7 @@ APPLICATIONS = tuple(
         serve=serve(switch),
         check=contract("http.client"),
         loads=LOADS,
+        hops=TWO_HOPS,
     )
     for name, switch in (("apache", "Off"), ("apache-sendfile", "On"))
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.apps import application, tools
 from tests.apps.application import Application, Figures
-from tests.apps.place import End, Place
+from tests.apps.place import TWO_HOPS, End, Place
 from tests.apps.programs.contract import compare, pattern
 from tests.apps.tools import PATIENCE_S, SIZES
 
@@ -77,5 +77,6 @@ APPLICATIONS = (
         check=check,
         loads={"20 MB up": load_uploads},
         lasting=False,
+        hops=TWO_HOPS,
     ),
 )

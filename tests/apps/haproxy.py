@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from tests.apps import tools
 from tests.apps.application import Application, Serve
 from tests.apps.nginx import UP_AND_DOWN
-from tests.apps.place import Place
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.tools import wrk_of
 
 CONFIG = """
@@ -59,25 +59,27 @@ APPLICATIONS = (
         serve=serve("http"),
         check=UP_AND_DOWN,
         loads=LOADS,
+        hops=TWO_HOPS,
     ),
     Application(
         "haproxy-splice",
-        "HAProxy, mode tcp, option splice-auto; wrk",
+        "HAProxy, mode tcp, splice-request and splice-response; wrk",
+        reader="splice",
+        protocol="http",
+        serve=serve("tcp", "option splice-request\n    option splice-response"),
+        check=UP_AND_DOWN,
+        loads=LOADS,
+        advice="a proxy that splices stays on TCP",
+    ),
+    Application(
+        "haproxy-splice-auto",
+        "HAProxy, mode tcp, splice-auto; wrk",
         reader="splice",
         protocol="http",
         serve=serve("tcp", "option splice-auto"),
         check=UP_AND_DOWN,
         loads=LOADS,
         advice="a proxy that splices stays on TCP",
-    ),
-    Application(
-        "haproxy-splice-http",
-        "HAProxy, mode http, option splice-response; wrk",
-        reader="splice",
-        protocol="http",
-        serve=serve("http", "option splice-response\n    option splice-request"),
-        check=UP_AND_DOWN,
-        loads=LOADS,
-        advice="a proxy that splices stays on TCP",
+        hops=TWO_HOPS,
     ),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.apps import tools
 from tests.apps.application import Application, Figures, LoadRun
-from tests.apps.place import Link, Place
+from tests.apps.place import TWO_HOPS, Link, Place
 from tests.apps.tools import PATIENCE_S
 
 ROWS = 20_000
@@ -130,5 +130,6 @@ APPLICATIONS = (
         check=check,
         loads={"point select": load("oltp_point_select"), "read only": load("oltp_read_only")},
         advice="its threads block in recv: stays on TCP",
+        hops=TWO_HOPS,
     ),
 )

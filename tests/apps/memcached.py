@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tests.apps import application
 from tests.apps.application import Application, Figures, LoadRun
-from tests.apps.place import Place
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.tools import PATIENCE_S, python
 
 
@@ -47,5 +47,6 @@ APPLICATIONS = (
         serve=serve,
         check=check,
         loads={"get 100 B": load(100), "get 16 KB": load(16_384)},
+        hops=TWO_HOPS,
     ),
 )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.apps.application import Application, Figures
-from tests.apps.place import Link, Place
+from tests.apps.place import TWO_HOPS, Link, Place
 from tests.apps.programs.contract import compare, pattern
 from tests.apps.tools import PATIENCE_S
 
@@ -95,5 +95,6 @@ APPLICATIONS = (
         serve=serve,
         check=check,
         loads={"QoS 1": load},
+        hops=TWO_HOPS,
     ),
 )

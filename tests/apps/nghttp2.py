@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tests.apps import application, tools
 from tests.apps.application import Application, Figures, LoadRun
-from tests.apps.place import Place
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.programs.contract import compare, pattern
 
 CONNECTIONS = 4
@@ -63,5 +63,6 @@ APPLICATIONS = (
         serve=serve,
         check=check,
         loads={"1 KB": load(1000), "64 KB": load(65_537)},
+        hops=TWO_HOPS,
     ),
 )

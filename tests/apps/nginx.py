@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tests.apps import tools
 from tests.apps.application import Application, Serve
-from tests.apps.place import Link, Place
+from tests.apps.place import TWO_HOPS, Link, Place
 from tests.apps.tools import SIZES, contract, wrk_of
 
 CONFIG = """
@@ -127,6 +127,7 @@ APPLICATIONS = (
             "1 KB": wrk_of(1000, scheme="https"),
             "1 MB": wrk_of(1_000_000, 2, scheme="https"),
         },
+        hops=TWO_HOPS,
     ),
     Application(
         "nginx-proxy",
@@ -145,5 +146,6 @@ APPLICATIONS = (
         serve=serve_proxy(UNBUFFERED),
         check=UP_AND_DOWN,
         loads={"1 KB": wrk_of(1000), "1 MB": wrk_of(1_000_000, 2)},
+        hops=TWO_HOPS,
     ),
 )

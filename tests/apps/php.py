@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.apps import nginx, tools
 from tests.apps.application import Application
-from tests.apps.place import Place
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.tools import contract, wrk_of
 
 CONFIG = """
@@ -63,5 +63,6 @@ APPLICATIONS = (
         check=contract("http.client", gets=GETS, posts=tools.ECHOED),
         loads={"1 KB": wrk_of(1000), "64 KB": wrk_of(65_537)},
         advice="nginx is bypassed to its clients; PHP's workers block and stay on TCP",
+        hops=TWO_HOPS,
     ),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.apps import application
 from tests.apps.application import Application, Figures
-from tests.apps.place import Place
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.programs.contract import compare, pattern
 from tests.apps.tools import PATIENCE_S, python
 
@@ -115,6 +115,7 @@ APPLICATIONS = (
         check=check_half_close,
         advice="half-closed connections go on over TCP",
         lasting=False,
+        hops=TWO_HOPS,
     ),
     Application(
         "rsync",
@@ -125,5 +126,6 @@ APPLICATIONS = (
         check=check_rsync,
         loads={"10 MB up": load_rsync},
         lasting=False,
+        hops=TWO_HOPS,
     ),
 )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tests.apps import application, tools
 from tests.apps.application import Application, Figures, Serve
-from tests.apps.place import Link, Place
+from tests.apps.place import TWO_HOPS, Link, Place
 from tests.apps.tools import PATIENCE_S, contract, requests_of, wrk_of
 
 ECHO_BYTES = 20_000_000
@@ -137,6 +137,7 @@ APPLICATIONS = (
         serve=serve_http(_uvicorn),
         check=BOTH_WAYS,
         loads=SMALL_LOADS,
+        hops=TWO_HOPS,
     ),
     Application(
         "granian",
@@ -146,6 +147,7 @@ APPLICATIONS = (
         serve=serve_http(_granian),
         check=BOTH_WAYS,
         loads=SMALL_LOADS,
+        hops=TWO_HOPS,
     ),
     Application(
         "gunicorn",
@@ -156,6 +158,7 @@ APPLICATIONS = (
         check=BOTH_WAYS,
         loads=SMALL_LOADS,
         advice="blocking workers stay on TCP",
+        hops=TWO_HOPS,
     ),
     Application(
         "gunicorn-threads",
@@ -166,6 +169,7 @@ APPLICATIONS = (
         check=BOTH_WAYS,
         loads=SMALL_LOADS,
         advice="blocking workers stay on TCP",
+        hops=TWO_HOPS,
     ),
     Application(
         "requests",
@@ -176,6 +180,7 @@ APPLICATIONS = (
         check=contract("requests", posts=tools.ECHOED),
         loads={"1 KB": requests_of("requests", 1000)},
         advice="blocking clients stay on TCP",
+        hops=TWO_HOPS,
     ),
     Application(
         "aiohttp",
@@ -185,5 +190,6 @@ APPLICATIONS = (
         serve=lambda place: tools.go_backend(place.front),
         check=contract("aiohttp", posts=tools.ECHOED),
         loads={"1 KB": requests_of("aiohttp", 1000), "1 MB": requests_of("aiohttp", 1_000_000)},
+        hops=TWO_HOPS,
     ),
 )

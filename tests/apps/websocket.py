@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tests.apps import application, tools
 from tests.apps.application import Application, Figures
-from tests.apps.place import Place
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.tools import PATIENCE_S
 
 CLIENTS = 4
@@ -51,5 +51,6 @@ APPLICATIONS = (
         serve=serve,
         check=check,
         loads={"100 B to all": load},
+        hops=TWO_HOPS,
     ),
 )
