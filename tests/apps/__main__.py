@@ -148,10 +148,10 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
     path: Path = chosen.output / f"{chosen.mode}.json"
     results = load(path) if path.exists() else Results()
     measuring = cpus.chosen()
-    with bed.opened(chosen.mode, *KINDS) as node:
+    with bed.opened([chosen.mode], *KINDS) as nodes:
         for name in chosen.apps:
             plan = QUICK if chosen.quick else FULL
-            section = measure(node, APPLICATIONS[name], plan, measuring, console)
+            section = measure(nodes[chosen.mode], APPLICATIONS[name], plan, measuring, console)
             results.sections[name] = section
             results.save(path)
             if "interrupted" in section.machine:

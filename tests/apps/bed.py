@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from install import report
 from install.commands import Node
@@ -16,7 +17,9 @@ from tests.bed import Bed, cni, envoy, open_bed
 from tests.bed.envoy import Sidecar, Tls
 from tests.bed.pairs import Kind, Pair
 
-SUBNETS = ("10.245.0.0/16",)
+Mode = Literal["full", "auto"]
+# A network per mode: which pods are accelerated how is up to its plugin's configuration.
+SUBNETS: dict[Mode, str] = {"full": "10.245.0.0/16", "auto": "10.246.0.0/16"}
 BYPASS_WITHIN_S = 20
 
 
@@ -30,15 +33,19 @@ class AppNode:
 
 
 @contextmanager
-def opened(mode: str, *kinds: Kind) -> Iterator[AppNode]:
-    """A node with pods of these kinds; mode: as in the plugin's configuration."""
+def opened(modes: Sequence[Mode], *kinds: Kind) -> Iterator[dict[Mode, AppNode]]:
+    """A node that has pods of these kinds once for each mode of the plugin's configuration."""
     with open_bed() as made, ExitStack() as stack:
-        bed = made.network(mode, cni.bridge(made.ipam, SUBNETS, name="cni1"), mode=mode)
-        all_pods = {kind: stack.enter_context(place.pods(bed, kind)) for kind in kinds}
-        names = [
-            pod.name for pods in all_pods.values() for pod in (pods.mesh.client, pods.mesh.server)
-        ]
-        yield AppNode(bed, all_pods, envoy.make_tls(bed.folder / "tls", names))
+        yield {mode: _network(made, mode, kinds, stack) for mode in modes}
+
+
+def _network(made: Bed, mode: Mode, kinds: Sequence[Kind], stack: ExitStack) -> AppNode:
+    bridge = cni.bridge(made.ipam, [SUBNETS[mode]], name=f"cni-{mode}")
+    bed = made.network(mode, bridge, mode=mode)
+    all_pods = {kind: stack.enter_context(place.pods(bed, kind, mode)) for kind in kinds}
+    pairs = [pods.mesh for pods in all_pods.values()]
+    names = [pod.name for pair in pairs for pod in (pair.client, pair.server)]
+    return AppNode(bed, all_pods, envoy.make_tls(bed.folder / f"tls-{mode}", names))
 
 
 @contextmanager

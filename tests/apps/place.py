@@ -140,8 +140,8 @@ class Pods:
 
 
 @contextmanager
-def pods(bed: Bed, kind: Kind) -> Iterator[Pods]:
-    """The pods of one kind, accelerated or not."""
+def pods(bed: Bed, kind: Kind, prefix: str) -> Iterator[Pods]:
+    """The pods of one kind, accelerated or not; prefix: of their names."""
     annotations = OPTED_OUT if kind == "plain" else {names.ENABLED: "true"}
     with ExitStack() as stack:
 
@@ -149,7 +149,7 @@ def pods(bed: Bed, kind: Kind) -> Iterator[Pods]:
             client, server = (
                 stack.enter_context(
                     bed.pod(
-                        f"{kind}-{name}-{role}",
+                        f"{prefix}-{kind}-{name}-{role}",
                         interception=interception,
                         annotations=annotations,
                     )

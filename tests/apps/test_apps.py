@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tests.apps import bed, report
 from tests.apps.__main__ import Plan, measure
-from tests.apps.bed import AppNode
+from tests.apps.bed import AppNode, Mode
 from tests.apps.place import HopName
 from tests.apps.registry import APPLICATIONS
 from tests.bed.cpus import Cpus
@@ -36,14 +36,16 @@ def _root() -> None:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[dict[str, AppNode]]:
-    with bed.opened("full", "bypass") as full, bed.opened("auto", "bypass") as auto:
-        yield {"full": full, "auto": auto}
+def nodes() -> Iterator[dict[Mode, AppNode]]:
+    with bed.opened(("full", "auto"), "bypass") as made:
+        yield made
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180, func_only=True)
 @pytest.mark.parametrize(("mode", "name", "hop"), CASES)
-def test_every_byte_is_right(nodes: dict[str, AppNode], mode: str, name: str, hop: HopName) -> None:
+def test_every_byte_is_right(
+    nodes: dict[Mode, AppNode], mode: Mode, name: str, hop: HopName
+) -> None:
     application, node = APPLICATIONS[name], nodes[mode]
     may_bypass = application.reader == "event loop" and application.lasting
     with bed.served(node, application, hop, "bypass") as where:
@@ -54,9 +56,9 @@ def test_a_measurement_makes_a_page(tmp_path: Path) -> None:
     *others, measured = map(str, sorted(os.sched_getaffinity(0)))
     said = io.StringIO()
     plan = Plan(pairs=1, seconds=0.1, hops=("outbound",))
-    with bed.opened("full", *KINDS) as node:
+    with bed.opened(("full",), *KINDS) as nodes:
         section = measure(
-            node,
+            nodes["full"],
             APPLICATIONS["redis"],
             plan,
             Cpus(measured, tuple(others)),
