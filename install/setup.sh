@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Everything that building, testing and the demo need on a bare Debian 12 or 13:
 # distribution packages, then a venv on the distribution's own Python (bcc lives there).
 # libpython3-dev brings its shared library, which PyInstaller needs, whatever its version.
