@@ -32,6 +32,7 @@ EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 FIRST_COST = 500  # of a pass, in exchanges; data_path/due.h has the same
 LEAST_COST = 50
 LOOK_S = 2.0  # how often for new generations, and for events that were lost
+BEAT_S = 20.0  # how often, at least, its file is written: `check` looks how old that is
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -127,6 +128,14 @@ class Passes:
             staged.rename(path)
 
 
+def silent_s(state_dir: Path) -> float | None:
+    """How long ago a joiner last wrote its file, in seconds; None when none has."""
+    try:
+        return time.time() - (state_dir / names.JOINER_JSON).stat().st_mtime
+    except OSError:
+        return None
+
+
 @dataclass
 class Joiner:
     """Serves all generations of one node."""
@@ -140,6 +149,7 @@ class Joiner:
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
     _retired_at: float = 0.0
+    _written_at: float = -BEAT_S
     _credit_ns: float = BURST_NS
     _counted_at: float = field(default_factory=time.monotonic)
     _troubled: set[int] = field(default_factory=set)
@@ -152,8 +162,9 @@ class Joiner:
                 self._look_for_generations()
                 wait_s = self._serve()
                 self.done = replace(self.done, left=self.runner.left())
-                if self.done != before:
+                if self.done != before or time.monotonic() - self._written_at >= BEAT_S:
                     self.done.write(self.state_dir)
+                    self._written_at = time.monotonic()
                 fds = [each.bell.fd for each in self._opened.values()]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
                 for each in self._opened.values():

@@ -73,6 +73,17 @@ def _cri_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _measuring_options(parser: argparse.ArgumentParser, seconds: float, seconds_help: str) -> None:
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=seconds,
+        metavar="N",
+        help=f"{seconds_help}; default: %(default)s",
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
 def _agent_options(parser: argparse.ArgumentParser) -> None:
     _cri_option(parser)
     parser.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
@@ -164,24 +175,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _cri_option(estimating)
     estimating.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
-    estimating.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=10.0,
-        metavar="N",
-        help="how long to look; default: %(default)s",
-    )
-    estimating.add_argument("--json", action="store_true", help="for machines")
+    _measuring_options(estimating, 10.0, "how long to look")
     comparing = command("compare", "Pause and resume a few times, and say what the bypass brings.")
     _host_proc_option(comparing)
-    comparing.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=120.0,
-        metavar="N",
-        help="how long it may take; default: %(default)s",
-    )
-    comparing.add_argument("--json", action="store_true", help="for machines")
+    _measuring_options(comparing, 120.0, "how long it may take")
     install = command("install", "Put the plugin and its entry in place, or repair them.", places)
     install.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
     uninstall = command(

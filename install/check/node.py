@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from install import exits, libc_fit, report, selftest
+from cni_plugin import names
+from install import exits, joiner, report, selftest
 from install.check import finding
 from install.check import pods as of_pods
-from install.check.finding import Finding
+from install.check.finding import THE_PROGRAM, Finding
 from install.check.pods import PodState
 from install.conf_dir import ConfDir
 from install.freshness import reason_to_load
 from install.installer import Places, entry
-from install.plugin_files import InstallError
+from install.plugin_files import DoesNotRun, InstallError
 
 if TYPE_CHECKING:
     from install.commands import Node
 
+JOINER_PATIENCE_S = 60.0
 SHOWN = 5  # pods named in one line; --json has all
 
 
@@ -42,7 +44,7 @@ def before_install(asked: Asked) -> Iterator[Finding]:
     """Whether what is to come finds what it needs; the self-test takes some seconds."""
     yield _runtime(asked)
     yield _conflist(asked)
-    yield _c_library(asked)
+    yield _runs(asked)
     verdict = selftest.run()
     yield _mode("mode", verdict.mode, "; ".join(verdict.reasons), None)
 
@@ -52,9 +54,10 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _runtime(asked)
     yield _conflist(asked)
     yield _plugin(asked)
-    yield _c_library(asked)
+    yield _runs(asked)
     yield _entry(asked)
     yield _programs(asked, facts)
+    yield _joiner(asked)
     yield _mode("mode", facts.mode, facts.reason, facts.forced)
     if facts.paused:
         hint = "tcpip-bypass-node resume"
@@ -90,31 +93,33 @@ def _plugin(asked: Asked) -> Finding:
     hint = "tcpip-bypass-node install"
     try:
         if files.is_intact():
-            return finding.well("plugin", str(files.link), finding.THE_PROGRAM)
+            return finding.well("plugin", str(files.link), THE_PROGRAM)
     except (InstallError, OSError) as error:
-        return finding.broken("plugin", str(error), hint, finding.THE_PROGRAM)
+        return finding.broken("plugin", str(error), hint, THE_PROGRAM)
     there = files.link.is_symlink() or files.link.exists()
     found = "is not the one that comes with this program" if there else "is not there"
-    return finding.broken("plugin", f"{files.link} {found}", hint, finding.THE_PROGRAM)
+    return finding.broken("plugin", f"{files.link} {found}", hint, THE_PROGRAM)
 
 
-def _c_library(asked: Asked) -> Finding:
-    source = asked.places.plugin_dir
-    if not source.is_dir():
+def _runs(asked: Asked) -> Finding:
+    """Tried: the plugin that the runtime calls; when there is none, the one to be installed."""
+    files = asked.places.files
+    hint = "make freeze builds a plugin for older nodes; the image brings that one"
+    is_installed = files.link.exists() and not files.has_stub
+    if not is_installed and not (files.source / names.PLUGIN).is_file():
         hint = "run make build, or name the frozen plugin's folder with --plugin-dir"
-        return finding.broken("c library", f"no plugin in {source}", hint, finding.THE_PROGRAM)
+        return finding.broken("plugin runs", f"no plugin in {files.source}", hint, THE_PROGRAM)
     try:
-        there = libc_fit.of_host(asked.host_root)
-        why_not = libc_fit.why_not(source, asked.host_root)
-    except OSError as error:
-        return finding.well("c library", f"the node's cannot be seen: {error}", finding.THE_PROGRAM)
-    if not why_not and there is None:
-        found = f"none found below {asked.host_root} to compare with; `install` tries the plugin"
-        return finding.well("c library", found, finding.THE_PROGRAM)
-    if why_not:
-        hint = "make freeze builds a plugin for older nodes; the image brings that one"
-        return finding.broken("c library", why_not, hint, finding.THE_PROGRAM)
-    return finding.well("c library", "new enough for the plugin", finding.THE_PROGRAM)
+        if is_installed:
+            files.check_runs()
+        else:
+            files.check_source_runs()
+    except DoesNotRun as error:
+        return finding.broken("plugin runs", str(error), hint, THE_PROGRAM)
+    except InstallError as error:
+        hint = "try again; `install` tries it, too"
+        return finding.less("plugin runs", str(error), hint, THE_PROGRAM)
+    return finding.well("plugin runs", "it answers VERSION on this node", THE_PROGRAM)
 
 
 def _entry(asked: Asked) -> Finding:
@@ -139,6 +144,15 @@ def _programs(asked: Asked, facts: report.Facts) -> Finding:
     )
 
 
+def _joiner(asked: Asked) -> Finding:
+    silent_s = joiner.silent_s(asked.node.state_dir)
+    if silent_s is not None and silent_s < JOINER_PATIENCE_S:
+        return finding.well("joiner", "runs")
+    hint = "the agent runs it; on a node without agent: tcpip-bypass-node join"
+    since = "" if silent_s is None else f" since {silent_s:.0f} s ago"
+    return finding.broken("joiner", f"none runs{since}, so no connection joins", hint)
+
+
 def _mode(name: str, allowed: str, reason: str, forced: str | None) -> Finding:
     mode = forced or allowed
     found = mode if allowed == "full" and not forced else f"{mode}: {reason}"
@@ -150,7 +164,7 @@ def _mode(name: str, allowed: str, reason: str, forced: str | None) -> Finding:
 
 def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:
     """How many pods are accelerated, and each one's state; without a runtime, those recorded."""
-    from install.agent.cri import CriError  # noqa: PLC0415 - 30 MB, see there
+    from install.agent.cri import CriError  # noqa: PLC0415 - 22 MB, see there
 
     found = of_pods.recorded(facts)
     unseen = ""

@@ -97,7 +97,7 @@ def _distance(client: Socket, server: Socket) -> tuple[bool, int]:
 
 
 def _hop(client: End | None, server: End | None) -> str:
-    """As tb_hop() of bpf/tcpip_bypass.c."""
+    """As tb_hop() of bpf/data_path."""
     if client is None or server is None:
         return "none"
     if client.pod != server.pod:
@@ -131,10 +131,8 @@ class Judge:
     def _of_socket(self, end: End) -> str:
         socket = end.socket
         listener = self._listeners.get((end.pod.netns, socket.local[1]))
-        ulps = {socket.ulp, listener.socket.ulp if listener else ""}
-        ulps.discard("")
-        if ulps:
-            return _ULPS.get(min(ulps), f"ULP {min(ulps)}")
+        if socket.ulp:  # one accepted by an MPTCP listener from a plain TCP client has none
+            return _ULPS.get(socket.ulp, f"ULP {socket.ulp}")
         if self._has_set_rcvbuf(end, listener):
             return "SO_RCVBUF"
         if self._blocking.get(socket.inode):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from install.intervals import Interval
 from tests.apps.application import Application
 from tests.apps.place import HOPS
 from tests.apps.registry import APPLICATIONS
 from tests.bench.metrics import METRICS
 from tests.bench.results import Results, Section
-from tests.bench.stats import Interval
 
 HEAD = """\
 # Applications

@@ -68,7 +68,7 @@ def node(bed: Bed, tmp_path: Path) -> Installed:
 def test_before_and_after_the_installation(node: Installed) -> None:
     status, findings = node.check("--before-install")
     assert status in (exits.WELL, exits.LESS), findings
-    assert {"kernel", "btf", "cgroup2", "conflist", "c library", "mode"} <= findings.keys()
+    assert {"kernel", "btf", "cgroup2", "conflist", "plugin runs", "mode"} <= findings.keys()
     assert findings.keys().isdisjoint({"entry", "programs"})
     assert not node.bin_dir.exists()
     status, findings = node.check()
@@ -83,7 +83,7 @@ def test_before_and_after_the_installation(node: Installed) -> None:
     status, findings = node.check()
     assert status in (exits.WELL, exits.LESS), findings  # the runtime's socket is not there
     assert findings["mode"]["found"].startswith("full, forced")
-    for name in ("plugin", "entry", "programs", "mode"):
+    for name in ("plugin", "plugin runs", "entry", "programs", "joiner", "mode"):
         assert findings[name]["status"] == exits.WORDS[exits.WELL], findings[name]
     printed = node.call("check")[1]
     assert "✔ entry" in printed

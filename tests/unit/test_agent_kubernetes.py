@@ -126,7 +126,7 @@ def test_an_api_server_that_comes_late_is_waited_for(
     node = Node(tmp_path / "bpffs", tmp_path / "state")
     places = installer.Places(*(tmp_path / name for name in ("conf", "bin", "plugin", "proc")))
     entry = installer.entry(node.bpffs, node.state_dir, None)
-    settings = Settings(places, entry, [], [], (), Question(OURS), None, once=False)
+    settings = Settings(places, entry, [], [], [], (), Question(OURS), None, once=False)
     task = Agent(node, settings, Metrics(node), Health())._daemonset
     failure = task.run(lambda: 0.0)
     assert isinstance(failure, Waiting)

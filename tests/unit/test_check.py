@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from cni_plugin import names
-from install import exits, libc_fit
+from install import exits
 from install.check import command, finding, kernel, pods
 from install.check import node as of_node
 from install.check.finding import Finding
@@ -19,7 +21,9 @@ from install.check.node import Asked
 from install.commands import Node
 from install.conf_dir import Ours
 from install.generations import Generation
+from install.host import OWN_PROC
 from install.installer import Places
+from install.joiner import Passes
 from install.report import Facts, Failure
 from tests.unit.cases import ROOT
 from tests.unit.test_attachment import BLANK
@@ -200,41 +204,40 @@ def test_the_gravest_finding_is_the_answer() -> None:
     assert Finding("a", exits.WELL, "").link in finding.LINKS
 
 
-def elf(*wanted: str) -> bytes:
-    return b"\x7fELF\0" + b"\0".join(each.encode() for each in wanted) + b"\0"
+PLUGIN = """\
+#!/bin/sh
+echo '{"cniVersion": "1.1.0", "supportedVersions": ["1.1.0"]}'
+"""
 
 
-def test_c_library(tmp_path: Path) -> None:
-    plugin, root = tmp_path / "plugin", tmp_path / "root"
-    (plugin / "_internal").mkdir(parents=True)
-    (plugin / "tcpip-bypass").write_bytes(elf("GLIBC_2.2.5", "GLIBC_2.29"))
-    (plugin / "_internal" / "lib.so").write_bytes(elf("GLIBC_2.31"))
-    (plugin / "_internal" / "text").write_bytes(b"GLIBC_9.99\0")
-    assert libc_fit.needed(plugin) == (2, 31)
-    assert libc_fit.why_not(plugin, root) == ""  # it cannot be told
-    libc = root / "lib" / "x86_64-linux-gnu" / "libc.so.6"
-    libc.parent.mkdir(parents=True)
-    said = b"GNU C Library (Debian GLIBC 2.%d-1) stable release version 2.%d.\n"
-    for minor, fits in ((28, False), (31, True), (41, True)):
-        libc.write_bytes(said % (minor, minor))
-        assert (libc_fit.why_not(plugin, root) == "") == fits
-    libc.write_bytes(said % (28, 28))
-    assert libc_fit.why_not(plugin, root) == "the plugin needs glibc 2.31, and the node has 2.28"
-    libc.unlink()
-    (root / "lib" / "ld-musl-x86_64.so.1").touch()
-    assert "musl" in libc_fit.why_not(plugin, root)
+def plugin(folder: Path, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / names.PLUGIN).write_text(text)
+    (folder / names.PLUGIN).chmod(0o755)
 
 
-def test_a_c_library_that_is_not_found_is_not_said_to_fit(tmp_path: Path) -> None:
-    plugin = tmp_path / "plugin"
-    plugin.mkdir()
-    (plugin / "tcpip-bypass").write_bytes(elf("GLIBC_2.31"))
-    places = Places(tmp_path, tmp_path, plugin, Path("/proc"))
-    node = Node(tmp_path, tmp_path)
-    asked = Asked(node, places, (), tmp_path / "root")
-    assert of_node._c_library(asked).found.startswith("none found below")
-    libc = tmp_path / "root" / "lib64" / "libc.so.6"
-    libc.parent.mkdir(parents=True)
-    for minor, status in ((28, exits.NOT), (36, exits.WELL)):
-        libc.write_bytes(b"GNU C Library stable release version 2.%d.\n" % minor)
-        assert of_node._c_library(asked).status == status
+def test_the_plugin_is_tried(tmp_path: Path) -> None:
+    """The one that is to be installed, and then the one that is: as the runtime would call it."""
+    source, bin_dir = tmp_path / "plugin", tmp_path / "bin"
+    asked = Asked(Node(tmp_path, tmp_path), Places(tmp_path, bin_dir, source, OWN_PROC), (), ROOT)
+    assert "no plugin in" in of_node._runs(asked).found
+    plugin(source, PLUGIN)
+    assert of_node._runs(asked).status == exits.WELL
+    plugin(source, "#!/lib/ld-musl-x86_64.so.1\n")
+    found = of_node._runs(asked)
+    assert found.status == exits.NOT
+    assert "it asks for /lib/ld-musl-x86_64.so.1" in found.found
+    plugin(bin_dir, PLUGIN)
+    assert of_node._runs(asked).status == exits.WELL
+
+
+def test_the_joiner_is_missed(tmp_path: Path) -> None:
+    asked = Asked(Node(tmp_path, tmp_path), Places(*[tmp_path] * 3, OWN_PROC), (), ROOT)
+    assert of_node._joiner(asked).status == exits.NOT
+    Passes().write(tmp_path)
+    assert of_node._joiner(asked).status == exits.WELL
+    long_ago = time.time() - 3600
+    os.utime(tmp_path / names.JOINER_JSON, (long_ago, long_ago))
+    found = of_node._joiner(asked)
+    assert found.status == exits.NOT
+    assert found.found.startswith("none runs since 36")

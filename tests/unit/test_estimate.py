@@ -150,11 +150,12 @@ def test_sockets_that_stay_on_tcp(change: dict[str, object], reason: str) -> Non
     assert found == {"outbound": "", "sidecars": "", "inbound": reason}
 
 
-def test_a_listener_passes_on_what_it_is() -> None:
+def test_a_listener_passes_on_its_buffer_and_not_its_protocol() -> None:
+    """A plain TCP connection to an MPTCP listener, as every Go server has, is plain TCP."""
     dumps = mesh()
     multipath = replace(listener("0.0.0.0", 8080), ulp="mptcp")
     dumps[REVIEWS].sockets[1] = multipath
-    assert reasons(dumps)["inbound"] == "MPTCP"
+    assert reasons(dumps)["inbound"] == ""
     dumps[REVIEWS].sockets[1] = replace(multipath, ulp="", rcvbuf=4_000_000)
     assert reasons(dumps)["inbound"] == "SO_RCVBUF"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import tomllib
+import yaml
 from packaging.requirements import Requirement
 
 from install import VERSION, node
@@ -169,6 +170,8 @@ def test_there_is_one_version() -> None:
     tagged = {path: found for path, found in tags.items() if found}
     assert REPOSITORY / "install/overlays/base/daemonset.yaml" in tagged
     assert {path: found for path, found in tagged.items() if found != {VERSION.encode()}} == {}
+    chart = yaml.safe_load((REPOSITORY / "install/chart/Chart.yaml").read_text())
+    assert {chart["version"], chart["appVersion"]} == {VERSION}
     newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest.group(1) == VERSION
