@@ -126,13 +126,18 @@ def load(node: Node, host_proc: Path = OWN_PROC) -> None:
         _write_node_json(node, verdict)
         generations = node.generations
         ours = generations.program_ids()
-        generation = generations.publish(programs)
+        # While the old programs are attached: they mend what their sockets leave behind (edge.h).
+        leaving.empty_all(generations.complete(), _folders(generations))
+        try:
+            generation = generations.publish(programs)
+        except BaseException:
+            for older in generations.complete():  # which goes on being the current one
+                older.retire(False)
+            raise
         pauses.settle(node)  # ADD waits for the lock: no pod sees programs that should be paused
         try:
             _move_pods(node, generation, ours, verdict.mode)
         finally:
-            older = [each for each in generations.complete() if each != generation]
-            leaving.empty_all(older, _folders(generations))
             generations.remove_idle(_attached_ids(generations))
         if verdict.is_final:
             _write_node_json(node, verdict, freshness.mark(generation))
@@ -214,10 +219,9 @@ def unload(node: Node) -> None:
         generations = node.generations
         ours = generations.program_ids()
         generations.withdraw()
-        pods = list(_folders(generations))
+        leaving.empty_all(generations.complete(), _folders(generations))
         for pod in attached_cgroups(ours):
             pod.take_out()
-        leaving.empty_all(generations.complete(), pods)
         generations.remove_all()
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)

@@ -9,6 +9,7 @@ can take long. So passes run in a process of their own, which may be left behind
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -29,13 +30,17 @@ OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
 def visit_pod(visit: int, folder: Path) -> int:
     """One pass over the processes below a cgroup; returns how many there were.
 
-    ``visit`` is the program, by its file descriptor. Raises OSError when the kernel refuses it.
+    ``visit`` is the program, by its file descriptor. Raises OSError when the kernel refuses it;
+    BlockingIOError while another process runs a pass over the same pod, since two visits to one
+    socket at once would write the same memory.
     """
     visited = 0
-    for pid in _processes(folder):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            bpfsys.visit_files(visit, pid)
-            visited += 1
+    with (folder / "cgroup.procs").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for pid in _processes(folder):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                bpfsys.visit_files(visit, pid)
+                visited += 1
     return visited
 
 

@@ -104,10 +104,6 @@ def _behaviour() -> list[Check]:
         with _accelerated(programs, folder):
             bypassed = _probe(folder)
             counters = _counters(programs)
-            # In the sockhash, and yet every byte by TCP.
-            paused = bytes(abi.Control(abi.CONTROL_PAUSED, 0))
-            bpfsys.map_update(programs.fds[names.CONTROL], bytes(4), paused)
-            bypassed |= _probe(folder, TCP_ONLY)
     share = Check(
         "bypass",
         "Bytes between two sockets go past TCP/IP",

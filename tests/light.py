@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -143,7 +143,8 @@ def _passes(pod: LightPod) -> Iterator[None]:
 
     def run() -> None:
         while not ended.wait(PASSES_S):
-            pod.visit()
+            with suppress(BlockingIOError):  # the test makes a pass by itself
+                pod.visit()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -13,13 +13,14 @@
  *
  * RULE (leaving). What lies unread in a removed socket's bypass queue is lost, and a redirect to it
  * on its way fails. So a socket leaves in three visits, each of a pass of its own:
- *   1. The first writes TB_LEAVING. The peer's sends that begin from then on see it, and bypass
+ *   1. The first writes TB_LEAVING. Sends of either end that begin from then on see it, and bypass
  *      nothing into an empty queue.
- *   2. The second finds no thread inside a call at the peer: its psock has the sockhash's reference
- *      alone. It notes how many sends the peer has begun on the bypass.
- *   3. The third finds that number again, no thread inside a call at either end, and the queue
- *      empty. So no redirect is on its way, none has begun since 2, and none can begin.
- * If 3 finds anything else, 2 is next.
+ *   2. The second finds no thread inside a call at either end: each psock has the sockhash's
+ *      reference alone. It notes how many sends each end has begun on the bypass.
+ *   3. The third finds both queues empty, then no thread inside a call, and then, last of all, the
+ *      numbers of 2. So no redirect is on its way, none has begun since 2, and none can begin.
+ * If 3 finds anything else, 2 is next. An end that has left needs no look: this socket's thread that
+ * had entered a send before it left found both queues empty, and bypasses nothing.
  */
 
 /* So long after the handshake, at least, it may join. */
@@ -135,10 +136,11 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
-	/* A thread has set up a ULP meanwhile: setsockopt, and its sk_prot is overwritten. */
-	if (tb_is_ineligible(sk)) {
+	/* A thread has entered a call meanwhile, maybe setsockopt(TCP_ULP), whose sk_prot is
+	 * overwritten: as it was, and another time. */
+	if (tb_is_owned(sk) || tb_is_ineligible(sk)) {
 		sockhash.delete(&id);
-		return tb_refuse(conn, TB_OUTCOME_INELIGIBLE);
+		return;
 	}
 	conn->at.psock = tb_psock(sk);
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);
@@ -158,23 +160,34 @@ static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 no
 	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
-/* Is no thread inside a call at the peer? One that has closed, or has left itself, sends nothing. */
-static __always_inline int tb_is_peer_idle(const struct tb_conn *conn)
+/* The sends that both ends have begun on the bypass. */
+static __always_inline __u64 tb_begun(const struct tb_conn *conn)
 {
-	return !tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT ||
-	       tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1;
+	return (__u64)TB_PEERS(__u32, conn, begun) << 32 | *(volatile __u32 *)&conn->begun;
+}
+
+/* Is no thread inside a call at either end? A peer that has closed, or has left, sends nothing. */
+static __always_inline int tb_is_idle(const struct tb_conn *conn, int has_peer)
+{
+	return tb_psock_refs(conn->at.psock) == 1 &&
+	       (!has_peer || tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1);
 }
 
 /* May it leave in this visit? The second condition of RULE (leaving), or the third. */
 static __always_inline int tb_may_go(struct tb_conn *conn)
 {
-	__u64 begun = 1ULL + TB_PEERS(__u32, conn, begun);
-	int is_idle = tb_is_empty(conn->at.psock) && tb_psock_refs(conn->at.psock) == 1;
+	int has_peer = tb_has_peer(conn) &&
+		       tb_membership(TB_PEERS(__u32, conn, state)) != TB_OUT;
+	__u64 begun = tb_begun(conn);
 
-	if (!tb_is_peer_idle(conn) || conn->noted == begun)
-		return is_idle && conn->noted == begun && tb_is_peer_idle(conn);
-	conn->noted = begun;
-	return 0;
+	if (!conn->is_noted || conn->noted != begun) {
+		conn->is_noted = tb_is_idle(conn, has_peer);
+		conn->noted = begun;
+		return 0;
+	}
+	return tb_is_empty(conn->at.psock) &&
+	       (!has_peer || tb_is_empty(TB_PEERS(__u64, conn, at.psock))) &&
+	       tb_is_idle(conn, has_peer) && tb_begun(conn) == conn->noted;
 }
 
 static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
@@ -203,7 +216,7 @@ static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u6
 		if (!conn->refused && !tb_gains_nothing(conn, now) &&
 		    !(tb_control_flags() & TB_CONTROL_LEAVE))
 			return;
-		conn->noted = 0;
+		conn->is_noted = 0;
 		tb_set_membership(conn, TB_LEAVING, now);
 	}
 	tb_ring(conn->me.pod_id); /* for the next step */

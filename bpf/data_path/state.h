@@ -103,7 +103,8 @@ struct tb_conn {
 	struct tb_moved moved;
 	__u64 since; /* when it was born, or `state` changed */
 	struct tb_place at;
-	__u64 noted; /* the peer's `begun` at the second visit of leaving, plus 1; 0: none */
+	__u64 noted; /* `begun` of both ends at the second visit of leaving, if it is_noted */
+	__u32 is_noted;
 	/* Its sends: order.h, unread.h */
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
@@ -153,7 +154,7 @@ BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, 
 BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros, too many for the stack */
 BPF_ARRAY(control, struct tb_control, 1);
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lru_hash", __u64, struct tb_due, due, TB_MAX_PODS, 0);
 BPF_RINGBUF_OUTPUT(bell, 1);
 
 static __always_inline __u32 tb_membership(__u32 state)

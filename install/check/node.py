@@ -149,8 +149,8 @@ def _joiner(asked: Asked) -> Finding:
     if silent_s is not None and silent_s < JOINER_PATIENCE_S:
         return finding.well("joiner", "runs")
     hint = "the agent runs it; on a node without agent: tcpip-bypass-node join"
-    since = "" if silent_s is None else f" since {silent_s:.0f} s ago"
-    return finding.broken("joiner", f"none runs{since}, so no connection joins", hint)
+    found = "none has run" if silent_s is None else f"none has run for {silent_s:.0f} s"
+    return finding.broken("joiner", f"{found}: no connection joins", hint)
 
 
 def _mode(name: str, allowed: str, reason: str, forced: str | None) -> Finding:

@@ -205,7 +205,7 @@ def test_the_gravest_finding_is_the_answer() -> None:
 
 
 PLUGIN = """\
-#!/bin/sh
+#! /bin/sh
 echo '{"cniVersion": "1.1.0", "supportedVersions": ["1.1.0"]}'
 """
 
@@ -232,7 +232,9 @@ def test_the_plugin_is_tried(tmp_path: Path) -> None:
 
 
 def test_the_joiner_is_missed(tmp_path: Path) -> None:
-    asked = Asked(Node(tmp_path, tmp_path), Places(*[tmp_path] * 3, OWN_PROC), (), ROOT)
+    asked = Asked(
+        Node(tmp_path, tmp_path), Places(tmp_path, tmp_path, tmp_path, OWN_PROC), (), ROOT
+    )
     assert of_node._joiner(asked).status == exits.NOT
     Passes().write(tmp_path)
     assert of_node._joiner(asked).status == exits.WELL
@@ -240,4 +242,4 @@ def test_the_joiner_is_missed(tmp_path: Path) -> None:
     os.utime(tmp_path / names.JOINER_JSON, (long_ago, long_ago))
     found = of_node._joiner(asked)
     assert found.status == exits.NOT
-    assert found.found.startswith("none runs since 36")
+    assert found.found.startswith("none has run for 36")
