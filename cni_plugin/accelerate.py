@@ -46,6 +46,7 @@ def accelerate(request: Request, pod: Pod, result: Json) -> None:
     addresses = results.pod_addresses(result, request.call.ifname)
     conf = _configuration(request)
     state = State(conf.state_dir)
+    conf = netconf.under_switch(conf, state.switch())
     decision = policy.decide(conf, pod, _mode(conf, state))
     if decision.plan is None:
         log.say(f"not accelerated: {decision.reason}")

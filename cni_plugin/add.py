@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ADD: accelerate the pod if that is what is wanted, and hand prevResult on in any case.
 
 It fails only for a malformed call: nothing else is worth a pod that does not start, a configuration

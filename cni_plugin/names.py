@@ -41,6 +41,8 @@ VALIDATED = "validated"
 NODE_JSON = "node.json"
 JOINER_JSON = "joiner.json"
 PLUGIN_PROBLEM = "plugin-problem"  # text: why the node cannot run the plugin, if so
+SWITCH_JSON = "switch.json"  # what holds for the whole cluster, as the agent has read it
+AGENT_LOGS = ("agent.log.1", "agent.log")  # older lines, newer ones
 
 MODES = ("full", "proxy-only", "off")
 

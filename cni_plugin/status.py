@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """STATUS: can a pod be ADDed now? Always: one that cannot be accelerated is passed through.
 
 A runtime whose plugin fails here calls its node NotReady: no pod starts on it any more, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's own mounts and root, of which a pod sees little: found, and entered.
 
 ``proc`` is a /proc of the node's PID namespace. This process' own /proc means that it is in no pod:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The joiner: begins a pass over a pod when what its connections miss is what a pass costs.
 
 Without it everything goes on; only new connections stay on TCP. All passes together take at most a
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import json
+import math
 import os
 import select
 import sys
@@ -31,6 +33,7 @@ EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 FIRST_COST = 500  # of a pass, in exchanges; data_path/due.h has the same
 LEAST_COST = 50
 LOOK_S = 2.0  # how often for new generations, and for events that were lost
+BEAT_S = 20.0  # how often, at least, its file is written: `check` looks how old that is
 HELD_S = 60.0  # how long a pod is left out after a pass that did not end, or failed
 FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
@@ -128,6 +131,14 @@ class Passes:
             staged.rename(path)
 
 
+def silent_s(state_dir: Path) -> float | None:
+    """How long ago a joiner last wrote its file, in seconds; None when none has."""
+    try:
+        return time.time() - (state_dir / names.JOINER_JSON).stat().st_mtime
+    except OSError:
+        return None
+
+
 @dataclass
 class Step:
     """When the next pass over a pod may be that no waiting connection has earned: for the steps of
@@ -158,6 +169,7 @@ class Joiner:
     _steps: dict[int, Step] = field(default_factory=dict)  # by pod
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
+    _written_at: float = -math.inf
     _retiring: Step = field(default_factory=Step)
     _credit_ns: float = BURST_NS
     _counted_at: float = field(default_factory=time.monotonic)
@@ -171,8 +183,10 @@ class Joiner:
                 self._look_for_generations()
                 wait_s = self._serve()
                 self.done = replace(self.done, left=self.runner.left())
-                if self.done != before:
+                is_silent = self._opened and time.monotonic() - self._written_at >= BEAT_S
+                if self.done != before or is_silent:
                     self.done.write(self.state_dir)
+                    self._written_at = time.monotonic()
                 fds = [each.bell.fd for each in self._opened.values()]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
                 for each in self._opened.values():

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes the sockets of a generation out of its sockhash, as `unload` and a new `load` do."""
 
 from __future__ import annotations

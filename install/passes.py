@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Passes: visits to the open files of a pod's processes, in which its sockets join or leave.
 
 A visit takes and drops a reference to each open file, as lsof does. When the process closes a file

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make setup-test`: a clean clone of HEAD on bare machines, so that no leftovers help it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Debian that has never seen this project: a root folder in namespaces of its own.
 
 It has what a minimal installation has, and make, git and ca-certificates. Its mounts, processes

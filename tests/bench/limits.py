@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from install.intervals import Interval
 from tests.bench.results import Results
-from tests.bench.stats import Interval
 
 
 @dataclass(frozen=True)

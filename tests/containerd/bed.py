@@ -141,7 +141,7 @@ class RuntimeBed:
 
     def node_program(self, command: str, *options: str) -> str:
         """Run a command of tcpip-bypass-node on this node and return what it printed."""
-        return self.node.run([PROGRAM, command, *options])
+        return self.node.run([PROGRAM, command, *options], reporting=command)
 
     def end_all_sandboxes(self) -> None:
         """What kubelet does about sandboxes of pods that it does not know."""

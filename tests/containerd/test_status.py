@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A runtime that asks STATUS has a network, and starts pods, whatever we are short of.
 
 containerd 2 asks the plugins of a CNI 1.1 list for STATUS whenever it is asked for its own, which

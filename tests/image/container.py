@@ -2,9 +2,9 @@
 """The DaemonSet's container on this machine, as a kubelet and containerd would have runc start it.
 
 After containerd, internal/cri/server/container_create.go, and the OCI runtime specification: the
-node's network, all other namespaces its own, cgroup's included (containerd gives it to unprivileged
-pods), the capabilities of the manifest and no others, a read-only root. Left out: seccomp, AppArmor
-and SELinux, for which there is no profile without a runtime; and cgroup limits.
+node's network and PIDs, all other namespaces its own, cgroup's included (containerd gives it to
+unprivileged pods), the capabilities of the manifest and no others, a read-only root. Left out:
+seccomp, AppArmor and SELinux, for which there is no profile without a runtime; and cgroup limits.
 
 The volumes are folders of a scratch node, but for cgroup2. Its /proc is that of a PID namespace, in
 which process 1 is root with all capabilities, as everywhere; this machine's may be beyond reach.
@@ -94,7 +94,7 @@ class ScratchNode:
             },
             "mounts": [*_OWN_MOUNTS, *mounts],
             "linux": {
-                "namespaces": [{"type": each} for each in ("mount", "pid", "ipc", "uts", "cgroup")],
+                "namespaces": [{"type": each} for each in ("mount", "ipc", "uts", "cgroup")],
                 "rootfsPropagation": "rslave",
                 "cgroupsPath": f"/{self.name}",
             },
@@ -102,14 +102,12 @@ class ScratchNode:
 
     def _bind(self, spec: Json, mount: Json) -> Json:
         name = mount["name"]
-        (on_a_node,) = [
-            each["hostPath"]["path"] for each in spec["volumes"] if each["name"] == name
-        ]
+        (volume,) = [each for each in spec["volumes"] if each["name"] == name]
         propagation = _PROPAGATION[mount.get("mountPropagation", "None")]
         return {
             "destination": mount["mountPath"],
             "type": "bind",
-            "source": on_a_node if name == CGROUP else str(self.volume(name)),
+            "source": volume["hostPath"]["path"] if name == CGROUP else str(self.volume(name)),
             "options": ["rbind", propagation, "ro" if mount.get("readOnly") else "rw"],
         }
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes that cannot run the plugin, or no longer: their pods start all the same.
 
 Each node has a mount namespace and a root of its own, which the node program is not in: it is

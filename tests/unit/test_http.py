@@ -74,6 +74,24 @@ def test_ready_without_a_reason_against_it(server: Server, health: Health) -> No
     assert get(server, "/healthz") == (200, "ok\n")
 
 
+def test_startup_is_answered_when_it_is_over(server: Server, health: Health) -> None:
+    answers: list[tuple[int, str]] = []
+    probe = threading.Thread(target=lambda: answers.append(get(server, "/startupz")))
+    probe.start()
+    probe.join(0.3)
+    assert answers == []  # a 503 meanwhile would be a Warning event
+    health.set_ready(["the self-test's mode is off"])
+    health.set_started()
+    probe.join(10)
+    assert answers == [(200, "ok\n")]
+    assert get(server, "/readyz")[0] == 503
+
+
+def test_a_start_that_takes_too_long(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "START_PATIENCE_S", 0.01)
+    assert get(server, "/startupz") == (503, "starting\n")
+
+
 def test_an_agent_that_is_stuck_is_neither_alive_nor_ready(
     server: Server, health: Health, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our own mistakes, and damage to our program: pods start and end, and no traceback is told."""
 
 from __future__ import annotations
