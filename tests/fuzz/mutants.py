@@ -115,7 +115,7 @@ BOUND = _mutant(
 )
 FRESH_EDGE = _mutant(
     "edges: no fresh edge",
-    (r"\tbpf_setsockopt\(skops, SOL_SOCKET, SO_RCVLOWAT, [^;]+;", ""),
+    (r"\tbpf_setsockopt\(skops, SOL_SOCKET, SO_RCVLOWAT, [^;]+;", "\t(void)lowat;"),
 )
 PROBES = _mutant(
     "edges: a sender without more to say does not probe",
