@@ -206,9 +206,9 @@ def blocking_duplex(_: LightPod) -> bool:
 
     def say(end: socket.socket) -> None:
         try:
-            for _ in range(100):
+            for _message in range(100):
                 end.sendall(b"small")
-            for _ in range(200):
+            for _message in range(200):
                 end.sendall(bytes(100_000))
             end.shutdown(socket.SHUT_WR)
         except OSError as error:
@@ -226,7 +226,7 @@ def blocking_duplex(_: LightPod) -> bool:
         for end in (client, server)
         for job in (say, hear)
     ]
-    for _ in range(100):  # it has time to join
+    for _exchange in range(100):  # it has time to join
         for sender, reader in ((client, server), (server, client)):
             sender.sendall(b"ping")
             reader.recv(4)
@@ -240,7 +240,8 @@ def blocking_duplex(_: LightPod) -> bool:
 
 def reused_socket(pod: LightPod) -> bool:
     """Unread bytes of the old connection are not read on the new one."""
-    client, server = (ends := Ends(pod)).client, ends.server
+    ends = Ends(pod)
+    client, server = ends.client, ends.server
     server.send(b"of the old connection")
     time.sleep(0.1)
     libc.connect(client.fileno(), struct.pack("H14x", socket.AF_UNSPEC), 16)

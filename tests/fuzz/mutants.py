@@ -160,7 +160,8 @@ LEAVES_PAUSED = _mutant(
     "leaving: the pause that goes with it hides it",
     (
         r"\tif \(state != conn->peer_state \|\|",
-        "\tif (tb_is_paused(conn))\n\t\treturn TB_REASON_PAUSED;\n\tif (state != conn->peer_state ||",
+        "\tif (tb_is_paused(conn))\n\t\treturn TB_REASON_PAUSED;\n"
+        "\tif (state != conn->peer_state ||",
     ),
 )
 LEAVES_UNREAD = _mutant(
