@@ -27,7 +27,7 @@ def assert_flawless(report: Report) -> None:
     assert report.aborted > 0
     assert report.pauses > 0
     assert 0.02 < report.bypassed_share < 0.98, report.as_json()
-    assert report.counters.joined > report.connections // 4, report.as_json()
+    assert report.counters.joined > 50, report.as_json()
 
 
 def test_loopback(program: Path) -> None:
@@ -37,6 +37,8 @@ def test_loopback(program: Path) -> None:
     assert_flawless(report)
     assert report.killed > 0
     assert report.reloads > 0
+    # About half of the ends, where passes go on all the time.
+    assert report.counters.joined > report.connections // 4, report.as_json()
     assert report.counters.left > 0
 
 
