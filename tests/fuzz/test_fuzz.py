@@ -72,4 +72,7 @@ def test_traffic_finds_what_is_wrong_with_a_stream(program: Path) -> None:
             argv = [str(program), *drive, "0", "6", "10", "3"]
             with engine.ending(place.spawn("", argv, serves=False)) as client:
                 assert client.stdout
-                assert any('"event":"mismatch"' in line for line in client.stdout)
+                told = [*client.stdout]
+            server.terminate()
+            told += [*server.stdout]
+    assert any('"event":"mismatch"' in line for line in told)
