@@ -195,10 +195,12 @@ LEAVES_OWN_UNCOUNTED = _mutant(
 
 # ---- Identity ----
 
-# Addresses alone are not enough to go wrong: the numbers are looked at once more at the join.
+# Addresses alone are not enough to go wrong: the numbers are looked at once more at the join, and a
+# stranger's do not fit when a direction goes to the bypass. So those walls go, too.
 IDENTITY = Mutant(
     "identity: paired by addresses, not by sequence numbers",
     (
+        *ORDER.edits,
         *JOINS_STRANGER.edits,
         Edit(r"(?<!dial\.)client_isn = [^;]+;", "client_isn = 0;", 3),
         Edit(r"server_isn = [^;]+;", "server_isn = 0;", 3),
