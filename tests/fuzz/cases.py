@@ -21,10 +21,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bpf import abi
 from cni_plugin import names
 from tests.light import CLIENT_IP, SERVER_IP, LightPod
 
-TIMEOUT_S = 20
+TIMEOUT_S = 30
+PATIENCE_S = 10
+PART = 4096  # bytes that an edge-triggered reader asks for
+MOST = 64 << 20  # bytes: nothing stops a sender that gets rid of so many
 CLONE_NEWNET = 0x40000000
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -45,60 +49,211 @@ def holds(case: Case, pod: LightPod) -> bool:
     return os.waitstatus_to_exitcode(status) == 0
 
 
-def connected(target: tuple[str, int] | None = None, port: int = 0) -> tuple[socket.socket, ...]:
-    """(client, server), after one byte each way."""
-    listener = socket.create_server((SERVER_IP, port))
-    client = socket.socket()
-    client.bind((CLIENT_IP, 0))
-    client.connect(target or listener.getsockname())
-    server, _ = listener.accept()
-    client.sendall(b"c")
-    server.recv(1)
-    server.sendall(b"s")
-    client.recv(1)
-    return client, server
+class Ends:
+    """Both ends of a connection, non-blocking, and in the sockhash."""
+
+    def __init__(self, pod: LightPod, target: tuple[str, int] | None = None, port: int = 0) -> None:
+        with socket.create_server((SERVER_IP, port)) as listener:
+            self.client = socket.socket()
+            self.client.bind((CLIENT_IP, 0))
+            self.client.connect(target or listener.getsockname())
+            self.server, _ = listener.accept()
+        for each in (self.client, self.server):
+            each.setblocking(False)
+        joined, ends = pod.total().joined, time.monotonic() + PATIENCE_S
+        while pod.total().joined < joined + 2:
+            if time.monotonic() > ends:
+                raise TimeoutError("the sockets do not join")
+            self.exchange()
+
+    def exchange(self) -> None:
+        for sender, reader in ((self.client, self.server), (self.server, self.client)):
+            sender.send(b"ping")
+            if heard(reader, 4) != b"ping":
+                raise ValueError("the ends are not of one connection")
 
 
-def sleeping_reader(pod: LightPod) -> bool:
-    """A reader inside recv(MSG_WAITALL) that has part of its bytes by TCP gets the rest."""
-    client, server = connected()
-    received: list[bytes] = []
+def heard(reader: socket.socket, size: int, timeout_s: float = 5) -> bytes:
+    """Reads so many bytes of a non-blocking socket; fewer when they do not come, or at the end."""
+    data = b""
+    while len(data) < size and select.select([reader], [], [], timeout_s)[0]:
+        part = reader.recv(size - len(data))
+        if not part:
+            break
+        data += part
+    return data
 
-    def read() -> None:
-        data = b""
-        while len(data) < 30:
-            data += server.recv(30 - len(data), socket.MSG_WAITALL)
-        received.append(data)
 
+def heard_by_edges(
+    edges: select.epoll, reader: socket.socket, size: int, timeout_s: float = 5
+) -> int:
+    """The same, edge-triggered; a short read is taken for the end of what is there, as epoll(7)
+    allows. Returns how many bytes it has heard."""
+    count = 0
+    while count < size and edges.poll(timeout_s):
+        got = PART
+        with contextlib.suppress(BlockingIOError):
+            while got == PART:
+                got = len(reader.recv(PART))
+                count += got
+    return count
+
+
+def edges_of(reader: socket.socket) -> select.epoll:
+    edges = select.epoll()
+    edges.register(reader, select.EPOLLIN | select.EPOLLET)
+    return edges
+
+
+def sent_until_full(sender: socket.socket) -> int:
+    """How many bytes a sender gets rid of; MOST if nothing stops it."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while count < MOST:
+            count += sender.send(bytes(100_000))
+    return count
+
+
+def paused_with_bytes_unread(pod: LightPod) -> bool:
+    """What is sent while the bypass is paused comes before what is sent afterwards."""
+    ends = Ends(pod)
     pod.pause()
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    time.sleep(0.1)
-    client.sendall(b"0123456789")  # by TCP
-    time.sleep(0.1)
+    ends.client.send(b"first")
     pod.pause(False)
-    server.sendall(b"ok")  # from here on the client could bypass, were nobody asleep
-    client.recv(2)
-    client.sendall(b"abcdefghij")
-    client.sendall(b"ABCDEFGHIJ")
-    reader.join(5)
-    return received == [b"0123456789abcdefghijABCDEFGHIJ"]
+    ends.client.send(b"second")
+    time.sleep(0.1)
+    return heard(ends.server, 11) == b"firstsecond"
 
 
-def reused_socket(_: LightPod) -> bool:
+def paused_before_a_short_read(pod: LightPod) -> bool:
+    ends = Ends(pod)
+    edges = edges_of(ends.server)
+    ends.exchange()
+    ends.client.send(b"first")
+    pod.pause()
+    ends.client.send(b"second")
+    return heard_by_edges(edges, ends.server, 11) == 11
+
+
+def reader_that_rests(pod: LightPod) -> bool:
+    """A sender is stopped."""
+    ends = Ends(pod)
+    return sent_until_full(ends.client) < MOST
+
+
+def reader_that_wakes_late(pod: LightPod) -> bool:
+    """It hears of the bytes behind the bound, though nothing more is sent."""
+    ends = Ends(pod)
+    edges = edges_of(ends.server)
+    sent = 0
+    while "backlog" not in pod.total().tcp_messages and sent < MOST:
+        sent += ends.client.send(bytes(8_000))
+    time.sleep(0.3)
+    return heard_by_edges(edges, ends.server, sent) == sent
+
+
+def leaves_unread(pod: LightPod) -> bool:
+    """All sockets are to leave, with bytes unread."""
+    ends = Ends(pod)
+    ends.client.send(b"first")
+    pod.control(abi.CONTROL_LEAVE)
+    time.sleep(0.3)
+    ends.client.send(b"second")
+    return heard(ends.server, 11) == b"firstsecond"
+
+
+def leaves_before_a_short_read(pod: LightPod) -> bool:
+    ends = Ends(pod)
+    edges = edges_of(ends.server)
+    ends.exchange()
+    ends.client.send(b"first")
+    pod.control(abi.CONTROL_LEAVE)
+    time.sleep(0.3)
+    ends.client.send(b"second")
+    return heard_by_edges(edges, ends.server, 11) == 11
+
+
+def connections_set_up_together(pod: LightPod) -> bool:
+    with socket.create_server((SERVER_IP, 0), backlog=64) as listener:
+        clients = [socket.socket() for _ in range(24)]
+        for client in clients:
+            client.setblocking(False)
+            client.bind((CLIENT_IP, 0))
+            client.connect_ex(listener.getsockname())
+        servers = {}
+        for _ in clients:
+            server, peer = listener.accept()
+            server.setblocking(False)
+            servers[peer] = server
+    ends = time.monotonic() + 1
+    while time.monotonic() < ends:
+        for number, client in enumerate(clients):
+            server, said = servers[client.getsockname()], f"{number:04d}".encode()
+            client.send(said)
+            if heard(server, 4, 1) != said:
+                return False
+            server.send(said)
+            if heard(client, 4, 1) != said:
+                return False
+    return pod.total().joined > 0
+
+
+def blocking_duplex(_: LightPod) -> bool:
+    """Each end of a connection sends in one thread and receives in another, both blocking."""
+    with socket.create_server((SERVER_IP, 0)) as listener:
+        client = socket.create_connection(listener.getsockname(), source_address=(CLIENT_IP, 0))
+        server, _peer = listener.accept()
+    wrong: list[Exception] = []
+
+    def say(end: socket.socket) -> None:
+        try:
+            for _message in range(100):
+                end.sendall(b"small")
+            for _message in range(200):
+                end.sendall(bytes(100_000))
+            end.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            wrong.append(error)
+
+    def hear(end: socket.socket) -> None:
+        try:
+            while end.recv(65_536):
+                pass
+        except OSError as error:
+            wrong.append(error)
+
+    threads = [
+        threading.Thread(target=job, args=(end,), daemon=True)
+        for end in (client, server)
+        for job in (say, hear)
+    ]
+    for _exchange in range(100):  # it has time to join
+        for sender, reader in ((client, server), (server, client)):
+            sender.sendall(b"ping")
+            reader.recv(4)
+        time.sleep(0.001)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+    return not wrong
+
+
+def reused_socket(pod: LightPod) -> bool:
     """Unread bytes of the old connection are not read on the new one."""
-    client, server = connected()
-    server.sendall(b"of the old connection")
+    ends = Ends(pod)
+    client, server = ends.client, ends.server
+    server.send(b"of the old connection")
     time.sleep(0.1)
     libc.connect(client.fileno(), struct.pack("H14x", socket.AF_UNSPEC), 16)
     with socket.create_server((SERVER_IP, 0)) as other:
-        client.connect(other.getsockname())
+        client.connect_ex(other.getsockname())
         successor, _peer = other.accept()
-    successor.sendall(b"of the new connection")
-    return client.recv(100) == b"of the new connection"
+    successor.send(b"of the new connection")
+    return heard(client, 21) == b"of the new connection"
 
 
-def idle_connection_tracking(_: LightPod) -> bool:
+def idle_connection_tracking(pod: LightPod) -> bool:
     """The close arrives although connection tracking forgets within 4 s, after 9 s of bypass."""
     if libc.unshare(CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNET)")
@@ -107,24 +262,17 @@ def idle_connection_tracking(_: LightPod) -> bool:
     subprocess.run([*nat, "-j", "REDIRECT", "--to-ports", "15001"], check=True)
     timeout = Path("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established")
     timeout.write_text("4")
-    client, server = connected((SERVER_IP, 80), 15001)
-    ends = time.monotonic() + 9
-    while time.monotonic() < ends:
-        client.sendall(b"ping")
-        server.recv(100)
-        server.sendall(b"pong")
-        client.recv(100)
+    ends = Ends(pod, (SERVER_IP, 80), 15001)
+    over = time.monotonic() + 9
+    while time.monotonic() < over:
+        ends.exchange()
         time.sleep(0.25)
-    client.close()
-    server.settimeout(3)
-    try:
-        return server.recv(1) == b""
-    except TimeoutError:
-        return False
+    ends.client.close()
+    return bool(select.select([ends.server], [], [], 3)[0]) and ends.server.recv(1) == b""
 
 
 class FaultingPage:
-    """A page whose first touch blocks until `resolve` (userfaultfd): a recv into it keeps its
+    """A page whose first touch blocks until `resolve` (userfaultfd): a send from it keeps its
     socket locked for as long."""
 
     def __init__(self) -> None:
@@ -154,9 +302,9 @@ def two_writers(pod: LightPod) -> bool:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     page = FaultingPage()
     os.seteuid(names.PROXY_UID)  # towards an application nobody would wait for a held lock
-    client, server = connected()
+    ends = Ends(pod)
+    client, server = ends.client, ends.server
     os.seteuid(0)
-    client.sendall(b"f" * 10)
     parts: list[bytes] = []
 
     def write(letter: bytes) -> None:
@@ -165,8 +313,11 @@ def two_writers(pod: LightPod) -> bool:
 
     def read() -> None:
         buffers = [ctypes.create_string_buffer(30) for _ in range(2)]
-        libc.recv(server.fileno(), ctypes.c_void_p(page.address), 10, 0)
-        sizes = [libc.recv(server.fileno(), buffer, 30, 0) for buffer in buffers]
+        libc.send(server.fileno(), ctypes.c_void_p(page.address), 10, 0)
+        sizes = []
+        for buffer in buffers:
+            select.select([server], [], [], 5)
+            sizes.append(libc.recv(server.fileno(), buffer, 30, 0))
         parts.extend(buffer.raw[:size] for buffer, size in zip(buffers, sizes))
 
     threads = [threading.Thread(target=read)]
@@ -181,44 +332,5 @@ def two_writers(pod: LightPod) -> bool:
     for thread in threads:
         thread.join(5)
     data = b"".join(parts)
-    while len(data) < 200:
-        data += server.recv(200)
+    data += heard(server, 200 - len(data))
     return data in {b"A" * 100 + b"B" * 100, b"B" * 100 + b"A" * 100}
-
-
-def edge_triggered_reader_that_parts(_: LightPod) -> bool:
-    """An application streams until it leaves the sockhash, with bytes unread that came by bypass.
-
-    It has no TCP_NODELAY; otherwise it might stay.
-
-    It is edge-triggered and takes a short read for the end of what is there, as epoll(7) allows;
-    the second piece that its sidecar says must not come by TCP behind the first.
-    """
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    os.seteuid(names.PROXY_UID)
-    sidecar = socket.socket()
-    os.seteuid(0)
-    with socket.create_server((SERVER_IP, 0)) as listener, sidecar:
-        sidecar.bind((CLIENT_IP, 0))
-        sidecar.connect(listener.getsockname())
-        app, _ = listener.accept()
-        app.setblocking(False)
-        edges = select.epoll()
-        edges.register(app, select.EPOLLIN | select.EPOLLET)
-        sidecar.sendall(b"first")
-        for _number in range(3000):
-            app.send(b"x" * 100)
-        sidecar.settimeout(0.02)
-        for _number in range(6):
-            with contextlib.suppress(TimeoutError):
-                while sidecar.recv(1 << 20):
-                    pass
-            app.send(b"y" * 100)
-        sidecar.sendall(b"second")
-        heard = b""
-        while heard != b"firstsecond" and edges.poll(2):
-            part = b"?" * 4096
-            while len(part) == 4096:
-                part = app.recv(4096)
-                heard += part
-        return heard == b"firstsecond"

@@ -116,7 +116,7 @@ BOUND = _mutant(
 )
 FRESH_EDGE = _mutant(
     "edges: no fresh edge",
-    (r"\tbpf_setsockopt\(skops, SOL_SOCKET, SO_RCVLOWAT, [^;]+;", ""),
+    (r"\tbpf_setsockopt\(skops, SOL_SOCKET, SO_RCVLOWAT, [^;]+;", "\t(void)lowat;"),
 )
 PROBES = _mutant(
     "edges: a sender without more to say does not probe",
@@ -161,7 +161,8 @@ LEAVES_PAUSED = _mutant(
     "leaving: the pause that goes with it hides it",
     (
         r"\tif \(state != conn->peer_state \|\|",
-        "\tif (tb_is_paused(conn))\n\t\treturn TB_REASON_PAUSED;\n\tif (state != conn->peer_state ||",
+        "\tif (tb_is_paused(conn))\n\t\treturn TB_REASON_PAUSED;\n"
+        "\tif (state != conn->peer_state ||",
     ),
 )
 LEAVES_UNREAD = _mutant(
@@ -195,10 +196,12 @@ LEAVES_OWN_UNCOUNTED = _mutant(
 
 # ---- Identity ----
 
-# Addresses alone are not enough to go wrong: the numbers are looked at once more at the join.
+# Addresses alone are not enough to go wrong: the numbers are looked at once more at the join, and a
+# stranger's do not fit when a direction goes to the bypass. So those walls go, too.
 IDENTITY = Mutant(
     "identity: paired by addresses, not by sequence numbers",
     (
+        *ORDER.edits,
         *JOINS_STRANGER.edits,
         Edit(r"(?<!dial\.)client_isn = [^;]+;", "client_isn = 0;", 3),
         Edit(r"server_isn = [^;]+;", "server_isn = 0;", 3),

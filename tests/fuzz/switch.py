@@ -124,7 +124,10 @@ class Connection:
     when a message is bypassed that must not be."""
 
     def __init__(
-        self, rules: Rules, isn: tuple[int, int] = (999, 1999), proxies: tuple[bool, bool] = (0, 0)
+        self,
+        rules: Rules,
+        isn: tuple[int, int] = (999, 1999),
+        proxies: tuple[bool, bool] = (False, False),
     ) -> None:
         self.rules, self._bound = rules.library, rules.bound
         two = ctypes.c_uint32 * 2
