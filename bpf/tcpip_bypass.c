@@ -59,9 +59,9 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 }
 
 /*
- * The connection has ended, be it by RST, and the application may still hold the socket. A socket in a
- * sockhash would report a reset at each send (tcp_bpf_sendmsg), TCP reports it once. Not while bypassed
- * bytes lie unread: those can still be read.
+ * The connection has ended, be it by RST, and the application may still hold the socket. A socket
+ * in a sockhash would report a reset at each send (tcp_bpf_sendmsg), TCP reports it once. Not while
+ * bypassed bytes lie unread: those can still be read.
  */
 static __always_inline void tb_end_connection(struct tb_conn *conn)
 {
