@@ -1,5 +1,6 @@
 # Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench test lint soak plugin-speed test-kernels image-test setup-test clean
+.PHONY: setup build freeze demo bench apps test lint manifests soak plugin-speed test-kernels test-runtimes \
+	image-test setup-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
@@ -9,8 +10,16 @@ C_SOURCES := $(wildcard bpf/*.c bpf/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c te
 
 setup: .venv/.ready
 
-.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/agent/cri.proto install/agent/messages.sh
+.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/tools.txt install/agent/cri.proto \
+		install/agent/messages.sh
 	./install/setup.sh
+	touch $@
+
+# The applications of tests/apps: distribution packages (no service starts), and what is compiled.
+APPS_SOURCES := $(addprefix tests/apps/,requirements.txt setup.sh programs/httpd.go programs/Java.java)
+
+.venv/.apps-ready: .venv/.ready $(APPS_SOURCES)
+	tests/apps/setup.sh
 	touch $@
 
 build: $(PLUGIN)
@@ -30,7 +39,13 @@ demo: build
 bench: build
 	$(PY) -m tests.bench $(BENCH)
 
-test: build lint
+# Real applications, plain and bypassed in turn; `APPS=redis,nginx`: those; `MODE=auto`.
+# docs/applications.md is rendered by `APPS=--report`.
+MODE ?= full
+apps: build .venv/.apps-ready
+	$(PY) -m tests.apps --mode $(MODE) $(APPS)
+
+test: build lint .venv/.apps-ready
 	$(PY) -m pytest tests
 
 # Random traffic on all three hops, every byte checked, for MINUTES; a load and pauses meanwhile.
@@ -47,6 +62,14 @@ plugin-speed: build
 test-kernels: build
 	$(PY) -m tests.kernels
 
+# The tests with a real runtime on each containerd of tests/containerd/releases.py.
+RUNTIMES ?= own 1.7 2
+test-runtimes: build
+	for runtime in $(RUNTIMES); do \
+		echo "containerd $$runtime"; \
+		TCPIP_BYPASS_RUNTIME=$$runtime $(PY) -m pytest tests/containerd || exit; \
+	done
+
 # The DaemonSet's image as install/Dockerfile has it, built and tried without a container engine.
 image-test: .venv/.ready
 	$(PY) -m tests.image
@@ -55,7 +78,11 @@ image-test: .venv/.ready
 setup-test: .venv/.ready
 	$(PY) -m tests.bare
 
-lint: .venv/.ready
+# install/daemonset.yaml, the overlays and the rest that is rendered from install/chart.
+manifests: .venv/.ready
+	$(PY) -m tests.manifests
+
+lint: .venv/.ready .venv/.apps-ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python's view of tcpip_bypass.h: every struct that crosses the kernel border.
 
 The frozen plugin imports this module, so it imports nothing but ctypes. That it agrees with

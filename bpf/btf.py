@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where struct members lie in the running kernel, read from its BTF through libbpf.
 
 The format is Documentation/bpf/btf.rst; only structs, unions, enums and what may stand between

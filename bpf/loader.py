@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles the programs for the running kernel with bcc and pins them as a new generation.
 
 Only the node program imports this: libbcc brings 220 MB of compiler with it.
@@ -24,7 +25,8 @@ SOURCE = _HERE / "tcpip_bypass.c"
 _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 
 # Names in the C file, and what they are pinned as.
-VISIT = "bpf_iter__task_file"
+VISIT = "tb_visit_file"
+WATCH = "tb_watch_splice"
 PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG, VISIT: names.VISIT}
 MAP_PINS = (
     *("conns", "halves"),
@@ -270,25 +272,64 @@ class Programs:
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
         self._draw_secret()
         self._attach_sk_msg()
+        self.blind_to_splice = self._watch_splice()
 
     def _build(self, flags: list[str], cast: KernelFunction | None) -> None:
         """Compiles and loads; without the kernel function where this kernel's JIT calls none."""
         more = cast.flags if cast else []
         self._bpf = self._bcc(text=source_text().encode(), cflags=flags + more)
         if cast:
-            for name in PROGRAM_PINS:
+            for name in (*PROGRAM_PINS, WATCH):
                 cast.link(self._instructions(name))
         try:
             self.fds = {
-                "tb_sock_ops": self._bpf.load_func(b"tb_sock_ops", self._bcc.SOCK_OPS).fd,
-                "tb_sk_msg": self._bpf.load_func(b"tb_sk_msg", self._bcc.SK_MSG).fd,
-                VISIT: self._bpf.load_func(VISIT.encode(), self._bcc.TRACING).fd,
+                "tb_sock_ops": self._load("tb_sock_ops", self._bcc.SOCK_OPS),
+                "tb_sk_msg": self._load("tb_sk_msg", self._bcc.SK_MSG),
+                VISIT: self._load(VISIT, self._bcc.TRACING, "bpf_iter__task_file"),
             }
-        except Exception:  # bcc raises bare Exception
+        except OSError:
             if not cast:
                 raise
             self._bpf.cleanup()
             self._build(flags, None)
+
+    def _load(self, function: str, kind: int, attached_as: str = "") -> int:
+        """The file descriptor of one program; raises OSError with the verifier's last words.
+
+        `attached_as` is the name from which bcc knows what the program is attached to.
+        """
+        module, name = self._bpf.module, function.encode()
+
+        def load(*log: Any) -> int:
+            start = self._lib.bpf_function_start(module, name)
+            size = self._lib.bpf_function_size(module, name)
+            fd: int = self._lib.bcc_func_load(
+                *(module, kind, (attached_as or function).encode(), start, size),
+                *(self._lib.bpf_module_license(module), self._lib.bpf_module_kern_version(module)),
+                *(*log, None, -1),
+            )
+            return fd
+
+        fd = load(0, None, 0)
+        if fd < 0:
+            error, log = ctypes.get_errno(), ctypes.create_string_buffer(1 << 24)
+            load(1, log, len(log))
+            said = " | ".join(log.value.decode(errors="replace").splitlines()[-3:])
+            raise OSError(error, f"{function}: {os.strerror(error)} {said}")
+        return fd
+
+    def _watch_splice(self) -> str:
+        """Why readers that splice will not be seen; empty when they will."""
+        try:
+            program = self._load(WATCH, self._bcc.TRACING, "kfunc__tcp_splice_read")
+        except OSError as error:
+            return f"the kernel refuses the program: {error.strerror}"
+        with bpfsys.closing(program):
+            link: int = self._lib.bpf_attach_kfunc(program)
+        if link < 0:
+            return f"the kernel refuses to attach it: {os.strerror(ctypes.get_errno())}"
+        self.fds[names.SPLICE_WATCH] = link
+        return ""
 
     def _instructions(self, program: str) -> Instructions:
         """The compiled program where bcc holds it until it is loaded."""

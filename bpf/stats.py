@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the counters that the programs keep per pod and hop."""
 
 from __future__ import annotations

@@ -1,20 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The data path. Three programs share the maps of data_path/state.h:
+ * The data path. Four programs share the maps of data_path/state.h:
  *
  *   tb_sock_ops     runs for the TCP sockets of an accelerated pod's cgroup. It finds the two
  *                   sockets that are one connection, and counts what they exchange.
- *   tb_visit        visits the open files of a pod's processes when a pass is due. It puts paired
+ *   tb_visit_file   visits the open files of a pod's processes when a pass is due. It puts paired
  *                   sockets into the sockhash, and takes them out again.
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes to
  *                   the peer's socket (bypass), or lets them go by TCP.
+ *   tb_watch_splice runs when splice(2) takes bytes from a TCP socket, where it can be attached.
  *
  * The rules that keep the bytes right, each where it is applied:
  *
  *   reads        kernel memory of others decides whether to redirect, never where to    kernel.h
  *   identity     two sockets are one connection if their initial numbers mirror        pairing.h
  *                through a Service, the server's pod has proved itself                services.h
- *   readers      no socket whose reader may sleep in recv, or splices, is a member    readers.h
+ *   readers      no socket whose reader may sleep in recv is a member                 readers.h
+ *   splice       no socket that has spliced joins                                      splice.h
  *   one queue    a direction changes its path only while the old one is empty           order.h
  *   lock         no redirect waits for an application's socket lock                     order.h
  *   half-closed  from the first FIN on, TCP                                             order.h
@@ -41,6 +43,7 @@
 #include "data_path/order.h"
 #include "data_path/edge.h"
 #include "data_path/joining.h"
+#include "data_path/splice.h"
 
 /*
  * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its
@@ -86,12 +89,13 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 		tb_flush_tally(conn);
 		if (skops->args[1] == BPF_TCP_CLOSE)
 			tb_end_connection(conn);
-	} else if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
-		tb_use_again(skops, conn);
-	else if (tb_membership(conn->state) == TB_OUT)
+		return;
+	}
+	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		return tb_use_again(skops, conn);
+	tb_refresh_edge(skops, conn);
+	if (tb_membership(conn->state) == TB_OUT)
 		tb_wait_to_join(skops, conn);
-	else
-		tb_refresh_edge(skops, conn);
 }
 
 /* Attached to the pod's cgroup. Must return 1, and must not touch skops->reply: other programs on
@@ -155,8 +159,7 @@ struct bpf_iter__task_file {
 	struct file *file;
 };
 
-/* The kernel wants this name of bcc's: it chooses what is iterated. */
-int bpf_iter__task_file(struct bpf_iter__task_file *context)
+int tb_visit_file(struct bpf_iter__task_file *context)
 {
 	void *file = context->file, *socket;
 

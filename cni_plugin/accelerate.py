@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of ADD that is for pods we may have to do with: decide, record, attach."""
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ class CgroupNotFound(Exception):
 def accelerate(request: Request, pod: Pod, result: Json) -> None:
     """Accelerate the pod, or say on stderr why not.
 
-    Raises CniError for an invalid call or configuration, anything else when it did not work
-    out; then nothing of it is left in the kernel, or it is recorded for DEL and GC.
+    Raises InvalidNetns for a malformed call, anything else when it did not work out; then
+    nothing of it is left in the kernel, or it is recorded for DEL and GC.
     """
     _refuse_own_netns(request)
     addresses = results.pod_addresses(result, request.call.ifname)
     conf = _configuration(request)
     state = State(conf.state_dir)
+    conf = netconf.under_switch(conf, state.switch())
     decision = policy.decide(conf, pod, _mode(conf, state))
     if decision.plan is None:
         log.say(f"not accelerated: {decision.reason}")

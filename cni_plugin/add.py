@@ -1,4 +1,9 @@
-"""ADD: accelerate the pod if that is what is wanted, and hand prevResult on in any case."""
+# SPDX-License-Identifier: Apache-2.0
+"""ADD: accelerate the pod if that is what is wanted, and hand prevResult on in any case.
+
+It fails only for a malformed call: nothing else is worth a pod that does not start, a configuration
+that the operator got wrong included.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from cni_plugin import log, policy, results
-from cni_plugin.protocol import CniError
+from cni_plugin.protocol import InvalidNetns
 
 if TYPE_CHECKING:
     from cni_plugin.policy import Pod
@@ -14,17 +19,17 @@ if TYPE_CHECKING:
 
 
 def add(request: Request) -> Json:
-    """The result for the runtime; raises CniError for what the runtime or operator got wrong."""
+    """The result for the runtime; raises CniError for what the runtime got wrong."""
     answer = results.convert(results.previous(request), request.version)
     pod = policy.pod_of(request)
     if not policy.may_concern_us(request.conf, pod):
         return answer
 
-    from cni_plugin.accelerate import accelerate  # noqa: PLC0415 - 8 ms, not for other pods
-
     try:
+        from cni_plugin.accelerate import accelerate  # noqa: PLC0415 - 8 ms, not for other pods
+
         accelerate(request, pod, answer)
-    except CniError:
+    except InvalidNetns:
         raise
     except Exception as error:  # whatever it is, the pod can live without us
         reason = f"{type(error).__name__}: {error}"

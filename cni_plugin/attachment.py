@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ADD puts into the kernel for one pod, and how it is taken out again.
 
 One place names the owner of a cgroup's attachment: the pod record in the kernel. Its ``id`` is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bpf(2) for programs that are loaded already: pins, maps, cgroup attachments.
 
 Raw system calls through libc's syscall(2). libbpf would do, but it is a shared library of the

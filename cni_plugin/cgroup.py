@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a pod's cgroup is below the cgroup2 mount.
 
 Two naming schemes: the kubelet's cgroupfs driver (``/kubepods/burstable/pod<uid>``) and its

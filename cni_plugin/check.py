@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CHECK: is the pod accelerated the way its ADD left it?"""
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def check(request: Request) -> None:
     netconf.refuse_unsupported(request.conf)
     state_dir = netconf.folders(request.conf)[1]
     schema.validate(request.conf, Path(state_dir))
-    record = State(state_dir).read(Key(request.call.container_id, request.call.ifname))
+    try:
+        record = State(state_dir).read(Key(request.call.container_id, request.call.ifname))
+    except OSError as error:
+        raise CheckFailed("what ADD recorded cannot be read", str(error)) from error
     if record is None:
         if not Path(request.call.netns).exists():
             raise UnknownContainer(
@@ -52,6 +56,13 @@ def _missing_in_result(record: Attachment, listed: list[str]) -> list[str]:
 
 
 def _missing_in_kernel(record: Attachment) -> list[str]:
+    try:
+        return _differences_in_kernel(record)
+    except OSError as error:
+        return [f"cgroup {record.cgroup} cannot be looked at: {error}"]
+
+
+def _differences_in_kernel(record: Attachment) -> list[str]:
     with attachment.open_cgroup(record.cgroup, record.inode) as cgroup_fd:
         if cgroup_fd is None:
             return [f"cgroup {record.cgroup} (inode {record.inode}) is gone"]

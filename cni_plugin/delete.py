@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """DEL: take out what this attachment put in, however little of it is left.
 
 A DEL that fails keeps the pod Terminating and its address leaked, for the sake of an
-acceleration. So only a malformed call fails. What cannot be undone stays recorded for GC, and
-the kernel drops it by itself with the pod's cgroup.
+acceleration. So only a malformed call fails. What cannot be undone, be it that another process
+never lets go of the node's lock, stays recorded for GC, and the kernel drops it by itself with
+the pod's cgroup.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from cni_plugin import log, policy
 from cni_plugin.netconf import folders
-from cni_plugin.protocol import TryAgainLater
 from cni_plugin.state import Key, State
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _LOCK_PATIENCE_S = 5.0
 
 
 def delete(request: Request) -> None:
-    """Raises TryAgainLater when another call holds the node's lock for seconds."""
+    """Never fails; what it leaves, it says."""
     bpffs, state_dir = folders(request.conf)
     state = State(state_dir)
     key = Key(request.call.container_id, request.call.ifname)
@@ -29,8 +30,6 @@ def delete(request: Request) -> None:
         if state.has(key) or policy.may_concern_us(request.conf, policy.pod_of(request)):
             with state.locked(_LOCK_PATIENCE_S):
                 _undo(request, state, bpffs, key)
-    except TimeoutError as error:
-        raise TryAgainLater("the state folder is locked", str(error)) from error
     except Exception as error:
         log.say(f"warning: left for GC: {type(error).__name__}: {error}")
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GC: remove what belongs to attachments of this network that the runtime no longer has."""
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def collect(request: Request) -> None:
     bpffs, state_dir = folders(request.conf)
     state = State(state_dir)
     failures = []
-    for key in state.keys():  # noqa: SIM118 - not a dict
+    try:
+        recorded = state.keys()
+    except OSError as error:
+        raise GcIncomplete("what is recorded cannot be read", str(error)) from error
+    for key in recorded:
         if key in valid:
             continue
         try:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lines on stderr, which the runtime puts into its own log next to the pod's name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The program: one CNI call, one JSON document on stdout, one exit code.
 
 It is exec'd for every pod of the node, also for those that are not accelerated. So each command
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 def main() -> int:
     """Returns the exit code: 0, or 1 with an error result on stdout."""
     _occupy_standard_descriptors()
-    document, code = run(os.environ, 0)
+    try:
+        document, code = run(os.environ, 0)
+    except Exception as error:  # not even json can be imported: the program's folder is damaged
+        msg = f"internal error: {type(error).__name__}"
+        document = f'{{"cniVersion": "{names.NEWEST_CNI_VERSION}", "code": 999, "msg": "{msg}"}}'
+        code = 1
     if document:
         try:
             _write(document + "\n")
@@ -42,6 +48,7 @@ def run(env: Mapping[str, str], stdin: int) -> tuple[str, int]:
     from cni_plugin import protocol
 
     version = names.NEWEST_CNI_VERSION
+    conf: Json = {}
     try:
         call = protocol.parse_environment(env)
         conf = protocol.decode(protocol.read_all(stdin))
@@ -51,8 +58,23 @@ def run(env: Mapping[str, str], stdin: int) -> tuple[str, int]:
     except protocol.CniError as error:
         return json.dumps(protocol.error_document(error, version)), 1
     except Exception as error:
-        unexpected = protocol.CniError(f"internal error: {type(error).__name__}", str(error))
-        return json.dumps(protocol.error_document(unexpected, version)), 1
+        return _after_mistake(env.get("CNI_COMMAND", ""), conf, version, error)
+
+
+def _after_mistake(command: str, conf: Json, version: str, error: Exception) -> tuple[str, int]:
+    """No mistake of ours keeps a pod from starting or ending: as a plugin that does nothing."""
+    import json
+
+    from cni_plugin import log, protocol
+
+    text = " ".join(str(error).partition("Traceback")[0].split())  # a runtime shows it in events
+    mistake = protocol.CniError(f"internal error: {type(error).__name__}", f"{text:.300}")
+    previous = conf.get("prevResult")
+    passed_on = isinstance(previous, dict) and {**previous, "cniVersion": version}
+    if command in ("DEL", "STATUS") or (command == "ADD" and passed_on):
+        log.say(f"warning: {mistake}")
+        return (json.dumps(passed_on) if command == "ADD" else ""), 0
+    return json.dumps(protocol.error_document(mistake, version)), 1
 
 
 def _dispatch(request: Request) -> Json | None:
@@ -60,7 +82,8 @@ def _dispatch(request: Request) -> Json | None:
 
     call = request.call
     pod = (call.args.get("K8S_POD_NAMESPACE"), call.args.get("K8S_POD_NAME"))
-    log.about(f"{call.command} {call.container_id}/{call.ifname} {'/'.join(filter(None, pod))}")
+    attachment = filter(None, (call.container_id, call.ifname))
+    log.about(" ".join([call.command, "/".join(attachment), "/".join(filter(None, pod))]))
     if call.command == "ADD":
         from cni_plugin.add import add
 

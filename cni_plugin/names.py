@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every path, pin, annotation and key that the plugin shares with other programs.
 
 Constants only and no imports: every command of the plugin loads this module.
@@ -27,6 +28,7 @@ CONTROL = "control"
 PAUSED_PODS = "paused_pods"
 DUE = "due"
 BELL = "bell"
+SPLICE_WATCH = "splice_watch"  # a link, where the kernel allows it
 VISIT = "visit"  # the iterator over the open files of a process
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.
@@ -39,6 +41,8 @@ VALIDATED = "validated"
 NODE_JSON = "node.json"
 JOINER_JSON = "joiner.json"
 PLUGIN_PROBLEM = "plugin-problem"  # text: why the node cannot run the plugin, if so
+SWITCH_JSON = "switch.json"  # what holds for the whole cluster, as the agent has read it
+AGENT_LOGS = ("agent.log.1", "agent.log")  # older lines, newer ones
 
 MODES = ("full", "proxy-only", "off")
 

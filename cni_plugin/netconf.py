@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's own configuration keys, typed and with their defaults filled in.
 
 NamedTuples take the place of the project's frozen dataclasses. Importing ``dataclasses`` costs
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Keys of the specification that ask for what a chained plugin of this kind cannot do.
 _UNSUPPORTED = ("ipam", "ipMasq", "dns")
 
+_SWITCH_KEYS = ("mode", "excludeNamespaces", "excludePorts")
+
 
 class NetConf(NamedTuple):
     """A configuration that conf/schema.json accepts. Ports are inclusive ranges."""
@@ -27,6 +30,7 @@ class NetConf(NamedTuple):
     scope: str
     mode: str
     proxy_uid: int
+    include_namespaces: frozenset[str]  # empty: all
     exclude_namespaces: frozenset[str]
     exclude_ports: tuple[tuple[int, int], ...]
 
@@ -50,13 +54,15 @@ def parse(conf: Json) -> NetConf:
         "scope": "mesh",
         "mode": "auto",
         "proxyUID": names.PROXY_UID,
+        "includeNamespaces": [],
         "excludeNamespaces": [],
         "excludePorts": [],
         **conf,
     }
-    namespaces, ports = found["excludeNamespaces"], found["excludePorts"]
-    uid = found["proxyUID"]
-    assert isinstance(namespaces, list)
+    included, excluded = found["includeNamespaces"], found["excludeNamespaces"]
+    ports, uid = found["excludePorts"], found["proxyUID"]
+    assert isinstance(included, list)
+    assert isinstance(excluded, list)
     assert isinstance(ports, list)
     assert isinstance(uid, (int, float))
     return NetConf(
@@ -65,7 +71,8 @@ def parse(conf: Json) -> NetConf:
         scope=str(found["scope"]),
         mode=str(found["mode"]),
         proxy_uid=int(uid),  # 1337.0 is an integer to JSON Schema
-        exclude_namespaces=frozenset(namespaces),
+        include_namespaces=frozenset(included),
+        exclude_namespaces=frozenset(excluded),
         exclude_ports=_ports(ports),
     )
 
@@ -75,6 +82,29 @@ def _ports(items: list[object]) -> tuple[tuple[int, int], ...]:
         return tuple(port_range for item in items for port_range in parse_ports(str(item)))
     except ValueError as error:
         raise InvalidConfig("invalid configuration key excludePorts", str(error)) from error
+
+
+def under_switch(conf: NetConf, switch: Json | None) -> NetConf:
+    """The configuration with the cluster's switch on top, as ``State.switch()`` gives it.
+
+    The switch excludes more than the configuration does, and its mode comes first. Raises
+    ValueError when it is not what the agent writes: then nothing is known of what is forbidden.
+    """
+    if switch is None:
+        return conf
+    try:
+        mode, namespaces, ports = (switch[key] for key in _SWITCH_KEYS)
+        if mode is not None and mode not in ("auto", *names.MODES):
+            raise ValueError(f"mode {mode!r:.40}")
+        if not (isinstance(namespaces, list) and isinstance(ports, list)):
+            raise ValueError("excludeNamespaces or excludePorts is not a list")
+        return conf._replace(
+            mode=mode or conf.mode,
+            exclude_namespaces=conf.exclude_namespaces.union(namespaces),
+            exclude_ports=(*conf.exclude_ports, *parse_ports(",".join(ports))),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the cluster's switch is damaged: {error}") from error
 
 
 def folders(conf: Json) -> tuple[str, str]:

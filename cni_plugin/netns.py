@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Network namespaces by path, through setns(2) (os.setns came with Python 3.12)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which pod is accelerated, and how: the operator's configuration and the pod's annotations.
 
 No function here fails a pod. An annotation that cannot be understood leaves the pod on plain TCP,
@@ -72,7 +73,10 @@ def may_concern_us(conf: Json, pod: Pod) -> bool:
     Such a pod is answered before the configuration is validated: neither an operator's mistake
     nor jsonschema's 60 ms shall reach it.
     """
-    return pod.in_mesh or names.ENABLED in pod.annotations or conf.get("scope", "mesh") != "mesh"
+    scope = conf.get("scope", "mesh")
+    if names.ENABLED in pod.annotations:
+        return True
+    return scope != "annotated" and (pod.in_mesh or scope != "mesh")
 
 
 def decide(conf: NetConf, pod: Pod, mode: tuple[str, str]) -> Decision:
@@ -96,11 +100,16 @@ def _against(conf: NetConf, pod: Pod, mode: tuple[str, str], enabled: bool | Non
     found = []
     if mode[0] == "off":
         found.append(f"the bypass is off on this node: {mode[1]}")
+    if conf.include_namespaces and pod.namespace not in conf.include_namespaces:
+        found.append(f"namespace {pod.namespace} is not included")
     if pod.namespace in conf.exclude_namespaces:
         found.append(f"namespace {pod.namespace} is excluded")
     if enabled is False:
         found.append(f"annotation {names.ENABLED} is false")
-    if not (pod.in_mesh or enabled or conf.scope == "all"):
+    if conf.scope == "annotated":
+        if enabled is None:
+            found.append(f"the pod does not ask for it by annotation {names.ENABLED}")
+    elif not (pod.in_mesh or enabled or conf.scope == "all"):
         found.append("the pod is not in the mesh")
     return found
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CNI execution protocol: environment and stdin in, one JSON document out.
 
 Source: SPEC.md 1.1.0 of containernetworking/cni, sections 2 and 5; where the specification is
@@ -76,10 +77,6 @@ class InvalidNetns(CniError):
 
 class TryAgainLater(CniError):
     code = 11
-
-
-class NotAvailable(CniError):
-    code = 50
 
 
 class CheckFailed(CniError):

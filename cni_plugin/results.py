@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """prevResult: given back in the configuration's version, and read for the pod's addresses.
 
 Source: SPEC.md of the tags spec-v0.2.0 to 1.1.0, section "Result Types". What differs between

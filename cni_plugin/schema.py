@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Validation of the configuration by jsonschema, which most calls can skip.
 
 Importing jsonschema takes about 60 ms, more than the rest of the plugin together, and a

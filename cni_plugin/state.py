@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the plugin remembers of its attachments, and the node's mode, in the state folder.
 
 One file per attachment, ``attachments/<containerID>:<ifname>.json``. ADD writes it before it
@@ -16,7 +17,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cni_plugin import names
 
@@ -194,6 +195,22 @@ class State:
             return "off", f"{path} cannot be read ({error}); run tcpip-bypass-node load"
         text = "; ".join(map(str, reasons)) if isinstance(reasons, list) else str(reasons)
         return mode, text or f"{path} says so"
+
+    def switch(self) -> dict[str, Any] | None:
+        """What the agent has read from the cluster's switch; None where there is none.
+
+        Raises ValueError for a file that is not a JSON object, OSError for one that cannot be read.
+        """
+        path = self.folder / names.SWITCH_JSON
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except _ABSENT:
+            return None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the cluster's switch, {path}, is damaged: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"the cluster's switch, {path}, is not a JSON object")
+        return found
 
 
 def _decode(text: bytes, key: Key) -> Attachment | None:

@@ -1,49 +1,53 @@
-"""STATUS: can this node accelerate a pod that is ADDed now?"""
+# SPDX-License-Identifier: Apache-2.0
+"""STATUS: can a pod be ADDed now? Always: one that cannot be accelerated is passed through.
+
+A runtime whose plugin fails here calls its node NotReady: no pod starts on it any more, and the
+cluster evicts those that run. So what is missing is said on stderr, and is no failure.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cni_plugin import attachment, bpfsys, cgroup, names, netconf, schema
-from cni_plugin.protocol import NotAvailable
+from cni_plugin import attachment, bpfsys, cgroup, log, names, netconf, schema
+from cni_plugin.protocol import CniError
 from cni_plugin.state import State
 
 if TYPE_CHECKING:
+    from cni_plugin.netconf import NetConf
     from cni_plugin.protocol import Request
 
 
 def status(request: Request) -> None:
-    """Raises NotAvailable with every reason, or InvalidConfig.
-
-    A configuration that turns the bypass off is no failure: ADD does what it asks for.
-    """
-    netconf.refuse_unsupported(request.conf)
-    schema.validate(request.conf, Path(netconf.folders(request.conf)[1]))
-    conf = netconf.parse(request.conf)
-    if conf.mode == "off":
-        return
-    problems = _problems(conf.bpffs)
-    if conf.mode == "auto":
-        mode, reason = State(conf.state_dir).node_mode()
-        if mode == "off":
-            problems.append(f"this node's mode is off: {reason}")
-    if problems:
-        raise NotAvailable("this node cannot accelerate pods", "; ".join(problems))
+    """Say why a pod that is ADDed now would not be accelerated, though the operator wants it."""
+    try:
+        netconf.refuse_unsupported(request.conf)
+        schema.validate(request.conf, Path(netconf.folders(request.conf)[1]))
+        conf = netconf.parse(request.conf)
+        missing = [] if conf.mode == "off" else _missing(conf)
+    except CniError as error:
+        missing = [str(error)]
+    if missing:
+        log.say(f"warning: pods are not accelerated: {'; '.join(missing)}")
 
 
-def _problems(bpffs: str) -> list[str]:
-    problems = []
+def _missing(conf: NetConf) -> list[str]:
+    found = []
     try:
         if cgroup.mount() is None:
-            problems.append("no cgroup2 file system is mounted")
+            found.append("no cgroup2 file system is mounted")
     except OSError as error:
-        problems.append(str(error))
+        found.append(str(error))
     try:
-        generation = attachment.current_generation(bpffs)
+        generation = attachment.current_generation(conf.bpffs)
         for pin in (names.SOCK_OPS, names.PODS, names.COUNTERS):
             with bpfsys.closing(generation.open(pin)):
                 pass
     except attachment.NotLoaded as error:
-        problems.append(str(error))
-    return problems
+        found.append(str(error))
+    if conf.mode == "auto":
+        mode, reason = State(conf.state_dir).node_mode()
+        if mode == "off":
+            found.append(f"this node's mode is off: {reason}")
+    return found

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """VERSION. CRI-O asks every plugin at each change of the conf folder, so: next to no imports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's side: the node program, and how everything gets onto a node."""
 
 from __future__ import annotations

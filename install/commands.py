@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of tcpip-bypass-node, without their command line."""
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import os
 import platform
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,11 @@ from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
 from cni_plugin.state import Attachment, State
-from install import freshness, installer, leaving, log, report
+from install import exits, freshness, installer, leaving, log, pauses, report
 from install import selftest as selftests
+from install import switch as switches
+from install.agent import bpffs
+from install.agent.schedule import NotDone
 from install.generations import Generation, Generations, is_bpffs
 from install.plugin_files import DoesNotRun
 from install.pods import attached_cgroups
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOCK_PATIENCE_S = 30.0
+OWN_PROC = Path("/proc")
 
 
 class NodeError(Exception):
@@ -36,10 +41,11 @@ class NodeError(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """One node, by its two folders."""
+    """One node, by its folders."""
 
     bpffs: Path
     state_dir: Path
+    conf_dir: Path | None = None  # the network configurations; None: the mode is never forced
 
     @property
     def generations(self) -> Generations:
@@ -82,12 +88,15 @@ class Node:
         return [record for record in records if record is not None]
 
 
-def selftest(_node: Node, *, as_json: bool) -> None:
-    """Tries this kernel and prints what was found; changes nothing on the node."""
+def selftest(_node: Node, *, as_json: bool) -> int:
+    """Tries this kernel and prints what was found; changes nothing on the node.
+
+    Returns the exit status, of install/exits.py.
+    """
     verdict = selftests.run()
     if as_json:
         print(json.dumps(verdict.as_json(), indent=1))
-        return
+        return exits.of_mode(verdict.mode)
     from rich.table import Table  # noqa: PLC0415 - see status()
 
     table = Table("", "what", "expected", "found")
@@ -98,12 +107,12 @@ def selftest(_node: Node, *, as_json: bool) -> None:
     console.print(f"Mode on kernel {platform.release()}: {verdict.mode}")
     for reason in verdict.reasons:
         console.print(f"  because of {reason}")
+    return exits.of_mode(verdict.mode)
 
 
-def load(node: Node) -> None:
+def load(node: Node, host_proc: Path = OWN_PROC) -> None:
     """Tries the kernel, then makes a new generation current; attached pods move over to it."""
-    if not is_bpffs(node.bpffs):
-        raise NodeError(f"{node.bpffs} is not on a bpffs; mount one: mount -t bpf bpf /sys/fs/bpf")
+    _mount_bpffs(node, host_proc)
     verdict = selftests.run()
     for reason in verdict.reasons:
         log.warning("mode", f"mode {verdict.mode} because of {reason}", mode=verdict.mode)
@@ -117,15 +126,36 @@ def load(node: Node) -> None:
         _write_node_json(node, verdict)
         generations = node.generations
         ours = generations.program_ids()
-        generation = generations.publish(programs)
+        # While the old programs are attached: they mend what their sockets leave behind (edge.h).
+        leaving.empty_all(generations.complete(), _folders(generations))
+        try:
+            generation = generations.publish(programs)
+        except BaseException:
+            for older in generations.complete():  # which goes on being the current one
+                older.retire(False)
+            raise
+        pauses.settle(node)  # ADD waits for the lock: no pod sees programs that should be paused
         try:
             _move_pods(node, generation, ours, verdict.mode)
         finally:
-            older = [each for each in generations.complete() if each != generation]
-            leaving.empty_all(older, _folders(generations))
             generations.remove_idle(_attached_ids(generations))
         if verdict.is_final:
             _write_node_json(node, verdict, freshness.mark(generation))
+
+
+def _mount_bpffs(node: Node, host_proc: Path) -> None:
+    """As the agent does, but never over files that a mistyped --bpffs would hide."""
+    folder = node.bpffs.parent
+    by_hand = f"{node.bpffs} is not on a bpffs; mount one: mount -t bpf bpf {folder}"
+    if is_bpffs(node.bpffs):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise NodeError(by_hand)
+    try:
+        bpffs.mount(node.bpffs, host_proc)
+    except NotDone as error:
+        raise NodeError(f"{by_hand} ({error})") from error
+    log.warning("bpffs_mounted", "mounted a bpffs, there was none", path=folder)
 
 
 def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) -> None:
@@ -189,15 +219,15 @@ def unload(node: Node) -> None:
         generations = node.generations
         ours = generations.program_ids()
         generations.withdraw()
-        pods = list(_folders(generations))
+        leaving.empty_all(generations.complete(), _folders(generations))
         for pod in attached_cgroups(ours):
             pod.take_out()
-        leaving.empty_all(generations.complete(), pods)
         generations.remove_all()
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for file in (names.NODE_JSON, names.JOINER_JSON):
+            written = (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON, *names.AGENT_LOGS)
+            for file in written:
                 (node.state_dir / file).unlink(missing_ok=True)
             node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
@@ -250,7 +280,7 @@ def uninstall(node: Node, places: installer.Places, *, purge: bool) -> None:
         )
 
 
-def join(node: Node, host_proc: Path) -> None:
+def join(node: Node) -> None:
     """Runs passes as they become due, until it is told to end."""
     from install.joiner import Joiner  # noqa: PLC0415 - for this command alone
     from install.passes import Runner  # noqa: PLC0415
@@ -264,7 +294,7 @@ def join(node: Node, host_proc: Path) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    Joiner(node.bpffs, node.state_dir, Runner(host_proc)).run(lambda: bool(told), stopped)
+    Joiner(node.bpffs, node.state_dir, Runner()).run(lambda: bool(told), stopped)
 
 
 def pause(node: Node, pod: str | None = None) -> None:
@@ -274,26 +304,31 @@ def pause(node: Node, pod: str | None = None) -> None:
     """
     with _locked_if_possible(node):
         if pod is not None:
-            pods = _ids_of(node, pod)
-            _change_paused_pods(node, lambda paused: paused | pods)
-        elif not _set_paused(node, True):
+            pods, alive = _ids_of(node, pod), _alive(node)
+            pauses.settle(node, lambda own: replace(own, pods=(own.pods | pods) & alive))
+        elif not pauses.settle(node, lambda own: replace(own, node=True)):
             raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
 
 
 def resume(node: Node, pod: str | None = None) -> None:
     """Undoes pause: everything, or what concerns one pod, may bypass again.
 
-    Each direction goes back to the bypass when its order rule allows.
+    Each direction goes back to the bypass when its order rule allows. What the cluster's switch
+    has paused stays so.
     """
     with _locked_if_possible(node):
         if pod is not None:
-            pods = _ids_of(node, pod)
-            _change_paused_pods(node, lambda paused: paused - pods)
-            return
-        if not _set_paused(node, False):
+            pods, alive = _ids_of(node, pod), _alive(node)
+            pauses.settle(node, lambda own: replace(own, pods=(own.pods - pods) & alive))
+        elif not pauses.settle(node, lambda _: pauses.Pauses()):
             raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
-        for generation in node.generations.complete():
-            generation.set_paused_pods(set())
+        held = switches.kept(node.state) or switches.Kept()
+    if held.holds_node or held.held_pods:
+        log.warning(
+            "switch_holds",
+            f"{'this node' if held.holds_node else 'some pods'} stay paused: the ConfigMap "
+            "that is the cluster's switch says so; resume there",
+        )
 
 
 def _ids_of(node: Node, pod: str) -> set[int]:
@@ -310,38 +345,33 @@ def _ids_of(node: Node, pod: str) -> set[int]:
     return found
 
 
-def _change_paused_pods(node: Node, change: Callable[[set[int]], set[int]]) -> None:
-    """Also forgets the paused pods that are no more."""
-    generations = node.generations
-    pods = attached_cgroups(generations.program_ids())
-    alive = {pod.record.id for pod in pods if pod.record is not None}
-    for generation in generations.complete():
-        generation.set_paused_pods(change(generation.paused_pods() & alive))
+def _alive(node: Node) -> set[int]:
+    """The IDs of the pods that are there: the pauses of others are to be forgotten."""
+    pods = attached_cgroups(node.generations.program_ids())
+    return {pod.record.id for pod in pods if pod.record is not None}
 
 
-def _set_paused(node: Node, paused: bool) -> int:
-    """Returns how many generations there are."""
-    generations = node.generations.complete()
-    for generation in generations:
-        generation.set_paused(paused)
-    return len(generations)
+def status(node: Node, *, as_json: bool, watch_s: float | None = None) -> int:
+    """Prints the node's state: a table for people, maybe live, or one JSON document.
 
-
-def status(node: Node, *, as_json: bool, watch_s: float | None = None) -> None:
-    """Prints the node's state: a table for people, maybe live, or one JSON document."""
+    Returns the exit status, of install/exits.py.
+    """
+    found = report.facts(node)
     if as_json:
-        print(json.dumps(report.report(node), indent=1))
-        return
+        print(json.dumps(report.as_json(found), indent=1))
+        return found.exit_status
     from install import status as tables  # noqa: PLC0415 - rich: 5 MB that the agent can do without
 
     console = _console()
     if watch_s is None:
-        tables.show(node, console)
+        tables.show(found, console)
     elif console.is_terminal:
         with contextlib.suppress(KeyboardInterrupt):
             tables.watch(node, console, watch_s)
+        return exits.WELL
     else:
         raise NodeError("--watch needs a terminal; for machines there is --json")
+    return found.exit_status
 
 
 def _console() -> Console:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder of network configurations: which one the runtime uses, and our entry in it.
 
 Which one, as their sources have it:
@@ -102,7 +103,11 @@ class ConfDir:
 
     def lacks(self, entry: Entry) -> bool:
         """Whether put_in would write."""
-        return self._put_in(entry, dry=True).changed
+        return self.would_put_in(entry).changed
+
+    def would_put_in(self, entry: Entry) -> Outcome:
+        """What put_in would do; nothing is written. Raises OSError."""
+        return self._put_in(entry, dry=True)
 
     def ours(self) -> Ours | None:
         """None when the configuration that the runtime uses is not there or does without us."""

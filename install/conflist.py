@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of a network configuration: is it valid to a runtime, and how our entry goes in and out.
 
 Entries are cut out of and put into the *text*: whatever else is in the file (key order, numbers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `--help` shows behind the options: command lines as an operator would type them."""
 
 from __future__ import annotations
@@ -19,6 +20,16 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
         ("the same, each second", "status --watch 1"),
         ("for a script", "status --json"),
     ],
+    "check": [
+        ("is this node well, and what is to be done", "check"),
+        ("is it fit, before anything is installed", "check --before-install"),
+    ],
+    "bugreport": [("what a maintainer asks for, in one archive", "bugreport")],
+    "estimate": [
+        ("what would bypass here; nothing is loaded", "estimate --seconds 60"),
+        ("with keys of our entry", """estimate --conf-json '{"scope": "all"}'"""),
+    ],
+    "compare": [("what the bypass brings, under your own load", "compare --seconds 120")],
     "selftest": [("before the first load on a new kernel", "selftest")],
     "install": [
         ("a node with containerd or CRI-O", "install"),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether this node has the programs of this version: a restart of the agent loads nothing anew."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bpffs folder: one generation of pinned programs and maps per load, one of them current.
 
 A load makes a new generation and swaps the symlink ``current`` over to it, so that the plugin
@@ -67,9 +68,10 @@ class Generation:
         others = self.flags() & ~abi.CONTROL_PAUSED
         self.set_flags(others | (abi.CONTROL_PAUSED if paused else 0))
 
-    def retire(self) -> None:
-        """From now on every visit takes sockets out of its sockhash, and none joins."""
-        self.set_flags(self.flags() | abi.CONTROL_LEAVE)
+    def retire(self, retired: bool = True) -> None:
+        """From now on every visit takes its sockets out of the sockhash; or again not."""
+        others = self.flags() & ~abi.CONTROL_LEAVE
+        self.set_flags(others | (abi.CONTROL_LEAVE if retired else 0))
 
     def paused_pods(self) -> set[int]:
         """The IDs of the pods all of whose bytes go by TCP."""
@@ -130,7 +132,7 @@ class Generations:
         try:
             programs.pin(generation.folder, bpfsys.obj_pin)
             if before in self.complete():  # else somebody has removed it, or a part of it
-                generation.set_flags(before.flags())
+                generation.set_flags(before.flags() & ~abi.CONTROL_LEAVE)
                 generation.set_paused_pods(before.paused_pods())
             staged = self.root / _STAGED
             staged.unlink(missing_ok=True)

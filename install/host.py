@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's own mounts and root, of which a pod sees little: found, and entered.
 
 ``proc`` is a /proc of the node's PID namespace. This process' own /proc means that it is in no pod:
@@ -64,14 +65,14 @@ def path_on_node(folder: Path, proc: Path) -> Path:
     finally:
         os.close(fd)
     number = int(info.partition("mnt_id:")[2].split()[0])
-    (mount,) = [each for each in _mounts(OWN_PROC / "self") if each.number == number]
-    inside = mount.root / folder.resolve().relative_to(mount.point)
     found = []
-    for each in _mounts(proc / "1"):
-        if each.device == mount.device and inside.is_relative_to(each.root):
-            path = each.point / inside.relative_to(each.root)
-            if _is(proc / "1/root" / path.relative_to("/"), here):
-                found.append((each.noexec == mount.noexec, len(each.root.parts), path))
+    for mount in (each for each in _mounts(OWN_PROC / "self") if each.number == number):
+        inside = mount.root / folder.resolve().relative_to(mount.point)
+        for each in _mounts(proc / "1"):
+            if each.device == mount.device and inside.is_relative_to(each.root):
+                path = each.point / inside.relative_to(each.root)
+                if _is(proc / "1/root" / path.relative_to("/"), here):
+                    found.append((each.noexec == mount.noexec, len(each.root.parts), path))
     if not found:
         raise FileNotFoundError(
             errno.ENOENT, "it is nowhere in the node's mount namespace", str(folder)

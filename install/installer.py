@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Install and uninstall: the plugin's program and our entry, in the order that is always safe.
 
 A program that the network configuration names and that is missing or broken stops every pod of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The joiner: begins a pass over a pod when what its connections miss is what a pass costs.
 
 Without it everything goes on; only new connections stay on TCP. All passes together take at most a
@@ -10,6 +11,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import json
+import math
 import os
 import select
 import sys
@@ -31,6 +33,9 @@ EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 FIRST_COST = 500  # of a pass, in exchanges; data_path/due.h has the same
 LEAST_COST = 50
 LOOK_S = 2.0  # how often for new generations, and for events that were lost
+BEAT_S = 20.0  # how often, at least, its file is written: `check` looks how old that is
+HELD_S = 60.0  # how long a pod is left out after a pass that did not end, or failed
+FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -126,6 +131,31 @@ class Passes:
             staged.rename(path)
 
 
+def silent_s(state_dir: Path) -> float | None:
+    """How long ago a joiner last wrote its file, in seconds; None when none has."""
+    try:
+        return time.time() - (state_dir / names.JOINER_JSON).stat().st_mtime
+    except OSError:
+        return None
+
+
+@dataclass
+class Step:
+    """When the next pass over a pod may be that no waiting connection has earned: for the steps of
+    sockets that leave. One whose reader rests may take for ever, so the pauses grow."""
+
+    pause_s: float = FIRST_STEP_S
+    not_before: float = 0.0
+    held: bool = False  # the last pass did not end, or failed
+
+    def left_s(self) -> float:
+        return self.not_before - time.monotonic()
+
+    def take(self, *, again: bool) -> None:
+        self.pause_s = min(2 * self.pause_s, LONGEST_STEP_S) if again else FIRST_STEP_S
+        self.not_before = time.monotonic() + self.pause_s
+
+
 @dataclass
 class Joiner:
     """Serves all generations of one node."""
@@ -136,9 +166,11 @@ class Joiner:
     done: Passes = Passes()
     _opened: dict[str, Opened] = field(default_factory=dict)
     _folders: dict[int, Path] = field(default_factory=dict)
+    _steps: dict[int, Step] = field(default_factory=dict)  # by pod
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
-    _retired_at: float = 0.0
+    _written_at: float = -math.inf
+    _retiring: Step = field(default_factory=Step)
     _credit_ns: float = BURST_NS
     _counted_at: float = field(default_factory=time.monotonic)
     _troubled: set[int] = field(default_factory=set)
@@ -151,8 +183,10 @@ class Joiner:
                 self._look_for_generations()
                 wait_s = self._serve()
                 self.done = replace(self.done, left=self.runner.left())
-                if self.done != before:
+                is_silent = self._opened and time.monotonic() - self._written_at >= BEAT_S
+                if self.done != before or is_silent:
                     self.done.write(self.state_dir)
+                    self._written_at = time.monotonic()
                 fds = [each.bell.fd for each in self._opened.values()]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
                 for each in self._opened.values():
@@ -176,17 +210,26 @@ class Joiner:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
         self._earn()
         due = [
-            (waiting.missed, each, pod_id)
+            (waiting, each, pod_id)
             for each in self._opened.values()
             for pod_id, waiting in each.pending().items()
         ]
-        for _, each, pod_id in sorted(due, key=lambda one: one[0], reverse=True):
+        wait_s = LOOK_S
+        for waiting, each, pod_id in sorted(due, key=lambda one: one[0].missed, reverse=True):
             if self._credit_ns <= 0:
                 break
-            self._pass(each, pod_id)
+            step = self._steps.setdefault(pod_id, Step())
+            is_step = waiting.missed < waiting.cost or step.held
+            if is_step and step.left_s() > 0:
+                wait_s = min(wait_s, step.left_s())
+                continue
+            step.take(again=is_step)
+            step.held = not self._pass(each, pod_id)
+            if step.held:
+                step.not_before += HELD_S
         self._retire()
         if self._credit_ns > 0:
-            return LOOK_S
+            return wait_s
         return min(LOOK_S, -self._credit_ns / 1e9 / SHARE + 0.001)
 
     def _earn(self) -> None:
@@ -198,19 +241,21 @@ class Joiner:
     def _retire(self) -> None:
         """Old generations: what a load could not take out of them leaves when it can."""
         current = Generations(self.bpffs).current()
-        if time.monotonic() - self._retired_at < LOOK_S:
+        old = [each for each in self._opened.values() if each.generation != current]
+        if self._retiring.left_s() > 0 or not any(each.generation.has_sockets() for each in old):
             return
-        self._retired_at = time.monotonic()
-        for each in self._opened.values():
-            if each.generation != current and each.generation.has_sockets():
-                self._scan()
-                for pod_id in self._folders:
+        self._retiring.take(again=True)
+        self._scan()
+        for each in old:
+            for pod_id in self._folders:
+                if self._credit_ns > 0:
                     self._pass(each, pod_id)
 
-    def _pass(self, opened: Opened, pod_id: int) -> None:
+    def _pass(self, opened: Opened, pod_id: int) -> bool:
+        """Whether it ended in time."""
         folder = self._folder(pod_id)
         if folder is None:
-            return
+            return True
         opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST))
         try:
             spent_ns = self.runner.run(opened.visit, folder)
@@ -218,9 +263,8 @@ class Joiner:
             if pod_id not in self._troubled:
                 log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)
             self._troubled.add(pod_id)
-            self._credit_ns -= BURST_NS  # not again at once
             self.done = replace(self.done, failed=self.done.failed + 1)
-            return
+            return False
         self._troubled.discard(pod_id)
         self._credit_ns -= spent_ns
         self.done = replace(
@@ -228,6 +272,7 @@ class Joiner:
         )
         before = self._costs.get(pod_id, FIRST_COST)
         self._costs[pod_id] = max(LEAST_COST, (3 * before + spent_ns // EXCHANGE_NS) // 4)
+        return True
 
     def _folder(self, pod_id: int) -> Path | None:
         """The pod's cgroup; None when it has none any more, or none has been seen yet."""
@@ -239,6 +284,7 @@ class Joiner:
         self._scan()
         if pod_id not in self._folders:
             self._costs.pop(pod_id, None)
+            self._steps.pop(pod_id, None)
             for each in self._opened.values():
                 each.forget(pod_id)
         return self._folders.get(pod_id)

@@ -1,8 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes the sockets of a generation out of its sockhash, as `unload` and a new `load` do."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 from cni_plugin import names
 from install import log
 from install.generations import Generation, opened
-from install.passes import visit_pod
+from install.passes import PassTimeout, Runner
 
 PATIENCE_S = 5.0
 _PAUSE_S = 0.01  # between passes: a socket leaves in three of them
@@ -27,15 +27,22 @@ def empty(generation: Generation, folders: Iterable[Path], patience_s: float = P
         generation.set_paused(True)
         return not generation.has_sockets()
     deadline = time.monotonic() + patience_s
-    pods = list(folders)
-    with opened(generation.folder / names.VISIT) as visit:
-        while generation.has_sockets():
-            if time.monotonic() > deadline:
-                return False
-            for pod in pods:
-                with contextlib.suppress(FileNotFoundError):
-                    visit_pod(visit, pod)
-            time.sleep(_PAUSE_S)
+    pods, runner = set(folders), Runner()
+    try:
+        with opened(generation.folder / names.VISIT) as visit:
+            while generation.has_sockets():
+                if time.monotonic() > deadline:
+                    return False
+                for pod in sorted(pods):
+                    try:
+                        runner.run(visit, pod)
+                    except BlockingIOError:
+                        continue  # the joiner is at it
+                    except (PassTimeout, EOFError, OSError):
+                        pods.discard(pod)  # gone, or a pass that does not end
+                time.sleep(_PAUSE_S)
+    finally:
+        runner.close()
     return True
 
 

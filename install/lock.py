@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A lock on a folder, for as long as a process lives."""
 
 from __future__ import annotations

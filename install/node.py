@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """tcpip-bypass-node: what an operator, or the agent, does to one node."""
 
 from __future__ import annotations
@@ -5,12 +6,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from bpf.loader import LoadError
 from cni_plugin import names
 from cni_plugin.attachment import NotLoaded
-from install import commands, examples, installer, log, paths
+from install import VERSION, bugreport, commands, examples, exits, installer, log, paths
+from install.check import command as check
 from install.lock import FolderLock
 from install.plugin_files import InstallError
 
@@ -26,16 +29,26 @@ def _places() -> argparse.ArgumentParser:
         ("--cni-conf-dir", paths.CNI_CONF_DIR, "the network configurations"),
         ("--cni-bin-dir", paths.CNI_BIN_DIR, "the plugins' programs"),
         ("--plugin-dir", paths.plugin_dir(), "the frozen plugin to install"),
-        ("--host-proc", Path("/proc"), "the /proc of the host"),
     ):
-        places.add_argument(
-            option,
-            type=Path,
-            default=default,
-            metavar="DIR",
-            help=f"{help_text}; default: %(default)s",
-        )
+        _folder_option(places, option, default, help_text)
+    _host_proc_option(places)
     return places
+
+
+def _folder_option(
+    parser: argparse.ArgumentParser, option: str, default: Path, help_text: str
+) -> None:
+    parser.add_argument(
+        option,
+        type=Path,
+        default=default,
+        metavar="DIR",
+        help=f"{help_text}; default: %(default)s",
+    )
+
+
+def _host_proc_option(parser: argparse.ArgumentParser) -> None:
+    _folder_option(parser, "--host-proc", commands.OWN_PROC, "the /proc of the host")
 
 
 def places_of(arguments: argparse.Namespace) -> installer.Places:
@@ -60,6 +73,17 @@ def _cri_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _measuring_options(parser: argparse.ArgumentParser, seconds: float, seconds_help: str) -> None:
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=seconds,
+        metavar="N",
+        help=f"{seconds_help}; default: %(default)s",
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+
+
 def _agent_options(parser: argparse.ArgumentParser) -> None:
     _cri_option(parser)
     parser.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
@@ -73,6 +97,12 @@ def _agent_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--per-pod-metrics", action="store_true", help="also series for each pod, in /metrics"
+    )
+    parser.add_argument(
+        "--switch-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the ConfigMap is mounted that holds for the whole cluster",
     )
     parser.add_argument("--once", action="store_true", help="do everything once, and end")
 
@@ -95,7 +125,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=log.FORMATS,
         help="of the lines on stderr; default: logfmt for the agent, else plain",
     )
+    folders.add_argument(
+        "--log-level",
+        choices=log.LEVELS,
+        default=log.LEVELS[0],
+        help="the least grave lines on stderr; default: %(default)s",
+    )
     parser = argparse.ArgumentParser(prog="tcpip-bypass-node", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     commands_of = parser.add_subparsers(dest="command", required=True)
 
     def command(
@@ -105,9 +142,13 @@ def build_parser() -> argparse.ArgumentParser:
             name, parents=[folders, *parents], help=help_text, description=help_text
         )
 
-    command("load", "Compile the programs for this kernel and pin them; running pods move over.")
+    load = command(
+        "load", "Compile the programs for this kernel and pin them; running pods move over."
+    )
+    _host_proc_option(load)
     command("unload", "Send all connections back to TCP, detach every pod and unpin everything.")
     status = command("status", "Show whether this node accelerates, and its pods' counters.")
+    _folder_option(status, "--cni-conf-dir", paths.CNI_CONF_DIR, "the network configurations")
     form = status.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="for machines")
     form.add_argument(
@@ -121,6 +162,23 @@ def build_parser() -> argparse.ArgumentParser:
     selftest = command("selftest", "Try this kernel and say what may be switched on here.")
     selftest.add_argument("--json", action="store_true", help="for machines")
     places = _places()
+    checking = command("check", "Say whether this node is well, and what to do if not.", places)
+    _cri_option(checking)
+    check.options(checking)
+    reporting = command(
+        "bugreport", "Put what is needed to find a fault here into one archive.", places
+    )
+    _cri_option(reporting)
+    bugreport.options(reporting)
+    estimating = command(
+        "estimate", "Say what would bypass here; loads and writes nothing.", places
+    )
+    _cri_option(estimating)
+    estimating.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
+    _measuring_options(estimating, 10.0, "how long to look")
+    comparing = command("compare", "Pause and resume a few times, and say what the bypass brings.")
+    _host_proc_option(comparing)
+    _measuring_options(comparing, 120.0, "how long it may take")
     install = command("install", "Put the plugin and its entry in place, or repair them.", places)
     install.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
     uninstall = command(
@@ -135,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     _cri_option(gc)
     gc.add_argument("--adopt", action="store_true", help="and accelerate those that we missed")
     gc.add_argument("--json", action="store_true", help="for machines")
-    command("join", "Let connections join the bypass as they become known, until ended.", places)
+    command("join", "Let connections join the bypass as they become known, until ended.")
     _agent_options(command("agent", "Do all of this, and keep it so until it is ended.", places))
     one_pod = argparse.ArgumentParser(add_help=False)
     one_pod.add_argument(
@@ -151,18 +209,20 @@ def main() -> int:
     """The entry point; returns the exit status."""
     arguments = build_parser().parse_args()
     said = f"tcpip-bypass-node {arguments.command}:"
+    failed = exits.NOT if arguments.command in exits.REPORTING else 1
     if os.geteuid() != 0:
         print(f"{said} this must run as root", file=sys.stderr)
-        return 1
+        return failed
     is_agent = arguments.command == "agent"
     arguments.log_format = arguments.log_format or ("logfmt" if is_agent else "plain")
-    log.setup(arguments.log_format)
-    node = commands.Node(arguments.bpffs, arguments.state_dir)
+    log.setup(arguments.log_format, arguments.log_level)
+    conf_dir = getattr(arguments, "cni_conf_dir", None)
+    node = commands.Node(arguments.bpffs, arguments.state_dir, conf_dir)
     try:
         return _run(node, arguments)
     except (commands.NodeError, InstallError, LoadError, NotLoaded, OSError) as error:
         log.error("failed", f"{said} {error}", command=arguments.command)
-        return 1
+        return failed
 
 
 def _run(node: commands.Node, arguments: argparse.Namespace) -> int:
@@ -170,27 +230,47 @@ def _run(node: commands.Node, arguments: argparse.Namespace) -> int:
     command = arguments.command
     if command in ("uninstall", "unload"):
         _refuse_beside_an_agent(node)
+    if command in _LOOKING:
+        return _LOOKING[command](node, arguments)
     if command in ("agent", "gc"):
         from install.agent import command as of_agent  # noqa: PLC0415 - brings a web server
 
         run = of_agent.agent if command == "agent" else of_agent.gc
         return run(node, places_of(arguments), arguments)
-    if command == "status":
-        commands.status(node, as_json=arguments.json, watch_s=arguments.watch)
-    elif command == "selftest":
-        commands.selftest(node, as_json=arguments.json)
+    if command == "compare":
+        from install import compare  # noqa: PLC0415 - pyroute2: 130 ms
+
+        return compare.run(node, arguments.host_proc, arguments)
+    if command == "load":
+        commands.load(node, arguments.host_proc)
     elif command == "install":
         options = arguments.conf_json and installer.parse_options(arguments.conf_json)
         commands.install(node, places_of(arguments), options)
     elif command == "uninstall":
         commands.uninstall(node, places_of(arguments), purge=arguments.purge)
     elif command == "join":
-        commands.join(node, arguments.host_proc)
+        commands.join(node)
     elif command in ("pause", "resume"):
         (commands.pause if command == "pause" else commands.resume)(node, arguments.pod)
     else:
         getattr(commands, command)(node)
     return 0
+
+
+def _estimate(node: commands.Node, arguments: argparse.Namespace) -> int:
+    from install.estimate import command as estimate  # noqa: PLC0415 - pyroute2: 130 ms
+
+    return estimate.run(node, places_of(arguments), arguments)
+
+
+# Those that change nothing on the node.
+_LOOKING: dict[str, Callable[[commands.Node, argparse.Namespace], int]] = {
+    "bugreport": lambda node, given: bugreport.run(node, places_of(given), given),
+    "check": lambda node, given: check.run(node, places_of(given), given),
+    "estimate": _estimate,
+    "selftest": lambda node, given: commands.selftest(node, as_json=given.json),
+    "status": lambda node, given: commands.status(node, as_json=given.json, watch_s=given.watch),
+}
 
 
 def _refuse_beside_an_agent(node: commands.Node) -> None:

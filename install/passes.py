@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Passes: visits to the open files of a pod's processes, in which its sockets join or leave.
 
 A visit takes and drops a reference to each open file, as lsof does. When the process closes a file
@@ -8,7 +9,7 @@ can take long. So passes run in a process of their own, which may be left behind
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import fcntl
 import json
 import os
 import select
@@ -29,13 +30,20 @@ OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
 def visit_pod(visit: int, folder: Path) -> int:
     """One pass over the processes below a cgroup; returns how many there were.
 
-    ``visit`` is the program, by its file descriptor. Raises OSError when the kernel refuses it.
+    ``visit`` is the program, by its file descriptor. Raises OSError when the kernel refuses it;
+    BlockingIOError while another process runs a pass over the same pod, since two visits to one
+    socket at once would write the same memory.
     """
     visited = 0
-    for pid in _processes(folder):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            bpfsys.visit_files(visit, pid)
-            visited += 1
+    with (folder / "cgroup.procs").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            for pid in _processes(folder):
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    bpfsys.visit_files(visit, pid)
+                    visited += 1
+        finally:  # closing is not enough: a child forked meanwhile would keep the lock
+            fcntl.flock(lock, fcntl.LOCK_UN)
     return visited
 
 
@@ -53,11 +61,10 @@ class PassTimeout(Exception):
 class Runner:
     """Runs passes one by one in a process of its own, and another one when that does not answer.
 
-    The process is of the host's PID namespace, whose numbers cgroups show, and of a cgroup of its
-    own: what becomes of it does not keep the agent's pod from ending.
+    The process is in a cgroup of its own: what becomes of it does not keep the agent's pod from
+    ending. It must be in the host's PID namespace, whose numbers cgroups show (hostPID).
     """
 
-    host_proc: Path = Path("/proc")
     _worker: _Worker | None = None
     _left: list[_Worker] = field(default_factory=list)
 
@@ -70,7 +77,7 @@ class Runner:
         if len(self._left) >= MOST_LEFT:
             raise PassTimeout(f"{len(self._left)} passes have not ended; no new one is begun")
         if self._worker is None:
-            self._worker = _Worker.start(self.host_proc)
+            self._worker = _Worker.start()
         worker, self._worker = self._worker, None
         try:
             cost_ns = worker.ask(visit, folder)
@@ -102,14 +109,14 @@ class _Worker:
     line: socket.socket
 
     @staticmethod
-    def start(host_proc: Path) -> _Worker:
-        """Forks twice: a process enters another PID namespace only with its children."""
+    def start() -> _Worker:
+        """Forks twice, so that its end need not be waited for."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         child = os.fork()
         if not child:
             try:
                 ours.close()
-                _enter_host(host_proc)
+                _leave_container()
                 pid = os.fork()
                 if not pid:
                     _serve(theirs)
@@ -148,20 +155,14 @@ class _Worker:
             self.line.shutdown(socket.SHUT_WR)
 
 
-def _enter_host(host_proc: Path) -> None:
-    """Into the host's PID namespace, and out of the container's cgroup, as far as possible."""
+def _leave_container() -> None:
+    """Into a cgroup of its own, so that the container can end before this process does."""
     mount = cgroup.mount()
     if mount is not None:
         with contextlib.suppress(OSError):
             own = mount / OWN_CGROUP
             own.mkdir(exist_ok=True)
             (own / "cgroup.procs").write_text(str(os.getpid()))
-    libc = ctypes.CDLL(None, use_errno=True)
-    with (
-        contextlib.suppress(OSError),
-        bpfsys.closing(os.open(host_proc / "1/ns/pid", os.O_RDONLY | os.O_CLOEXEC)) as fd,
-    ):
-        libc.setns(fd, 0x20000000)  # CLONE_NEWPID, linux/sched.h
 
 
 def _serve(line: socket.socket) -> None:

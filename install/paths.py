@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where things of other programs' are on a node, and where the frozen plugin comes from."""
 
 from __future__ import annotations

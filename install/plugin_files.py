@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frozen plugin's folder on a node, and how one is replaced by another while pods come and go.
 
 ``<bin-dir>/tcpip-bypass`` is a symbolic link into ``<bin-dir>/.tcpip-bypass/<digest>/``; a version
@@ -140,10 +141,14 @@ class PluginFiles:
             raise DoesNotRun("the plugin was removed from this node")
         self._try(self.link)
 
-    def _try(self, program: Path) -> None:
-        """As the node would run it. Raises as check_runs()."""
+    def check_source_runs(self) -> None:
+        """Of the plugin that is to be installed, where it is now. Raises as check_runs()."""
+        self._try(self.source / names.PLUGIN, self.source)
+
+    def _try(self, program: Path, folder: Path | None = None) -> None:
+        """As the node would run it. Raises as check_runs(). ``folder`` is one that it is below."""
         try:
-            on_node = self._on_node(program)
+            on_node = self._on_node(program, folder or self.bin_dir)
             why = trial.why_not(on_node, self.proc)
         except (OSError, trial.NotTried) as error:
             raise InstallError(
@@ -152,11 +157,11 @@ class PluginFiles:
         if why:
             raise DoesNotRun(f"the node cannot run the plugin: {why}")
 
-    def _on_node(self, program: Path) -> Path:
+    def _on_node(self, program: Path, folder: Path) -> Path:
         """What the node calls it."""
         if self.proc == host.OWN_PROC:
             return program
-        return host.path_on_node(self.bin_dir, self.proc) / program.relative_to(self.bin_dir)
+        return host.path_on_node(folder, self.proc) / program.relative_to(folder)
 
     def _current(self) -> Path | None:
         """The folder in our store that the link names."""

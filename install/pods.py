@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pods that have our programs, as the kernel knows them.
 
 The state folder says what ADD meant to do; the kernel says what is. Whoever moves or takes out

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the self-test tries on a kernel: one small behaviour of a connection each.
 
 Every probe opens connections of its own on loopback and returns what it found. The self-test
@@ -127,8 +128,10 @@ def fionread_bypassed() -> Found:
 
 def fionread_tcp() -> Found:
     """FIONREAD for bytes that came by TCP to a socket in the sockhash."""
-    with connected() as (client, server):  # while the programs are paused
+    with connected() as (client, server):
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # what is corked goes by TCP
         server.sendall(b"x" * 1000)
+        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
         select.select([client], [], [], TIMEOUT_S)
         return {"FIONREAD": unread_bytes(client)}
 

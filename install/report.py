@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What there is on this node: read from the kernel and the state folder, told to nobody yet."""
 
 from __future__ import annotations
@@ -5,16 +6,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
+import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bpf import abi, stats
 from bpf.stats import HopCounters
 from cni_plugin import bpfsys, names
 from cni_plugin.state import Attachment
+from install import VERSION, exits, pauses
+from install import switch as switches
+from install.conf_dir import ConfDir
 from install.generations import Generation, opened
 from install.pods import programs_of
+from install.switch import Kept
 
 if TYPE_CHECKING:
     from install.commands import Node
@@ -48,43 +55,63 @@ class Facts:
     attachments: list[Attachment]
     attached: frozenset[int]  # IDs of the pods whose programs are where they should be
     failures: list[Failure]
-    plugin_problem: str  # why the node cannot run the plugin; empty when it can
+    plugin_problem: str = ""  # why the node cannot run the plugin; empty when it can
+    switch: Kept = field(default_factory=Kept)  # the cluster's
+    forced: str | None = None  # the mode that the network configuration forces, if it does
+
+    @property
+    def mode_in_force(self) -> str:
+        """What holds for pods that start now."""
+        named = self.switch.switch.mode or self.forced or "auto"
+        return self.mode if named == "auto" else named
+
+    @property
+    def exit_status(self) -> int:
+        """Of install/exits.py: whether the bypass is on, and for every pod that is to have it."""
+        if self.current not in self.generations:
+            return exits.NOT
+        lost = {record.pod_id for record in self.attachments} - self.attached
+        if self.paused or self.paused_pods or lost or self.failures or self.plugin_problem:
+            return max(exits.LESS, exits.of_mode(self.mode_in_force))
+        return exits.of_mode(self.mode_in_force)
 
 
 def facts(node: Node) -> Facts:
     """Raises OSError when the kernel or a folder cannot be read."""
     complete = node.generations.complete()
+    paused = pauses.in_kernel(complete)
     mode, reason = node.state.node_mode()
     attachments = node.attachments()
     return Facts(
         current=node.generations.current(),
         generations=complete,
-        paused=_paused(complete),
-        paused_pods=_paused_pods(complete),
+        paused=paused.node,
+        paused_pods=paused.pods,
         mode=mode,
         reason=reason,
         attachments=attachments,
         attached=frozenset(record.pod_id for record in attachments if programs_of(record)),
         failures=_failures(node),
         plugin_problem=node.plugin_problem,
+        switch=switches.kept(node.state) or Kept(),
+        forced=forced_mode(node),
     )
 
 
-def _paused(generations: list[Generation]) -> bool:
-    """Whether there are any, and all of them are."""
-    flags = []
-    for generation in generations:
-        with contextlib.suppress(FileNotFoundError):  # removed by a load since it was listed
-            flags.append(generation.flags() & abi.CONTROL_PAUSED)
-    return bool(flags) and all(flags)
+def forced_mode(node: Node) -> str | None:
+    """The mode that the node's network configuration forces; None when it leaves it to us."""
+    if node.conf_dir is None:
+        return None
+    ours = ConfDir(node.conf_dir).ours()
+    if ours is None or ours.entry.get("stateDir", names.STATE_DIR) != str(node.state_dir):
+        return None
+    mode = ours.entry.get("mode")
+    return mode if mode in names.MODES else None
 
 
-def _paused_pods(generations: list[Generation]) -> frozenset[int]:
-    paused: set[int] = set()
-    for generation in generations:
-        with contextlib.suppress(FileNotFoundError):  # as above
-            paused |= generation.paused_pods()
-    return frozenset(paused)
+def node_name() -> str:
+    """The node's name as Kubernetes has it, where the DaemonSet tells; else its host name."""
+    return os.environ.get("NODE_NAME") or platform.node()
 
 
 def _failures(node: Node) -> list[Failure]:
@@ -157,14 +184,24 @@ class Growth:
 
 def report(node: Node) -> dict[str, Any]:
     """What `status --json` prints."""
-    found = facts(node)
+    return as_json(facts(node))
+
+
+def as_json(found: Facts) -> dict[str, Any]:
+    """The node's state with its pods' counters, as one JSON document."""
     pods = by_pod(counters(found.generations, [record.pod_id for record in found.attachments]))
     return {
+        "version": VERSION,
+        "kernel": platform.release(),
+        "node": node_name(),
         "loaded": found.current is not None,
         "generation": found.current.number if found.current else None,
         "older_generations": [g.number for g in found.generations if g != found.current],
         "paused": found.paused,
+        "switch": found.switch.switch.as_json(),
         "mode": found.mode,
+        "forced_mode": found.forced,
+        "mode_in_force": found.mode_in_force,
         "reason": found.reason,
         "plugin_problem": found.plugin_problem or None,
         "pods": [_pod(record, found, pods.get(record.pod_id, {})) for record in found.attachments],
@@ -184,6 +221,7 @@ def _pod(record: Attachment, found: Facts, hops: Hops) -> dict[str, Any]:
         "attached": record.pod_id in found.attached,
         "paused": record.pod_id in found.paused_pods,
         "proxy_only": bool(record.flags & abi.POD_PROXY_ONLY),
+        "forced": bool(record.flags & abi.POD_FORCED),
         "excluded_ports": record.excluded_ports,
         "hops": {hop: asdict(counted) for hop, counted in hops.items()},
     }

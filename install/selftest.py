@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tries this kernel before it is trusted, and decides what may be switched on.
 
 A version number proves nothing: distributions backport both the bugs and the mends. So the
@@ -40,7 +41,8 @@ FULL, PROXY_ONLY, OFF = names.MODES
 # Without these right, only sidecars may be touched: they never ask for FIONREAD, applications
 # such as nginx and Java do. Without any other, nothing may.
 TCP_ONLY = "fionread_tcp"
-APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY)
+SPLICE = "splice"
+APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY, SPLICE)
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,6 @@ def _behaviour() -> list[Check]:
         with _accelerated(programs, folder):
             bypassed = _probe(folder)
             counters = _counters(programs)
-            # In the sockhash, and yet every byte by TCP.
-            paused = bytes(abi.Control(abi.CONTROL_PAUSED, 0))
-            bpfsys.map_update(programs.fds[names.CONTROL], bytes(4), paused)
-            bypassed |= _probe(folder, TCP_ONLY)
     share = Check(
         "bypass",
         "Bytes between two sockets go past TCP/IP",
@@ -113,7 +111,14 @@ def _behaviour() -> list[Check]:
         f"{counters.bypassed_bytes} of {counters.bypassed_bytes + counters.tcp_bytes} bytes",
         counters.bypassed_bytes > 0,
     )
-    return [share, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+    splice = Check(
+        SPLICE,
+        "A reader that splices from its socket is seen",
+        "seen",
+        programs.blind_to_splice or "seen",
+        not programs.blind_to_splice,
+    )
+    return [share, splice, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
 
 
 def compare(name: str, plain: dict[str, Any], bypassed: dict[str, Any]) -> Check:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`status` for a person: a table per pod and hop, once with totals, or live with rates."""
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ NAMES_FIT = 120  # columns of a terminal in which a pod's name need not be folde
 SHORT_ID = 13  # characters of a container ID, as crictl prints and takes them
 
 
-def show(node: Node, console: Console) -> None:
+def show(found: Facts, console: Console) -> None:
     """Prints the node's state and what its pods have counted since their ADD."""
-    found = report.facts(node)
     console.print(_page(found, report.by_pod(_read(found)), console.width))
 
 
@@ -75,8 +75,7 @@ def _head(found: Facts) -> Iterator[RenderableType]:
         attached = sum(record.pod_id in found.attached for record in found.attachments)
         yield Text.assemble(
             (f"{attached} pod{'' if attached == 1 else 's'} accelerated", "bold"),
-            f" by generation {found.current.number}, mode {found.mode}",
-            "" if found.mode == "full" else f": {found.reason}",
+            f" by generation {found.current.number}, mode {_mode(found)}",
         )
     elif older or found.attachments:
         yield Text("Half unloaded: run tcpip-bypass-node unload again, or load.", "red")
@@ -84,10 +83,19 @@ def _head(found: Facts) -> Iterator[RenderableType]:
         yield "Not loaded: pods on this node use plain TCP. Run tcpip-bypass-node load."
     if found.plugin_problem:
         yield Text(f"No new pod is accelerated: {found.plugin_problem}", "red")
-    if found.paused:
+    if found.switch.switch.is_stop:
+        yield Text("Paused for the whole cluster, by its switch (a ConfigMap).", "yellow")
+    elif found.paused:
         yield Text("Paused: all bytes go by TCP until tcpip-bypass-node resume.", "yellow")
     if older:
         yield f"Older generations that still have connections: {', '.join(map(str, older))}"
+
+
+def _mode(found: Facts) -> str:
+    allowed = found.mode if found.mode == "full" else f"{found.mode}: {found.reason}"
+    if found.forced is None:
+        return allowed
+    return f"{found.forced}, which the configuration forces; the self-test allows {allowed}"
 
 
 def _table(found: Facts, pods: dict[int, Hops], width: int, passed_s: float | None) -> Table:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether the node can run a plugin: tried as its runtime would start it, and if not, why not.
 
 That is in the node's mounts and root, not in those of the agent's pod, with nothing in the

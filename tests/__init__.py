@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Unit tests, integration tests, the testbed they share, and the demo."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Capabilities by name, without the prefix CAP_; and a program with some of them only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m tests.words: how plainly the project is written, as numbers against ceilings.
 
 Part of `make lint`. It reads the comments of C, the comments and docstrings of Python, and the

@@ -39,16 +39,16 @@ static __always_inline void tb_end_probes(struct bpf_sock_ops *skops, struct tb_
 	conn->own.idle_s = 0;
 }
 
-/* The reader sends a packet. */
+/* The reader sends a packet. It may have left since its short read. */
 static __always_inline void tb_refresh_edge(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	int lowat = tb_read32(conn->me.sk + OFF_SOCK_RCVLOWAT);
+	int is_behind = TB_PEERS(__u32, conn, is_behind), lowat;
 
-	if (!TB_PEERS(__u32, conn, is_behind))
-		return tb_end_probes(skops, conn);
-	tb_probe(skops, conn);
-	if (!tb_is_empty(conn->at.psock) ||
-	    tb_read32(conn->me.sk + OFF_TCP_SOCK_COPIED_SEQ) == skops->rcv_nxt)
+	if (is_behind && tb_membership(conn->state) != TB_OUT && !tb_is_empty(conn->at.psock))
+		return tb_probe(skops, conn);
+	tb_end_probes(skops, conn);
+	if (!is_behind || tb_read32(conn->me.sk + OFF_TCP_SOCK_COPIED_SEQ) == skops->rcv_nxt)
 		return;
+	lowat = tb_read32(conn->me.sk + OFF_SOCK_RCVLOWAT);
 	bpf_setsockopt(skops, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }

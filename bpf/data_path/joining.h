@@ -12,13 +12,15 @@
  * ask is asked anew, and once more after it has joined what another thread may have changed.
  *
  * RULE (leaving). What lies unread in a removed socket's bypass queue is lost, and a redirect to it
- * on its way fails. So a socket leaves in three visits, each of a pass of its own:
- *   1. The first writes TB_LEAVING. The peer's sends that begin from then on see it, and bypass
+ * on its way fails. What it has bypassed itself must have been read, too: else its next bytes, by
+ * TCP, lie behind that, and edge.h knows nothing of it. So a socket leaves in three visits, each of a
+ * pass of its own:
+ *   1. The first writes TB_LEAVING. Sends at both ends that begin from then on see it, and bypass
  *      nothing into an empty queue.
- *   2. The second finds no thread inside a call at the peer: its psock has the sockhash's reference
- *      alone. It notes how many sends the peer has begun on the bypass.
- *   3. The third finds that number again, no thread inside a call at either end, and the queue
- *      empty. So no redirect is on its way, none has begun since 2, and none can begin.
+ *   2. The second notes how many sends have begun on the bypass, and then finds no thread inside a
+ *      call at either end: each psock has the sockhash's reference alone.
+ *   3. The third finds both queues empty, again no thread inside a call, and then that number again.
+ *      So no redirect is on its way, none has begun since 2, and none can begin.
  * If 3 finds anything else, 2 is next.
  */
 
@@ -97,10 +99,11 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		return;
 	}
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
+	if (outcome && !conn->refused)
+		tb_refuse(conn, outcome);
 	if (outcome) {
-		if (!conn->refused)
-			tb_refuse(conn, outcome);
-		tb_call(skops, 0);
+		if (!conn->own.idle_s) /* else a fresh edge is under way */
+			tb_call(skops, 0);
 		return;
 	}
 	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn))
@@ -134,10 +137,11 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
-	/* A thread has set up a ULP meanwhile: setsockopt, and its sk_prot is overwritten. */
-	if (tb_is_ineligible(sk)) {
+	/* A thread has entered a call meanwhile, maybe setsockopt(TCP_ULP), whose sk_prot is
+	 * overwritten, or uses the socket again: as it was, and another time. */
+	if (tb_is_owned(sk) || tb_is_ineligible(sk) || conn->me.id != id) {
 		sockhash.delete(&id);
-		return tb_refuse(conn, TB_OUTCOME_INELIGIBLE);
+		return;
 	}
 	conn->at.psock = tb_psock(sk);
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);
@@ -157,23 +161,44 @@ static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 no
 	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
-/* Is no thread inside a call at the peer? One that has closed, or has left itself, sends nothing. */
-static __always_inline int tb_is_peer_idle(const struct tb_conn *conn)
+/* Has the peer a bypass queue, and threads that may redirect? Not once it has closed, or left. */
+static __always_inline int tb_is_peer_in(const struct tb_conn *conn)
 {
-	return !tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT ||
-	       tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1;
+	return tb_has_peer(conn) && tb_membership(TB_PEERS(__u32, conn, state)) != TB_OUT &&
+	       tb_file(conn->peer.sk);
 }
 
-/* May it leave in this visit? The second condition of RULE (leaving), or the third. */
+/* Is no thread inside a call, at either end? */
+static __always_inline int tb_is_idle(const struct tb_conn *conn)
+{
+	return tb_psock_refs(conn->at.psock) == 1 &&
+	       (!tb_is_peer_in(conn) || tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1);
+}
+
+/* Do no bypassed bytes lie unread, at either end? */
+static __always_inline int tb_is_drained(const struct tb_conn *conn)
+{
+	return tb_is_empty(conn->at.psock) &&
+	       (!tb_is_peer_in(conn) || tb_is_empty(TB_PEERS(__u64, conn, at.psock)));
+}
+
+/* How many sends both ends have begun on the bypass. Wraps; 0 is none. */
+static __always_inline __u64 tb_begun(const struct tb_conn *conn)
+{
+	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + TB_PEERS(__u32, conn, begun));
+}
+
+/* May it leave in this visit? RULE (leaving), its second visit or its third. The sends are counted
+ * before the first look in the second, and after the last look in the third. */
 static __always_inline int tb_may_go(struct tb_conn *conn)
 {
-	__u64 begun = 1ULL + TB_PEERS(__u32, conn, begun);
-	int is_idle = tb_is_empty(conn->at.psock) && tb_psock_refs(conn->at.psock) == 1;
+	__u64 begun = tb_begun(conn);
 
-	if (!tb_is_peer_idle(conn) || conn->noted == begun)
-		return is_idle && conn->noted == begun && tb_is_peer_idle(conn);
-	conn->noted = begun;
-	return 0;
+	if (conn->noted != begun) {
+		conn->noted = tb_is_idle(conn) ? begun : 0;
+		return 0;
+	}
+	return tb_is_drained(conn) && tb_is_idle(conn) && tb_begun(conn) == begun;
 }
 
 static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)

@@ -60,10 +60,12 @@ static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp, __u32 state,
 				     __u64 now)
 {
+	/* First of all: tb_may_return(). Another sk_prot: the peer has a ULP, or closes. */
+	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
+	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
+		return TB_REASON_LEAVING;
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
-	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER)
-		return TB_REASON_LEAVING;
 	if (!tb_is_open(conn, tp))
 		return TB_REASON_HALF_CLOSED;
 	if (!tb_is_nonblocking(conn->there.file))
@@ -112,8 +114,10 @@ static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32
 		return 0;
 	if (tb_is_alone(conn))
 		return 1;
-	conn->is_behind = wish == TB_REASON_LEAVING;
-	return conn->is_behind;
+	if (wish != TB_REASON_LEAVING)
+		return 0;
+	conn->is_behind = 1;
+	return 1;
 }
 
 /* Counts what the peer has answered, and what lies between its answers. */
@@ -134,15 +138,16 @@ static __always_inline void tb_note_answers(struct tb_conn *conn, __u32 size)
 		conn->wasted -= tb_min(conn->wasted, TB_RELIEF);
 }
 
-/* The peer's place in the sockhash, where it has joined since this direction last looked. */
-static __always_inline void tb_find_peer(struct tb_conn *conn, __u32 state)
+/* Has the peer joined since this direction last looked? Notes its place in the sockhash. */
+static __always_inline int tb_meet_peer(struct tb_conn *conn, __u32 state)
 {
 	if (state == conn->peer_state || tb_membership(state) != TB_MEMBER)
-		return;
+		return 0;
 	conn->peer_state = state;
 	conn->there.psock = TB_PEERS(__u64, conn, at.psock);
 	conn->there.prot = TB_PEERS(__u64, conn, at.prot);
 	conn->there.file = TB_PEERS(__u64, conn, at.file);
+	return 1;
 }
 
 /* A direction on TCP: TB_REASON_NONE if it goes to the bypass with this message, or why not. */
@@ -151,7 +156,10 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 {
 	__u32 reason;
 
-	tb_find_peer(conn, state);
+	/* A reader that was inside recv when the peer joined looks into TCP's queue only. So one more
+	 * message goes by TCP, and must be consumed. */
+	if (tb_meet_peer(conn, state))
+		return TB_REASON_ORDER;
 	reason = tb_wish(conn, tp, state, now);
 	if (reason)
 		return reason;

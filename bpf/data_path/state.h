@@ -103,12 +103,12 @@ struct tb_conn {
 	struct tb_moved moved;
 	__u64 since; /* when it was born, or `state` changed */
 	struct tb_place at;
-	__u64 noted; /* the peer's `begun` at the second visit of leaving, plus 1; 0: none */
+	__u64 noted; /* tb_begun() at the second visit of leaving; 0: none */
 	/* Its sends: order.h, unread.h */
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
 	__u32 begun;	  /* of those, begun while on the bypass */
-	__u32 is_behind;  /* went to TCP while bypassed bytes lay unread at the peer */
+	__u32 is_behind;  /* it went to TCP while bypassed bytes lay unread at the peer */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */
 	__u32 run;	  /* what was sent since the peer last sent, in units of tb_cost() */
@@ -152,7 +152,7 @@ BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, 
 BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros, too many for the stack */
 BPF_ARRAY(control, struct tb_control, 1);
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("lru_hash", __u64, struct tb_due, due, TB_MAX_PODS, 0);
 BPF_RINGBUF_OUTPUT(bell, 1);
 
 static __always_inline __u32 tb_membership(__u32 state)

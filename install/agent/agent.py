@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent: makes a node right, keeps it so, and knows when to leave it.
 
 It sleeps until a signal, inotify or a slow look around wakes it. What takes memory (the compiler,
@@ -7,6 +8,7 @@ the self-test, grpc) is a child process, and is a command that an operator could
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -14,14 +16,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from install import commands, installer, log
+from install import commands, installer, log, pauses
+from install import switch as switches
 from install.agent import bpffs, child
-from install.agent.http import Health
+from install.agent.http import Health, Server
 from install.agent.kubernetes import Question
 from install.agent.metrics import Metrics
 from install.agent.schedule import NotDone, Task, Waiting
@@ -33,6 +36,7 @@ from install.freshness import reason_to_load
 from install.installer import Places, Withdrawn
 from install.lock import FolderLock
 from install.plugin_files import DoesNotRun, InstallError
+from install.switch import Switch, SwitchError
 
 LOOK_S = 60.0  # how often the loop comes round when nothing happens
 FILES_S = 120.0  # 150 ms each, to read the plugin's 23 MB and to try it
@@ -56,6 +60,7 @@ class Settings:
     join_options: list[str]
     cri_sockets: tuple[Path, ...]  # the first one that is there
     question: Question | None  # None: SIGTERM never means that we are to leave for good
+    switch_dir: Path | None  # where the cluster's switch is mounted
     once: bool
 
 
@@ -65,6 +70,7 @@ class Agent:
     def __init__(self, node: Node, settings: Settings, metrics: Metrics, health: Health) -> None:
         self._node, self._settings = node, settings
         self._metrics, self._health = metrics, health
+        health.remarks = self._remarks
         self._lock = FolderLock(node.state_dir)
         self._watch = Watch()
         self._stopped, self._stop = os.pipe()
@@ -74,12 +80,15 @@ class Agent:
         self._conf_problems: set[str] = set()
         self._runtime: tuple[Path, int] | None = None
         self._joiner: subprocess.Popen[bytes] | None = None
+        self._switch = Task("switch", self._keep_switch, LOOK_S, 1.0, 10.0)
         self._programs = Task("programs", self._keep_programs, LOOK_S, 5.0, 600.0)
         self._files = Task("files", self._keep_files, FILES_S, 0.25, 60.0)
         self._sandboxes = Task("sandboxes", self._keep_sandboxes, SANDBOXES_S, 5.0, 300.0)
         self._joining = Task("joiner", self._keep_joiner, LOOK_S, 1.0, 60.0)
         self._daemonset = Task("daemonset", self._know_daemonset, DAEMONSET_S, 5.0, 600.0)
+        # The switch first: what it forbids must not happen at the start, either.
         self._tasks = (
+            self._switch,
             self._programs,
             self._files,
             self._sandboxes,
@@ -87,9 +96,14 @@ class Agent:
             self._daemonset,
         )
 
-    def run(self) -> int:
-        """Until it is told to end; the exit status."""
-        with self._signals():
+    def run(self, serve: Callable[[], Server] | None) -> int:
+        """Until it is told to end; the exit status. ``serve`` starts the server, if there is one.
+
+        Raises OSError when it cannot be started for another reason than that its port is taken.
+        """
+        with self._signals(), contextlib.ExitStack() as stack:
+            if serve is not None:
+                self._listen(serve, stack)
             self._own_the_node()
             while not self._leaving:
                 if _is_orphaned(self._settings.places.conf_dir):
@@ -121,12 +135,31 @@ class Agent:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _listen(self, serve: Callable[[], Server], stack: contextlib.ExitStack) -> None:
+        """Starts the server; an agent whose pod was deleted by force may hold the port a while."""
+        said = False
+        while not self._leaving:
+            try:
+                server = stack.enter_context(serve())
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                if not said:
+                    log.warning("port_taken", f"waiting until the port is free: {error}")
+                said = True
+                self._sleep(LOCK_POLL_S)
+                continue
+            log.info("serving", "probes and metrics are served", at=server.address)
+            return
+
     def _own_the_node(self) -> None:
         """One agent at a time: in a rolling update the new one may come before the old one goes."""
         said = ""
         while not self._leaving:
             try:
                 if self._lock.take():
+                    if said:
+                        log.info("owning", f"this is over: {said}")
                     return
                 reason = f"another agent is on this node: it holds {self._lock.folder}"
             except OSError as error:
@@ -135,6 +168,7 @@ class Agent:
                 log.warning("waiting", reason)
             said = reason
             self._health.set_ready([reason])
+            self._health.set_started()
             self._sleep(LOCK_POLL_S)
 
     def _sleep(self, seconds: float) -> None:
@@ -148,7 +182,11 @@ class Agent:
     def _notice(self) -> None:
         self._health.beat()
         topics = self._watch.changed()
-        for topic, task in (("files", self._files), ("programs", self._programs)):
+        for topic, task in (
+            ("switch", self._switch),
+            ("files", self._files),
+            ("programs", self._programs),
+        ):
             if topic in topics:
                 task.wake(time.monotonic(), SETTLE_S)
 
@@ -161,6 +199,7 @@ class Agent:
         with contextlib.suppress(OSError):  # a folder that has just gone; there is a next time
             self._watch.watch(self._folders())
         self._health.set_ready(self._problems())
+        self._health.set_started()
 
     def _no_pod_can_start(self) -> bool:
         """Whether the runtime is told to call a plugin that is not there, or is no use any more.
@@ -183,6 +222,8 @@ class Agent:
             return
         failure = task.run(time.monotonic)
         self._health.beat()
+        if task.over:
+            log.info(f"{task.name}_recovered", f"this is over: {task.over}")
         if failure is None or self._leaving:
             return
         if isinstance(failure, Waiting):
@@ -195,13 +236,48 @@ class Agent:
         # Not among them: the CRI socket and the API server, which new pods do without.
         return [task.problem for task in (self._programs, self._files) if task.problem]
 
+    def _remarks(self) -> list[str]:
+        """Why pods that start now are not accelerated, and should not be."""
+        with contextlib.suppress(OSError):
+            ours = ConfDir(self._settings.places.conf_dir).ours()
+            mode = str(ours.entry.get("mode", "auto")) if ours else "auto"
+            reason = "the configuration says so"
+            if mode == "auto":
+                mode, reason = self._node.state.node_mode()
+            if mode == "off":
+                return [f"mode is off: {reason}"]
+        return []
+
     def _folders(self) -> dict[str, set[Path]]:
         places, node = self._settings.places, self._node
         return {
+            "switch": {self._settings.switch_dir} if self._settings.switch_dir else set(),
             "files": {places.conf_dir, places.bin_dir, *places.folders()},
             "programs": {node.bpffs, *(each.folder for each in node.generations.all())},
             "runtime": {socket.parent for socket in self._settings.cri_sockets},
         }
+
+    def _keep_switch(self) -> bool:
+        """What the cluster's switch says, kept for the plugin and imposed on what runs."""
+        node, folder = self._node, self._settings.switch_dir
+        before = switches.kept(node.state)
+        wrong = ""
+        try:
+            wanted = switches.read(folder) if folder else Switch()
+        except (SwitchError, OSError) as error:
+            # A node that never knew better must not do what the switch may forbid.
+            wanted = before.switch if before else Switch(paused=True)
+            stands = json.dumps(wanted.as_json())
+            wrong = f"the ConfigMap in {folder} is wrong: {error}; until it is mended: {stands}"
+        with node.locked():
+            pauses.settle(node, switch=wanted)
+        self._metrics.set_switch(is_valid=not wrong, is_stop=wanted.is_stop)
+        if wanted != (before.switch if before else Switch()):
+            log.info("switch", "the cluster's switch has changed", **wanted.as_json())
+            self._sandboxes.start_over(time.monotonic())
+        if wrong:
+            raise NotDone(wrong)
+        return True
 
     def _keep_programs(self) -> bool:
         """This version's programs, loaded for this kernel."""
@@ -273,6 +349,8 @@ class Agent:
             raise Waiting("; ".join(done.conf.problems))
         for problem in set(done.conf.problems) - self._conf_problems:
             log.warning("conf_problem", problem)
+        for problem in self._conf_problems - set(done.conf.problems):
+            log.info("conf_problem_over", f"this is over: {problem}")
         self._conf_problems = set(done.conf.problems)
         return not (done.program_changed or done.conf.changed)
 
@@ -313,8 +391,11 @@ class Agent:
         """Whether it may be asked for, while all is well."""
         if self._settings.question is not None:
             answer = self._settings.question.may_be_asked()
+            problem = f"it would not be seen if the DaemonSet was deleted: {answer.why}"
+            if answer.status == 0:  # kube-proxy, say, starts after us
+                raise Waiting(problem, is_seen=False)
             if answer.status != HTTPStatus.OK:
-                raise NotDone(f"it would not be seen if the DaemonSet was deleted: {answer.why}")
+                raise NotDone(problem)
         return True
 
     def _child(self, command: str, options: list[str], timeout_s: float) -> str:
@@ -322,6 +403,7 @@ class Agent:
 
         def meanwhile() -> None:
             self._notice()
+            self._do(self._switch)
             if self._files.due > 0:  # in the first turn it is not its turn yet
                 self._do(self._files)
 

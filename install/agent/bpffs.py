@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mounts a bpffs where programs are pinned, in a mount namespace that outlives the agent.
 
 In a pod that is the node's: a bpffs of the pod's own would go with it, and the plugin, which the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a command of the node program as a child: what it needs of memory goes with it."""
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node program's commands `agent` and `gc`, from their options."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+from cni_plugin import names
 from install import installer, log
 from install.commands import Node, NodeError
 from install.installer import Places
@@ -26,7 +28,7 @@ def gc(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
     from install.agent import cri, repair  # noqa: PLC0415 - 22 MB, see cri.py
 
-    sockets = _sockets(arguments)
+    sockets = sockets_of(arguments)
     socket = next((each for each in sockets if each.is_socket()), None)
     if socket is None:
         raise NodeError(f"no container runtime: none of {_listed(sockets)} is there")
@@ -48,6 +50,7 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     from install.agent.metrics import Metrics  # noqa: PLC0415
 
     options = arguments.conf_json and installer.parse_options(arguments.conf_json)
+    log.keep(node.state_dir, names.AGENT_LOGS)
     try:
         daemonset = arguments.daemonset and kubernetes.DaemonSet.parse(arguments.daemonset)
         settings = Settings(
@@ -55,26 +58,21 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
             entry=installer.entry(node.bpffs, node.state_dir, options),
             load_options=_common(arguments),
             gc_options=[*_common(arguments), *_places_options(arguments)],
-            join_options=[
-                *_common(arguments),
-                *("--host-proc", str(arguments.host_proc)),
-                *("--log-format", arguments.log_format),
-            ],
-            cri_sockets=_sockets(arguments),
+            join_options=[*_common(arguments), "--log-format", arguments.log_format],
+            cri_sockets=sockets_of(arguments),
             question=kubernetes.Question(daemonset) if daemonset else None,
+            switch_dir=arguments.switch_dir,
             once=arguments.once,
         )
         metrics, health = Metrics(node, per_pod=arguments.per_pod_metrics), http.Health()
-        with contextlib.ExitStack() as stack:
-            if arguments.listen:
-                server = stack.enter_context(http.serve(arguments.listen, metrics, health))
-                log.info("serving", "/healthz, /readyz and /metrics are served", at=server.address)
-            return Agent(node, settings, metrics, health).run()
+        serve = functools.partial(http.serve, arguments.listen, metrics, health)
+        return Agent(node, settings, metrics, health).run(serve if arguments.listen else None)
     except ValueError as error:
         raise NodeError(str(error)) from error
 
 
-def _sockets(arguments: argparse.Namespace) -> tuple[Path, ...]:
+def sockets_of(arguments: argparse.Namespace) -> tuple[Path, ...]:
+    """Where the runtime may listen: what --cri-socket says, or the well-known places."""
     given = arguments.cri_socket
     return (Path(given.removeprefix("unix://")),) if given else CRI_SOCKETS
 

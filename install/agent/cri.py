@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client of the container runtime: which sandboxes there are, and how they are networked.
 
 The messages are made of cri.proto by ``messages.sh``, with the venv and with the image. With

@@ -1,4 +1,5 @@
-"""`/healthz`, `/readyz` and `/metrics`, on one small server.
+# SPDX-License-Identifier: Apache-2.0
+"""`/startupz`, `/healthz`, `/readyz` and `/metrics`, on one small server.
 
 One thread sleeps in accept; a request gets a thread for as long as it takes. Of more than
 MAX_CONNECTIONS at once the oldest gives way, so that no number of clients that connect and stay
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 MAX_CONNECTIONS = 8
 TIMEOUT_S = 10.0  # a client that neither sends nor reads for so long is gone
+# /startupz answers when the start is over: a probe that is answered "not yet" is a Warning event.
+# A little less than the manifest's timeoutSeconds of the startupProbe.
+START_PATIENCE_S = 290.0
 
 
 class Health:
@@ -39,6 +43,9 @@ class Health:
         self._silence_s = silence_s
         self._beat = time.monotonic()
         self._reasons: tuple[str, ...] = ("starting",)
+        self._started = threading.Event()
+        # What an operator should know of a node that is as it should be; asked for each answer.
+        self.remarks: Callable[[], Sequence[str]] = tuple
 
     def beat(self) -> None:
         """The agent's loop has come round."""
@@ -47,6 +54,14 @@ class Health:
     def set_ready(self, reasons: Sequence[str]) -> None:
         """Ready when there is no reason why not."""
         self._reasons = tuple(reasons)
+
+    def set_started(self) -> None:
+        """The agent has tried everything once, or knows that it has to wait for another agent."""
+        self._started.set()
+
+    def not_started(self, patience_s: float) -> list[str]:
+        """Waits for the start to be over, `patience_s` seconds at most; why it is not."""
+        return [] if self._started.wait(patience_s) else list(self._reasons)
 
     def alive(self) -> list[str]:
         """Why the agent should be started again; empty when it should not."""
@@ -173,20 +188,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path == "/healthz":
+        if path == "/startupz":
+            self._answer_why_not(self.server.health.not_started(START_PATIENCE_S))
+        elif path == "/healthz":
             self._answer_why_not(self.server.health.alive())
         elif path == "/readyz":
-            self._answer_why_not(self.server.health.ready())
+            reasons = self.server.health.ready()
+            self._answer_why_not(reasons, () if reasons else self.server.health.remarks())
         elif path == "/metrics":
             self._answer(HTTPStatus.OK, self.server.metrics.render(), CONTENT_TYPE_LATEST)
         else:
-            self._answer(HTTPStatus.NOT_FOUND, b"/healthz, /readyz or /metrics\n")
+            self._answer(HTTPStatus.NOT_FOUND, b"/startupz, /healthz, /readyz or /metrics\n")
 
     do_HEAD = do_GET
 
-    def _answer_why_not(self, reasons: list[str]) -> None:
+    def _answer_why_not(self, reasons: list[str], remarks: Sequence[str] = ()) -> None:
         status = HTTPStatus.SERVICE_UNAVAILABLE if reasons else HTTPStatus.OK
-        lines = reasons or ["ok"]
+        lines = reasons or ["ok", *remarks]
         self._answer(status, "".join(f"{line}\n" for line in lines).encode())
 
     def _answer(

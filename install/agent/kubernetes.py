@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks the API server whether the agent is to leave the node for good.
 
 Every pod of a DaemonSet gets the same SIGTERM: for a rolling update, a drained node, a node that

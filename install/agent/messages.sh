@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # The modules cri_pb2.py and cri_pb2_grpc.py, made of cri.proto below folder $2 by the
 # grpcio-tools of Python $1.
 set -eu

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Prometheus is told. Nothing is read before somebody asks, and then from kernel and files.
 
 **Counters never go backwards, though what counts them does.** A pod's counters vanish with its
@@ -13,6 +14,7 @@ for (`per_pod`): every pod that comes is some twenty more for Prometheus to keep
 
 from __future__ import annotations
 
+import itertools
 import platform
 import threading
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,7 @@ from prometheus_client.registry import Collector
 
 from bpf import abi
 from bpf.stats import HopCounters
-from cni_plugin import names
+from cni_plugin import bpfsys, names
 from install import VERSION, freshness, log, report
 from install.commands import Node
 from install.generations import Generation, opened
@@ -49,7 +51,9 @@ class Metrics(Collector):
         self._lock = threading.Lock()
         self._repaired = dict.fromkeys(REPAIRS, 0)
         self._failed = dict.fromkeys(REPAIRS, 0)
+        self._switch_is_valid, self._switch_is_stop = True, False
         self._attach_errors = 0
+        self._unreadable = ""  # why the node cannot be read
         self._failures: set[report.Failure] = set()
         self._growth: Growth | None = None  # until the node could be read
         self._total = {hop: _nothing(hop) for hop in abi.HOPS}
@@ -78,6 +82,11 @@ class Metrics(Collector):
         with self._lock:
             self._failed[what] += 1
 
+    def set_switch(self, *, is_valid: bool, is_stop: bool) -> None:
+        """What the cluster's switch says: whether it makes sense, and is a stop."""
+        with self._lock:
+            self._switch_is_valid, self._switch_is_stop = is_valid, is_stop
+
     def render(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -94,6 +103,8 @@ class Metrics(Collector):
             yield self._build
             if found:
                 yield from _state(found)
+            yield _gauge("switch_valid", "1 unless its ConfigMap is wrong", self._switch_is_valid)
+            yield _gauge("switch_paused", "1 when it stops every node", self._switch_is_stop)
             yield _counter("repairs", "What the agent has put right", "what", self._repaired)
             yield _counter("repair_errors", "What it could not put right", "what", self._failed)
             attach_errors = CounterMetricFamily(
@@ -115,8 +126,13 @@ class Metrics(Collector):
                 pod_ids |= self._growth.pod_ids()
             reading = report.counters(found.generations, pod_ids)
         except OSError as error:
-            log.warning("scrape_failed", f"the node cannot be read: {error}", error=error)
+            if str(error) != self._unreadable:
+                log.warning("scrape_failed", f"the node cannot be read: {error}", error=error)
+            self._unreadable = str(error)
             return None
+        if self._unreadable:
+            log.info("scrape_recovered", f"this is over: {self._unreadable}")
+        self._unreadable = ""
         failures = set(found.failures)
         if self._growth is None:
             self._growth = Growth(reading)
@@ -192,7 +208,9 @@ def _state(found: Facts) -> Iterator[Metric]:
         "failed": len(found.failures),
     }
     yield _gauges("pods", "Pods accelerated, no longer so, or not for a fault", "state", pods)
-    if found.current and (limit := _socket_limit(found.current)):
+    if found.current and (sockets := _sockets(found.current)):
+        used, limit = sockets
+        yield _gauge("sockets", "How many sockets are accelerated, by the current programs", used)
         yield _gauge("sockets_limit", "How many sockets can be accelerated at once", limit)
 
 
@@ -207,14 +225,21 @@ def _passes(done: Passes) -> Iterator[Metric]:
     yield _gauge("passes_stuck", "Passes that took too long and have not ended", done.left)
 
 
-def _socket_limit(generation: Generation) -> int | None:
-    """The kernel tells how many sockets fit, but not how many there are."""
+def _sockets(generation: Generation) -> tuple[int, int] | None:
+    """How many are in the sockhash, and how many fit.
+
+    The kernel has no count: its keys are walked, 2 us each. A deletion sends the walk back to the
+    start, which might never end while connections come and go fast: so many steps at most.
+    """
     try:
         with opened(generation.folder / names.SOCKHASH) as fd:
             lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+            facts = dict(line.split(":\t", 1) for line in lines)
+            limit, key_size = int(facts["max_entries"]), int(facts["key_size"])
+            keys = set(itertools.islice(bpfsys.map_keys(fd, key_size), limit))
     except FileNotFoundError:  # another load has just taken its place
         return None
-    return int(dict(line.split(":\t", 1) for line in lines)["max_entries"])
+    return len(keys), limit
 
 
 def _traffic(prefix: str, rows: Mapping[tuple[str, ...], Hops], *labels: str) -> tuple[Metric, ...]:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Brings attachments in line with the sandboxes that the runtime has.
 
 A sandbox that was there before us, or that started while nothing was loaded, gets the very call
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bpf import abi
 from cni_plugin import attachment, names, netconf, policy
 from cni_plugin.netconf import NetConf
+from cni_plugin.policy import Plan
 from cni_plugin.protocol import CniError
 from cni_plugin.state import Key
 from install import log
@@ -129,12 +132,12 @@ def adopt(
     if current not in node.generations.complete():
         return  # nothing is loaded, as the plugin would say for each of them
     program_id = current.sock_ops_id()
-    conf = _parsed(plugin.entry)
+    conf = _in_force(node, plugin.entry)
     mode = node.state.node_mode() if conf.mode == "auto" else (conf.mode, "")
     for sandbox in sandboxes:
-        if not (sandbox.ready and _is_wanted(conf, mode, sandbox)):
-            continue  # as ADD would decide; to ask it would cost 30 ms for each such pod
-        if _is_attached(node, sandbox, program_id):
+        # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
+        plan = _plan(conf, mode, sandbox) if sandbox.ready else None
+        if plan is None or _is_attached(node, sandbox, program_id, conf, plan):
             continue
         about = {"pod": f"{sandbox.pod_namespace}/{sandbox.pod_name}", "container": sandbox.id}
         try:
@@ -143,29 +146,41 @@ def adopt(
             tally.failed += 1
             log.error("pod_not_repaired", f"the pod stays on TCP: {error}", **about)
             continue
-        if _is_attached(node, sandbox, program_id):
+        if _is_attached(node, sandbox, program_id, conf, plan):
             tally.attached += 1
             log.info("pod_repaired", "accelerated a pod that had been running without", **about)
         elif said:
             log.info("pod_left_alone", said, **about)
 
 
-def _parsed(entry: dict[str, Any]) -> NetConf:
+def _in_force(node: Node, entry: dict[str, Any]) -> NetConf:
+    """Our entry, with the cluster's switch on top."""
     try:
-        return netconf.parse(entry)
+        conf = netconf.parse(entry)
     except (CniError, AssertionError, TypeError, ValueError) as error:
         raise NodeError(f"our entry in the network configuration is not valid: {error}") from error
+    try:
+        return netconf.under_switch(conf, node.state.switch())
+    except ValueError as error:
+        raise NodeError(str(error)) from error
 
 
-def _is_wanted(conf: NetConf, mode: tuple[str, str], sandbox: Sandbox) -> bool:
+def _plan(conf: NetConf, mode: tuple[str, str], sandbox: Sandbox) -> Plan | None:
     pod = policy.Pod(sandbox.pod_namespace, sandbox.pod_name, sandbox.pod_uid, sandbox.annotations)
-    return policy.decide(conf, pod, mode).plan is not None
+    return policy.decide(conf, pod, mode).plan
 
 
-def _is_attached(node: Node, sandbox: Sandbox, program_id: int) -> bool:
-    """Whether this program is on the pod's cgroup, with this sandbox' record."""
+def _is_attached(node: Node, sandbox: Sandbox, program_id: int, conf: NetConf, plan: Plan) -> bool:
+    """Whether this program is on the pod's cgroup, with this sandbox' record, as planned."""
     record = node.state.read(Key(sandbox.id, IFNAME))
-    return record is not None and program_id in programs_of(record)
+    if record is None or program_id not in programs_of(record):
+        return False
+    found = [tuple(ports) for ports in record.excluded_ports]
+    return (
+        found == list(plan.excluded_ports)
+        and bool(record.flags & abi.POD_PROXY_ONLY) == plan.proxy_only
+        and bool(record.flags & abi.POD_FORCED) == (conf.mode != "auto")
+    )
 
 
 def _add(plugin: Plugin, runtime: Runtime, sandbox: Sandbox) -> str:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When what is due: at once when something happens, later and later while it keeps going wrong."""
 
 from __future__ import annotations
@@ -7,7 +8,14 @@ from dataclasses import dataclass
 
 
 class Waiting(Exception):
-    """The work cannot be done yet and nothing is wrong with that; the message says for what."""
+    """The work cannot be done yet and nothing is wrong with that; the message says for what.
+
+    Something wakes the task when it can be; unless ``is_seen`` is false, then it is tried again.
+    """
+
+    def __init__(self, message: str, *, is_seen: bool = True) -> None:
+        super().__init__(message)
+        self.is_seen = is_seen
 
 
 class NotDone(Exception):
@@ -31,6 +39,7 @@ class Task:
     longest_pause_s: float
     due: float = 0.0
     problem: str = ""  # why it is not right; empty when it is
+    over: str = ""  # the problem that this look has found to be gone
     _not_before: float = 0.0
     _pause_s: float = 0.0
 
@@ -45,19 +54,21 @@ class Task:
 
     def run(self, now: Callable[[], float]) -> Exception | None:
         """Does the work; returns what went wrong, if that is another problem than last time."""
-        before, self.problem = self.problem, ""
+        before, self.problem, self.over = self.problem, "", ""
         calm = True
         failure: Exception | None = None
         try:
             calm = self.work()
         except Waiting as waiting:
-            self.problem, failure = str(waiting), waiting
+            self.problem, failure, calm = str(waiting), waiting, waiting.is_seen
         except Exception as error:  # whatever it is: the agent goes on, and tries again
             self.problem, failure = f"{type(error).__name__}: {error}", error
             if isinstance(error, NotDone):
                 self.problem = str(error)
             calm = False
         self._plan(now(), calm=calm)
+        if before and not self.problem:
+            self.over = before
         return failure if self.problem != before else None
 
     def _plan(self, now: float, *, calm: bool) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says which folders have changed, through inotify(7): nothing runs until something happens.
 
 A folder may be missing, come later, be replaced or vanish: its nearest parent that exists is
@@ -34,6 +35,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._inotify: INotify | None = None
+        self._is_blind = False
         self._topics: dict[int, set[str]] = {}  # by watch descriptor
         self._folders: Mapping[str, set[Path]] = {}
 
@@ -52,8 +54,13 @@ class Watch:
             try:
                 self._inotify = INotify(nonblocking=True)
             except OSError as error:
-                log.warning("no_inotify", f"changes are seen late, once a minute: {error}")
+                if not self._is_blind:
+                    log.warning("no_inotify", f"changes are seen late, once a minute: {error}")
+                self._is_blind = True
                 return
+            if self._is_blind:
+                log.info("inotify_recovered", "changes are seen at once again")
+            self._is_blind = False
         before, self._topics = self._topics, {}
         for topic, paths in folders.items():
             for path in paths:

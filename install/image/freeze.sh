@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # The CNI plugin frozen on the oldest distribution it shall run on, Debian 11: glibc 2.31, as
 # Ubuntu 20.04 has it, and Python 3.9. A frozen program asks for the glibc of the machine that
 # froze it, so the folder that `make build` makes here runs only on distributions as new as

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Into folder $1: what pyproject.toml names as dependencies, and what that brings, at the versions
 # of requirements.txt; a .pth file leads Python on to our own source. Into folder $2: the modules
 # made of cri.proto. The compiler for that stays behind.

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Debian packages for a stage of the image, and nothing else: no recommendations, documentation,
 # translations or package lists.
 set -eu

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Debian that has never seen this project: a root folder in namespaces of its own.
 
 It has what a minimal installation has, and make, git and ca-certificates. Its mounts, processes
@@ -27,6 +28,7 @@ from tests.image.dockerfile import LENT, PATH
 Argv = Sequence[str | Path]
 
 BARE = "--include=make,git,ca-certificates"
+END_PATIENCE_S = 120  # what was killed may need the CPU to go
 CLONE = Path("/root/tcpip-bypass")
 CERTIFICATES = Path("/usr/local/share/ca-certificates")  # what Debian's ca-certificates adds
 # Copied as they are, where they are there.
@@ -97,7 +99,7 @@ class Log:
             check=False,
         )
         if done.returncode:
-            raise BareError(f"{argv[-1]} ended with {done.returncode}")
+            raise BareError(f"{argv[-1]!r} ended with {done.returncode}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,10 @@ def bare_machine(
         yield machine
     finally:
         with sweep.uninterrupted():
-            cgroups.remove(cgroup)
-            shutil.rmtree(folder)
+            try:
+                cgroups.remove(cgroup, END_PATIENCE_S)
+            finally:
+                shutil.rmtree(folder)
 
 
 def _mirrors(mirror: str | None) -> tuple[str, str]:

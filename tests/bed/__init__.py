@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mesh on one machine: the testbed of the integration tests, the demo and the benchmark.
 
 A network namespace plays the node; pods are namespaces and cgroups as kubelet and a runtime make

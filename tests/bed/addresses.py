@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The address families of the testbed, and what stands for what in each.
 
 "mapped" is IPv4 spoken by an AF_INET6 socket, as dual-stack programs (Go, Java, Node) do: on the

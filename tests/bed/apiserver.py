@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Kubernetes API server for one question, on loopback, with a certificate of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packages from the machine's own Debian mirror, without touching what is installed.
 
 A private apt configuration: own package lists and archive, extra suites, packages unpacked with

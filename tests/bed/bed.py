@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node: its namespace, folders and chain, and the pods on it."""
 
 from __future__ import annotations

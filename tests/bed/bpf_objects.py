@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BPF programs and maps that a run has loaded: named by their IDs, looked for after its end."""
 
 from __future__ import annotations

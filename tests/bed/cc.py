@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small C programs that play the ends of a connection, compiled where they are needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """cgroup2 folders: found, made, measured, and removed with every process in them."""
 
 from __future__ import annotations

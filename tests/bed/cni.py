@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A container runtime's side of CNI: what libcni does with a conflist.
 
 After containernetworking/cni, libcni/api.go: plugins run in order on ADD and CHECK and in reverse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TCP's congestion control in the pods, whatever the machine's own is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which CPUs measure, and how busy they are."""
 
 from __future__ import annotations

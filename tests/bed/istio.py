@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The iptables rules that send a pod's TCP through its sidecar, for IPv4 and IPv6."""
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def intercept(netns: NetNamespace, proxy: int, wanted: Interception, *, ipv6: bo
         _run(netns, family.restore, "--wait", "5", stdin=tables)
 
 
-# As istio-iptables writes them (istio/istio, tools/istio-iptables/pkg/capture/run.go, Istio 1.20).
+# As istio-iptables writes them (istio/istio, tools/istio-iptables/pkg/capture/run.go): Istio 1.24
+# and newer, where OUTPUT jumps for UDP as well.
 def _nat(family: _Family, proxy: int, wanted: Interception) -> str:
     lines = [
         "*nat",
@@ -75,9 +77,9 @@ def _nat(family: _Family, proxy: int, wanted: Interception) -> str:
     if wanted.mode == "REDIRECT":
         lines += ["-A PREROUTING -p tcp -j ISTIO_INBOUND", *_untouched(wanted)]
         lines += ["-A ISTIO_INBOUND -p tcp -j ISTIO_IN_REDIRECT"]
-    lines += ["-A OUTPUT -p tcp -j ISTIO_OUTPUT"]
+    lines += ["-A OUTPUT -j ISTIO_OUTPUT"]
     for port in wanted.exclude_outbound_ports:
-        lines += [f"-A ISTIO_OUTPUT -p tcp --dport {port} -j RETURN"]
+        lines += [f"-A ISTIO_OUTPUT -p {each} --dport {port} -j RETURN" for each in ("tcp", "udp")]
     lines += [f"-A ISTIO_OUTPUT -o lo -s {family.envoy} -j RETURN"]
     for owner in ("uid", "gid"):
         lines += [

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's own iptables rules: a service's ClusterIP as kube-proxy has it; network policies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Network namespaces: made, entered, looked into.
 
 pyroute2's own way into a namespace (NetNS, netns.create) forks this process, and such a child

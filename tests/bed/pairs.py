@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Meshes alike but for how their bytes go, and what a load costs one of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Round trips on each hop of a request, without proxies in the way.
 
 In place of the sidecars, a small C program (pingpong.c) listens and asks as the sidecar's user,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod: its namespace, cgroup, address and processes."""
 
 from __future__ import annotations

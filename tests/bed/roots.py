@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes whose root holds little: a mount and a PID namespace with a root folder of their own."""
 
 from __future__ import annotations

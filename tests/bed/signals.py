@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ctrl-C and its like: the first one unwinds, later ones must not break into the cleaning up."""
 
 from __future__ import annotations

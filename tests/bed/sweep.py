@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run of the testbed leaves on the machine: found, listed, removed."""
 
 from __future__ import annotations

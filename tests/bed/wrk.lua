@@ -1,3 +1,4 @@
+-- SPDX-License-Identifier: Apache-2.0
 -- Prints what wrk measured in a form for programs: the totals, then each latency and its count.
 done = function(summary, latency, requests)
    local e = summary.errors

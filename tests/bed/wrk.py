@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load: wrk, run in the client's pod as its application."""
 
 from __future__ import annotations
@@ -5,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bed.pod import Pod
+from tests.bed.pod import APP, Pod
 
 SCRIPT = Path(__file__).with_suffix(".lua")
 
@@ -29,14 +30,22 @@ class Load:
         raise ValueError("no request was answered")
 
 
-def run(pod: Pod, url: str, *, connections: int, seconds: int, cpus: str = "-") -> Load:
+def run(
+    pod: Pod,
+    url: str,
+    *,
+    connections: int,
+    seconds: int,
+    cpus: str = "-",
+    container: str = APP,
+) -> Load:
     """Keep `connections` requests under way for some seconds.
 
     Raises:
         RuntimeError: a request failed or was not answered with success.
     """
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(SCRIPT)]
-    out = pod.run(["wrk", *options, url], cpus=cpus, timeout_s=seconds + 30)
+    out = pod.run(["wrk", *options, url], container=container, cpus=cpus, timeout_s=seconds + 30)
     load, socket_errors, status_errors = parse(out)
     if load.requests == 0 or socket_errors or status_errors:
         raise RuntimeError(

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark: `python -m tests.bench`, or `make bench`.
 
 Everything is measured twice in turn, over TCP/IP and bypassed, within seconds of each other, on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tests.bench`: measure, or render what was measured. Measuring needs root."""
 
 from __future__ import annotations

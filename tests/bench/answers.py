@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One large answer on each fresh connection, by its size and that of its writes.
 
 Nothing has grown yet: neither a buffer, nor a window, nor the bound on what a reader may leave

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Short connections: connect, one request of 64 bytes, one answer, close."""
 
 from __future__ import annotations

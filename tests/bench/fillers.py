@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A hundred thousand iptables rules in a packet's way, none of which it matches.
 
 The rules stand in the node's namespace, between the pods. In the nat table (PREROUTING, where

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Round trips on each hop of a request, by message size, and AF_UNIX as the limit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was promised, and whether a run's numbers keep it.
 
 No test asserts these: times belong to a machine. The report states each with its number.
@@ -8,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from install.intervals import Interval
 from tests.bench.results import Results
-from tests.bench.stats import Interval
 
 
 @dataclass(frozen=True)

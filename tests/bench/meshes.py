@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole mesh: a load generator, two Envoys and nginx, everything on one CPU.
 
 Closed loop: so many connections, each asks again when it has its answer; once more beside a mesh

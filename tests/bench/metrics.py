@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The values of a run by name: how they are shown, and which way is better."""
 
 from __future__ import annotations

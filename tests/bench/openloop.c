@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * HTTP/1.1 requests at a fixed rate, whatever the server does.
+ * HTTP/1.1 requests at a fixed rate, for any behaviour of the server.
  *
  *   openloop ADDRESS PORT PATH RATE CONNECTIONS WARMUP_MS MEASURE_MS
  *

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests at a fixed rate, whatever the server does: openloop.c, run in the client's pod."""
 
 from __future__ import annotations

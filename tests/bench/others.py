@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the bypass costs those who gain nothing from it.
 
 "out" and "in": an accelerated pod (its sidecar, which the iptables rules leave alone) and somebody

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures: ratio against message size, latency distributions, CPU per request."""
 
 from __future__ import annotations

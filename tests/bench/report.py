@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Markdown report: a short page for the documents, and a file with every table."""
 
 from __future__ import annotations
@@ -7,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from install.intervals import Interval
 from tests.bench import limits, machine, plots
 from tests.bench.limits import Verdict
 from tests.bench.metrics import METRICS
 from tests.bench.results import Results, Section
-from tests.bench.stats import Interval
 from tests.bench.tables import CHAPTERS, NOT_MEASURED, Chapter, Table
 
 HEAD = """\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was measured: every number of every run, in one JSON file that outlives the run."""
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from install.intervals import Interval
 from tests.bed.pairs import Bytes
 from tests.bench import stats
-from tests.bench.stats import Interval, Summary
+from tests.bench.stats import Summary
 
 SIGNIFICANT_DIGITS = 3  # of a latency in a histogram; the percentiles are made before rounding
 

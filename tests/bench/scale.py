@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What grows with the number of pods on a node, and with the number of connections.
 
 Pods: how long ADD takes, what the kernel holds for them, and what a round trip costs while they are

@@ -1,33 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
 """From measurements to statements: medians, spreads, ratios and how sure they are.
 
-The two variants are measured in pairs, one right after the other, so that a slow change of the
-machine hits both. The ratio is the median of the pairs' ratios; its 95 % interval comes from the
-percentile bootstrap over the pairs: draw as many pairs as there are, with replacement, 4,000 times,
-and take the middle 95 % of the medians. With five pairs that is nearly the whole range of the
-pairs' ratios, which is as much as five pairs can say.
+How a ratio of two variants and its interval come about: install/intervals.py.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-RESAMPLES = 4_000
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with the interval that holds it with CONFIDENCE."""
-
-    low: float
-    middle: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.middle:.3f} [{self.low:.3f}, {self.high:.3f}]"
+from install.intervals import Interval, bootstrap_median
 
 
 @dataclass(frozen=True)
@@ -59,17 +42,6 @@ def ratio(above: Mapping[int, float], below: Mapping[int, float]) -> Interval:
     """
     common = sorted(above.keys() & below.keys())
     return bootstrap_median([above[each] / below[each] for each in common])
-
-
-def bootstrap_median(values: Sequence[float]) -> Interval:
-    """The median and its interval; the same values give the same interval."""
-    median = statistics.median(values)
-    draw = random.Random(len(values))
-    medians = sorted(
-        statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES)
-    )
-    cut = int(RESAMPLES * (1 - CONFIDENCE) / 2)
-    return Interval(medians[cut], median, medians[-1 - cut])
 
 
 def percentile(histogram: Mapping[float, int], percent: float) -> float:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One-way and duplex streams by the size of the writes, on one CPU and on two.
 
 Under CUBIC, which nearly every node has, and under BBR, which paces what it sends: small writes

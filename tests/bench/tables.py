@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the report says of each section: its words, and how a table's cells come about."""
 
 from __future__ import annotations
@@ -5,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from install.intervals import Interval
 from tests.bench import stats
 from tests.bench.metrics import METRICS
 from tests.bench.results import Section
-from tests.bench.stats import Interval
 
 Cell = Callable[[Section, str], str]
 NOT_MEASURED = "–"  # noqa: RUF001 - a dash

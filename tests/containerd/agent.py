@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent on a node of the bed, as its DaemonSet would run it."""
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY
 from tests.bed.cni import Json
 from tests.containerd.bed import PLAIN, RuntimeBed
 
-READY_TIMEOUT_S = 120
+READY_TIMEOUT_S = 300
 END_TIMEOUT_S = 60
 
 
@@ -97,7 +98,7 @@ class Agent:
 
     def run(self, command: str, *options: str) -> str:
         """Run a command of this release's node program, and return what it printed."""
-        return self.bed.node.run(self.command(command, *options))
+        return self.bed.node.run(self.command(command, *options), reporting=command)
 
     def start(self) -> None:
         """Start it; the node's kernel may allow less than the mode that is tested here."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node with a real containerd, and pods on it as kubelet makes them."""
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class RuntimeBed:
 
     def node_program(self, command: str, *options: str) -> str:
         """Run a command of tcpip-bypass-node on this node and return what it printed."""
-        return self.node.run([PROGRAM, command, *options])
+        return self.node.run([PROGRAM, command, *options], reporting=command)
 
     def end_all_sandboxes(self) -> None:
         """What kubelet does about sandboxes of pods that it does not know."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One node with containerd for all tests; each must leave it as it found it."""
 
 from __future__ import annotations

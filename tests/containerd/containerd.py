@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """containerd on a node: configured, started, killed, started again.
 
 Debian's and Ubuntu's own packages, or newer ones beside them (releases.py). Inside the node's mount

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A client of the Container Runtime Interface, for what kubelet does with a pod's sandbox."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sandboxes' image, made by hand: a static busybox that sleeps, in an OCI image layout.
 
 After opencontainers/image-spec, image-layout.md: a tar file with `oci-layout`, `index.json` and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pods can leave behind on a node, listed by kind."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Turns the mount namespace it is started in into a node's own and holds it until stdin ends.
 # $1: the run's folder below /run, which stays visible at its place.
 #   /run        is $1/run: containerd's state, CNI's network namespaces, our state folder

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a runtime really handed to plugins, as plugins/recorded has kept it."""
 
 from __future__ import annotations

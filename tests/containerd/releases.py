@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which containerd a node runs: the distribution's own, or one unpacked beside it.
 
 runc stays the distribution's: that of newer suites asks for a newer C library, and any containerd

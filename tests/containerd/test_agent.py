@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent on a node with a real containerd, from the first install to the last trace.
 
 The tests share one node on which the agent runs. Each may leave that in any state but for pods:
@@ -28,6 +29,7 @@ from cni_plugin.state import Key, State
 from install.agent import bpffs
 from install.generations import is_bpffs
 from tests.bed import OPTED_OUT, apiserver, cgroups, cni
+from tests.bed.cni import Json
 from tests.bed.pod import MESH
 from tests.containerd import containerd, traffic
 from tests.containerd.agent import Agent, Release
@@ -175,6 +177,36 @@ def assert_like_an_add_by_the_runtime(agent: Agent, adopted: Pod, box: str) -> N
         for key in ("network", "pod_namespace", "prog_id", "generation", "flags", "keepalive_s"):
             assert getattr(ours, key) == getattr(theirs, key)
         assert Path(ours.netns).parent == Path(theirs.netns).parent
+
+
+def test_reports_know_the_runtimes_pods(agent: Agent) -> None:
+    bed, places = agent.bed, agent.places()
+    with ExitStack() as stack:
+        mesh = stack.enter_context(made(bed, "client", "server"))
+        out = stack.enter_context(made(bed, "opted-out", annotations={**MESH, **OPTED_OUT}))
+        boxes = run([*mesh, *out])
+        with talking(mesh, boxes[:2]) as load:
+            checked = json.loads(agent.run("check", "--json", *places))
+            options = ("--json", "--seconds", "2", *places)
+            estimated = json.loads(agent.run("estimate", *options))
+            assert_whole(load.end())
+    findings = {each["name"]: each for each in checked["findings"]}
+    for name in ("runtime", "conflist", "plugin", "entry", "programs", "mode", "pods"):
+        assert findings[name]["status"] == "well", findings[name]
+    states = {each["name"]: (each["state"], each["why"]) for each in checked["pods"]}
+    assert {name: state for name, (state, _) in states.items()} == {
+        "client": "accelerated",
+        "server": "accelerated",
+        "opted-out": "left out",
+    }
+    assert "tcpip-bypass/enabled is false" in states["opted-out"][1]
+    pods = {each["name"]: each for each in estimated["pods"]}
+    assert pods.keys() == states.keys()
+    assert [pods[name]["accelerated"] for name in ("client", "opted-out")] == [True, False]
+    direct = pods["client"]["hops"]["direct"]
+    assert sum(each["connection_ends"] for each in (direct["bypass"], *direct["tcp"].values()))
+    log = bed.node.outside(Path(names.STATE_DIR)) / names.AGENT_LOGS[1]
+    assert '"event": "loaded"' in log.read_text()
 
 
 def test_churn(agent: Agent) -> None:
@@ -368,6 +400,89 @@ def test_two_agents_at_once(agent: Agent) -> None:
     finally:
         second.kill()
     agent.wait_until("ready again", lambda: agent.reasons() == [])
+
+
+def test_a_port_that_is_taken_is_waited_for(agent: Agent) -> None:
+    """Whoever deletes the pod by force has two agents at once, on one port."""
+    second = Agent(agent.bed, port=agent.port)
+    seen = len(second.events())  # one port, one log
+    try:
+        second.start()
+        second.wait_for("port_taken", since=seen)
+        agent.kill()
+        second.wait_until("ready", lambda: second.reasons() == [])
+        assert len(second.said("port_taken", since=seen)) == 1
+        assert second.get("/startupz")[0] == 200
+    finally:
+        second.kill()
+    agent.start_and_wait()
+
+
+def test_a_taken_port_does_not_keep_the_agent_from_ending(agent: Agent) -> None:
+    second = Agent(agent.bed, port=agent.port)
+    seen = len(second.events())
+    second.start()
+    second.wait_for("port_taken", since=seen)
+    assert second.end() == 0
+
+
+def test_the_clusters_switch(agent: Agent) -> None:
+    """A ConfigMap's files are written; what runs is paused, what starts is left on TCP."""
+    folder = agent.bed.node.folder / "switch"
+    folder.mkdir()
+    agent.end()
+    agent.options = ("--switch-dir", str(folder))
+    agent.start_and_wait()
+
+    def say(**texts: str) -> None:
+        seen = len(agent.events())
+        for path in folder.iterdir():
+            path.unlink()
+        for key, text in texts.items():
+            (folder / key).write_text(text)
+        agent.wait_until("told", lambda: bool(agent.said("switch", seen)))
+
+    def status() -> Json:
+        found: Json = json.loads(agent.run("status", "--json"))
+        return found
+
+    with made(agent.bed, "before", "after") as pods:
+        run(pods[:1])
+        say(paused="true")
+        assert status()["paused"]
+        agent.run("resume")
+        assert status()["paused"]
+        agent.end()
+        agent.run("unload")  # as a boot does
+        agent.start_and_wait()
+        assert status()["paused"]
+        say()
+        assert not status()["paused"]
+        agent.wait_until("with its pod", lambda: accelerated(pods[:1]) == [True])
+
+        say(excludeNamespaces="default", excludePorts="3306")
+        run(pods[1:])
+        assert accelerated(pods) == [True, False]
+        assert [pod["paused"] for pod in status()["pods"]] == [True]
+
+        seen = len(agent.events())
+        (folder / "mode").write_text("fast")
+        agent.wait_for("switch_failed", since=seen)
+        assert [pod["paused"] for pod in status()["pods"]] == [True]
+        assert "tcpip_bypass_switch_valid 0.0" in agent.get("/metrics")[1]
+        assert agent.reasons() == []
+        (folder / "mode").unlink()
+        agent.wait_for("switch_recovered", since=seen)
+
+        say(excludePorts="3306")
+        agent.wait_until("with all pods", lambda: accelerated(pods) == [True, True])
+        agent.wait_until(
+            "with the port",
+            lambda: {str(pod["excluded_ports"]) for pod in status()["pods"]} == {"[[3306, 3306]]"},
+        )
+        assert [pod["paused"] for pod in status()["pods"]] == [False, False]
+    agent.end()
+    shutil.rmtree(folder)
 
 
 def test_what_is_damaged_is_mended(agent: Agent) -> None:

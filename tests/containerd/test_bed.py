@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bed's own end, when nobody can wait for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods by the hundred, eight at a time, with and without our entry in the chain."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Install and uninstall under a running containerd: it has a network all the time, and uses ours.
 
 What the agent does with the same functions is in test_agent.py; here it is each form that a network

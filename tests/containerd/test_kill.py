@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """containerd killed and started again, with pods running and in the middle of calls."""
 
 from __future__ import annotations

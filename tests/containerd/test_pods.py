@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What becomes of pods, one at a time. The fixture checks after each test that nothing is left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections between two pods, every byte checked, for as long as a test wants them.
 
 Run in a pod: `python traffic.py serve`, and `python traffic.py ask ADDRESS` in another one, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The main job on this machine, plain and bypassed: run as root by `make demo`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo measures: two meshes alike but for one annotation, loaded in turn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Round trips in every family and on every path, plain and bypassed: `python -m tests.demo.reach`.
 
 As the demo measures a request's hops: 64 bytes there and back, a small C program at both ends, both

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the demo says: tables for a person, a picture, and JSON."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the rules are for, one case each, that a scenario of tests/semantics does not cover.
 
 Each runs in a child process inside an accelerated cgroup and returns whether all went well.

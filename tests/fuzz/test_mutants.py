@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each rule of the programs, taken out, is missed: a case that holds with it fails without it."""
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make image-test`: builds the image and lets the DaemonSet's container do its work."""
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 
+from install import VERSION
 from tests import manifests
 from tests.bed.bed import REPOSITORY
 from tests.image.container import Answer, ScratchNode, scratch_node
@@ -26,8 +30,28 @@ def main() -> None:
     print(f"built in {time.monotonic() - began:.0f} s, {len(image.layers)} layers")
     with scratch_node(image) as node:
         print_size(node.disk / "root")
+        check_papers(node.disk / "root", dict(image.labels))
         check(node)
     print("the image works")
+
+
+def check_papers(root: Path, labels: dict[str, str]) -> None:
+    """Its labels, and that its SBOM names every package in it."""
+    assert labels["org.opencontainers.image.version"] == VERSION, labels
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    sbom = json.loads((root / "usr/share/tcpip-bypass/sbom.spdx.json").read_text())
+    assert sbom["spdxVersion"] == "SPDX-2.3"
+    named = {(each["name"], each["versionInfo"]) for each in sbom["packages"]}
+    for stanza in (root / "var/lib/dpkg/status").read_text().split("\n\n"):
+        fields = dict(re.findall(r"^(\w+): (.*)$", stanza, re.MULTILINE))
+        if fields:
+            assert (fields["Package"], fields["Version"]) in named, fields
+    libraries = root / "usr/local/lib/python3.11/dist-packages"
+    for each in metadata.distributions(path=[str(libraries)]):
+        assert any(version == each.version for _, version in named), each.metadata["Name"]
+    expected = {"grpcio", "rpds-py", "libpython3.9", "libbpfcc"}  # one of each kind
+    assert expected <= {name for name, _ in named}, expected - {name for name, _ in named}
+    print(f"SBOM: {len(named)} packages")
 
 
 def print_size(root: Path) -> None:
@@ -48,18 +72,18 @@ def check(node: ScratchNode) -> None:
     """The container installs and loads on a node, is found there, and leaves it as it was."""
     before = content(node)
     (node.volume("cni-conf") / "10-pods.conflist").write_text(json.dumps(CONFLIST))
-    verdict = json.loads(good(node.run("selftest", "--json")).printed)
+    verdict = json.loads(node.run("selftest", "--json").printed)
     print(f"self-test: {verdict['mode']} {verdict['reasons']}")
     assert verdict["mode"] != "off", verdict
     arguments = manifests.arguments(manifests.documents(manifests.DAEMONSET))
     print(good(node.run(*arguments, "--once")).said)
-    status = json.loads(good(node.run("status", "--json")).printed)
+    status = json.loads(node.run("status", "--json").printed)
     assert status["loaded"], status
-    print(good(node.run("status")).printed)
+    print(node.run("status").printed)
 
     with socket.socket(socket.AF_UNIX) as nobody_listens:
-        nobody_listens.bind(str(node.volume("cri") / "containerd.sock"))
-    answer = node.run("gc", "--adopt", "--cri-socket=/run/cri/containerd.sock")
+        nobody_listens.bind(str(node.volume("containerd") / "containerd.sock"))
+    answer = node.run("gc", "--adopt")
     assert "UNAVAILABLE" in answer.said, answer  # grpc's own word: its libraries are there
 
     plugins = json.loads((node.volume("cni-conf") / "10-pods.conflist").read_text())["plugins"]

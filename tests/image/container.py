@@ -1,9 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """The DaemonSet's container on this machine, as a kubelet and containerd would have runc start it.
 
 After containerd, internal/cri/server/container_create.go, and the OCI runtime specification: the
-node's network, all other namespaces its own, cgroup's included (containerd gives it to unprivileged
-pods), the capabilities of the manifest and no others, a read-only root. Left out: seccomp, AppArmor
-and SELinux, for which there is no profile without a runtime; and cgroup limits.
+node's network and PIDs, all other namespaces its own, cgroup's included (containerd gives it to
+unprivileged pods), the capabilities of the manifest and no others, a read-only root. Left out:
+seccomp, AppArmor and SELinux, for which there is no profile without a runtime; and cgroup limits.
 
 The volumes are folders of a scratch node, but for cgroup2. Its /proc is that of a PID namespace, in
 which process 1 is root with all capabilities, as everywhere; this machine's may be beyond reach.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from tests.manifests import Json
 
 CGROUP = "cgroup"  # the volume that is this machine's own
 TIMEOUT_S = 180
-START_TIMEOUT_S = 10
 _PROPAGATION = {"None": "rprivate", "HostToContainer": "rslave"}
 _OWN_MOUNTS = [
     {"destination": "/proc", "type": "proc", "source": "proc"},
@@ -95,7 +94,7 @@ class ScratchNode:
             },
             "mounts": [*_OWN_MOUNTS, *mounts],
             "linux": {
-                "namespaces": [{"type": each} for each in ("mount", "pid", "ipc", "uts", "cgroup")],
+                "namespaces": [{"type": each} for each in ("mount", "ipc", "uts", "cgroup")],
                 "rootfsPropagation": "rslave",
                 "cgroupsPath": f"/{self.name}",
             },
@@ -103,14 +102,12 @@ class ScratchNode:
 
     def _bind(self, spec: Json, mount: Json) -> Json:
         name = mount["name"]
-        (on_a_node,) = [
-            each["hostPath"]["path"] for each in spec["volumes"] if each["name"] == name
-        ]
+        (volume,) = [each for each in spec["volumes"] if each["name"] == name]
         propagation = _PROPAGATION[mount.get("mountPropagation", "None")]
         return {
             "destination": mount["mountPath"],
             "type": "bind",
-            "source": on_a_node if name == CGROUP else str(self.volume(name)),
+            "source": volume["hostPath"]["path"] if name == CGROUP else str(self.volume(name)),
             "options": ["rbind", propagation, "ro" if mount.get("readOnly") else "rw"],
         }
 
@@ -139,16 +136,16 @@ def scratch_node(image: Stage) -> Iterator[ScratchNode]:
 @contextmanager
 def _process_1(proc: Path) -> Iterator[None]:
     """Another PID namespace with one process in it, and its /proc mounted."""
-    with subprocess.Popen(["unshare", "--pid", "--fork", "cat"], stdin=subprocess.PIPE) as holder:
-        namespace = Path(f"/proc/{holder.pid}/ns/pid_for_children")
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while subprocess.run(
-            ["nsenter", f"--pid={namespace}", "mount", "-t", "proc", "proc", proc],
-            stderr=subprocess.DEVNULL,
-            check=False,
-        ).returncode:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no process has appeared in {namespace}")
+    process_1 = ["sh", "-c", "echo; exec cat"]
+    with subprocess.Popen(
+        ["unshare", "--pid", "--fork", *process_1], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()  # until then its children's namespace is this machine's own
+        namespace = f"/proc/{holder.pid}/ns/pid_for_children"
+        subprocess.run(
+            ["nsenter", f"--pid={namespace}", "mount", "-t", "proc", "proc", proc], check=True
+        )
         yield  # then its standard input is closed, and it ends
 
 

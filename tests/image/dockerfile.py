@@ -1,8 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds what a Dockerfile says, with debootstrap, overlayfs and chroot instead of an engine.
 
-Knows FROM debian:N, RUN, COPY and ENTRYPOINT; anything else is an error. As in an engine, each
-instruction makes a layer, named by everything that went into it, and is not run again as long as
-that stays the same.
+Knows FROM debian:N, LABEL, RUN, COPY and ENTRYPOINT; anything else is an error. As in an engine,
+each instruction makes a layer, named by everything that went into it, and is not run again as long
+as that stays the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SUITES = {"debian:11-slim": "bullseye", "debian:12-slim": "bookworm"}
@@ -46,6 +47,7 @@ class Stage:
 
     layers: tuple[Path, ...]
     entrypoint: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
 
     @property
     def lower(self) -> str:
@@ -77,8 +79,11 @@ class Builder:
                 stage = self._run(stage, rest)
             elif keyword == "COPY":
                 stage = self._copy(stage, rest.split(), stages)
+            elif keyword == "LABEL":
+                pairs = [each.partition("=")[::2] for each in shlex.split(rest)]
+                stage = replace(stage, labels=(*stage.labels, *pairs))
             elif keyword == "ENTRYPOINT":
-                stage = Stage(stage.layers, tuple(json.loads(rest)))
+                stage = replace(stage, entrypoint=tuple(json.loads(rest)))
             else:
                 raise BuildError(f"{dockerfile}: cannot do {instruction!r}")
             stages[name] = stage
@@ -117,7 +122,7 @@ class Builder:
             shutil.rmtree(work)
             mount.rmdir()
             part.rename(layer)
-        return Stage((layer, *stage.layers), stage.entrypoint)
+        return replace(stage, layers=(layer, *stage.layers))
 
     def _copy(self, stage: Stage, words: list[str], stages: dict[str, Stage]) -> Stage:
         """Every source is looked up in the newest layer that has it: a folder made by one RUN."""
@@ -138,7 +143,7 @@ class Builder:
                     into.mkdir(parents=True, exist_ok=True)
                     shutil.copy2(path, into)
             part.rename(layer)
-        return Stage((layer, *stage.layers), stage.entrypoint)
+        return replace(stage, layers=(layer, *stage.layers))
 
     def _layer(self, below: Stage, instruction: str, *contents: Path) -> Path:
         """The folder of the layer that comes of this instruction on top of those below."""

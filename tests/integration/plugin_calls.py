@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One sandbox and the frozen plugin called for it, without the rest of a chain.
 
 For tests that call the plugin hundreds of times, break it off or look at what it leaves.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a call of the frozen plugin takes: the kubelet waits for it, for every pod.
 
 ``python -m tests.integration.plugin_speed [RUNS]`` prints the table. A measurement, not a test:

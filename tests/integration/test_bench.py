@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark's sections run, with hardly any work: what they measure is not asserted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The capabilities of daemonset.yaml: with them the node program does all its work, and with any
 one less a part of it fails, which part is in NEEDED. docs/deploy.md has the same as a table."""
 
@@ -5,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pytest
 from tests import capabilities, manifests
 from tests.bed import open_bed
 from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY, Bed
-from tests.bed.node import PROGRAM
+from tests.bed.node import PROGRAM, is_report
 
 GRANTED = manifests.capabilities(manifests.documents(manifests.DAEMONSET))
 Argv = list[str | Path]
@@ -35,13 +37,16 @@ class Done:
 
 @dataclass(frozen=True)
 class Scratch:
-    """A node's places, and a process whose mount namespace stands for the node's."""
+    """A node's places, and a /proc whose process 1 has the node's mount namespace."""
 
     bed: Bed
-    holder: int
+    proc: Path
 
-    def call(self, names: frozenset[str], *argv: str | Path) -> Done:
-        """Run a program with these capabilities only."""
+    def call(self, names: frozenset[str], *argv: str | Path, reporting: str = "") -> Done:
+        """Run a program with these capabilities only.
+
+        reporting: the node program's command that it is, whose exit status may be an answer.
+        """
         done = subprocess.run(
             [*capabilities.with_only(names), *argv],
             cwd=REPOSITORY,
@@ -51,13 +56,15 @@ class Scratch:
             timeout=180,
             check=False,
         )
-        return Done(done.returncode == 0, done.stdout)
+        document = done.stdout if done.stdout.startswith("{") else ""
+        reported = is_report(reporting, done.returncode, document)
+        return Done(done.returncode == 0 or reported, done.stdout)
 
     def program(self, names: frozenset[str], command: str, *options: str | Path) -> Done:
         """A command of the node program."""
         node = self.bed.node
         places: Argv = ["--bpffs", node.bpffs, "--state-dir", node.state_dir]
-        return self.call(names, PROGRAM, command, *options, *places)
+        return self.call(names, PROGRAM, command, *options, *places, reporting=command)
 
 
 def load(scratch: Scratch, names: frozenset[str]) -> Done:
@@ -77,11 +84,11 @@ def try_kernel(scratch: Scratch, names: frozenset[str]) -> Done:
 def mount_bpffs(scratch: Scratch, names: frozenset[str]) -> Done:
     """A bpffs in the node's mount namespace, as the agent mounts it."""
     mount: Argv = [sys.executable, "-m", "install.agent.bpffs", scratch.bed.folder / "bpffs"]
-    return scratch.call(names, *mount, f"/proc/{scratch.holder}/ns/mnt")
+    return scratch.call(names, *mount, scratch.proc / "1/ns/mnt")
 
 
 def install(scratch: Scratch, names: frozenset[str]) -> Done:
-    """Our entry in the conflist of a CNI plugin that is not root's, whose it stays."""
+    """The plugin, tried on the node, and our entry in a conflist that is another user's."""
     conf_dir = scratch.bed.folder / "net.d"
     conflist = conf_dir / "10-pods.conflist"
     conf_dir.mkdir(exist_ok=True)
@@ -90,7 +97,8 @@ def install(scratch: Scratch, names: frozenset[str]) -> Done:
     for path in (conf_dir, conflist):
         os.chown(path, NOBODY, NOBODY)
     places: Argv = ["--cni-conf-dir", conf_dir, "--cni-bin-dir", scratch.bed.folder / "bin"]
-    answer = scratch.program(names, "install", *places, "--plugin-dir", FROZEN_PLUGIN)
+    places += ["--host-proc", scratch.proc, "--plugin-dir", FROZEN_PLUGIN]
+    answer = scratch.program(names, "install", *places)
     if answer.done:
         status = conflist.stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (NOBODY, NOBODY, 0o600)
@@ -122,12 +130,15 @@ NEEDED = {
 def scratch() -> Iterator[Scratch]:
     with open_bed(bypass=False) as bed:
         (bed.folder / "bpffs").mkdir()
-        unshare = ["unshare", "--mount", "--propagation=private", "sh", "-c", "echo; exec cat"]
-        holder = subprocess.Popen(unshare, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        unshare = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
+        process_1 = ["sh", "-ec", "mount -t proc proc /proc; echo; exec cat"]
+        holder = subprocess.Popen(
+            [*unshare, *process_1], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         with holder:  # ends with its standard input
             assert holder.stdout is not None
             holder.stdout.readline()
-            yield Scratch(bed, holder.pid)
+            yield Scratch(bed, Path(f"/proc/{holder.pid}/root/proc"))
         bed.node.call("unload")
 
 
@@ -147,3 +158,12 @@ def test_none_can_be_spared(scratch: Scratch, name: str) -> None:
     answer = work(scratch, GRANTED - {name})
     assert not answer.done
     assert complaint in answer.said
+
+
+@pytest.mark.parametrize("name", ["SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE"])
+def test_a_plugin_that_cannot_be_tried_is_not_installed(scratch: Scratch, name: str) -> None:
+    shutil.rmtree(scratch.bed.folder / "bin", ignore_errors=True)
+    answer = install(scratch, GRANTED - {name})
+    assert not answer.done
+    assert "could not be tried" in answer.said
+    assert json.loads((scratch.bed.folder / "net.d/10-pods.conflist").read_text()) == CONFLIST

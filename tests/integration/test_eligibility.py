@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may not be bypassed: such connections stay on TCP, are counted, and work as ever."""
 
 from __future__ import annotations

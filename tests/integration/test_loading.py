@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs read kernel memory by a kernel function, or by a helper where there is none."""
 
 from __future__ import annotations

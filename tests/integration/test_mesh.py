@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole mesh over the bypass: real Envoys, nginx, iptables, plugins; every byte checked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """load, unload and the self-test when things are not as they left them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opt-outs by the operator and by the pod's owner, and traffic that Istio leaves alone."""
 
 from __future__ import annotations

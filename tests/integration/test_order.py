@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections whose first bytes cannot but go by TCP, a thousand of them."""
 
 from __future__ import annotations

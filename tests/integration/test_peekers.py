@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A reader that peeks until enough is there, as a sidecar's listener filters do."""
 
 from __future__ import annotations

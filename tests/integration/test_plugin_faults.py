@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ADD and DEL broken off, or refused by the kernel, at every step they take.
 
 strace makes the fault: it replaces one system call by an error, or kills the process as it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin as it is shipped: frozen on Debian 11, so that it runs on nodes as old as that."""
 
 from __future__ import annotations

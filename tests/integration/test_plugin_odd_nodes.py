@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frozen plugin where nodes are odd: its files, folders, streams and limits.
 
 Every call here has an environment of CNI's variables alone: no HOME, no PATH, no locale.
@@ -245,4 +246,5 @@ def test_schema_is_the_bundles_own(pod: Sandbox) -> None:
     source = cases.ROOT / "conf" / "schema.json"
     assert json.loads(bundled.read_text()) == json.loads(source.read_text())
     answer = replace(pod, conf=(("scope", "nowhere"),)).call("ADD")
-    assert answer.document["code"] == 7
+    assert (answer.exit, answer.document) == (0, pod.result)
+    assert "not accelerated: InvalidConfig: invalid configuration: scope" in answer.stderr

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Behind a Service's address the client cannot know its server: its pod vouches for itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A thousand receivers that do not read take little more of the node than over TCP.
 
 Their buffers are such that the node's memory for TCP (net.ipv4.tcp_mem) is not used up: beyond

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `status` and the metrics tell of a node with real pods and real traffic."""
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 """
 FOR_EVER = "1000000000"
 STATES = ("accelerated", "lost", "failed")
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -248,6 +250,25 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
     with bed.pod("last", interception=None, annotations=ACCELERATED) as pod:
         sent += talk(pod, 5)
         check()
+
+
+def test_sockets_in_use_are_counted(bed: Bed, pod: Pod) -> None:
+    """One connection inside the pod has two; when it is closed, they are gone."""
+    metrics = Metrics(in_process(bed))
+    found = samples(metrics)
+    assert found["tcpip_bypass_sockets{}"] == 0
+    assert found["tcpip_bypass_sockets_limit{}"] >= 65536
+    talker = pod.spawn(["/usr/bin/python3", "-c", TRAFFIC, FOR_EVER])
+    wait_for_sockets(metrics, 2)
+    talker.terminate()
+    wait_for_sockets(metrics, 0)
+
+
+def wait_for_sockets(metrics: Metrics, count: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while samples(metrics)["tcpip_bypass_sockets{}"] != count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_metrics_of_a_node_whose_state_cannot_be_read(bed: Bed, pod: Pod) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes sockets where it is told to: `traffic.py`, with one end of a socketpair as its stdin.
 
 A socket belongs for life to the network namespace, cgroup and user it was made in, and so do the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forged TCP: what a pod with CAP_NET_RAW and CAP_NET_ADMIN can do to look like somebody else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Another program's sockmap: it takes every connection of a cgroup before we can, or after."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A program: many receivers that do not read, each with a sender that sends until it is stopped.
 
 `traffic_stalled.py CONNECTIONS [CGROUP]` joins the cgroup, if one is given, and a network namespace

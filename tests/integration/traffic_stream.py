@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random bytes in both directions of a connection, every one of them checked."""
 
 from __future__ import annotations

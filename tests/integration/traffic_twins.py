@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connects and talks in step with its twin: `traffic_twins.py FILE 0|1 ROUNDS`, one on each CPU.
 
 Both use the same tuples, 127.0.0.1:p -> 127.0.0.1:8080, each in a namespace of its own, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tests.kernels [SERIES...]`: the suites on other kernels, and one table of them all."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Process 1 of the guest: makes it a machine, runs the suites named as arguments, switches it off.
 
 Kernel messages go to the first serial port, results to the second: a JSON object per line, an

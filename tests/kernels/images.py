@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What to boot, and what to boot it with: Debian's kernels and a QEMU, cached in a folder."""
 
 from __future__ import annotations

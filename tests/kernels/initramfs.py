@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guest's root file system: parts of this machine's own, as a cpio archive.
 
 So the guest runs the very Python, bcc and project tree that this machine runs, at the same paths.

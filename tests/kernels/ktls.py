@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Suite: kernel TLS, switched on in the middle of a connection that has been bypassed, as JSON.
 
 From then on what an end says must be TLS records on the wire, and nothing may go past TCP: a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One kernel under QEMU, from power-on to the last suite's result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m tests.kernels.memlock`: whether `load` needs CAP_SYS_RESOURCE here, as JSON.
 
 Under the agent's capabilities and a container's RLIMIT_MEMLOCK. Before Linux 5.11 all maps were

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Suite: receivers that rest in a container whose memory limit is near, as JSON.
 
 Their connections' unread bytes count to the container (cgroup2's memory controller, which the

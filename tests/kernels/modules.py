@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The modules that the guests get: network namespaces' links, NAT, BBR, kTLS and its ciphers.
 
 A guest has no modprobe. So modules are stored uncompressed and named in the order in which they

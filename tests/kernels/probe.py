@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Suite: do the programs load on this kernel at their real size, and do the bytes of the two hops
 inside a pod go past TCP?"""
 

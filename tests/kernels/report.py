@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of kernels, and whether each is what its self-test took it for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is run on each kernel, and what each run says about it.
 
 A suite is a command that prints one JSON object on stdout and talks on stderr. It runs in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the kernel tests that need no other kernel."""
 
 from __future__ import annotations

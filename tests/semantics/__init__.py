@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an application can see of the bypass: every socket behaviour, over TCP and over the bypass.
 
 A scenario opens a connection, does something an application may do, and logs what it saw. It is run

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """python -m tests.semantics: what an application can see of the bypass on this kernel."""
 
 from __future__ import annotations

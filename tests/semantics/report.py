@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The findings as a table for people, as JSON, and as two parts of docs/limits.md."""
 
 from __future__ import annotations

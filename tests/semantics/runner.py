@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs scenarios in child processes and compares what they saw."""
 
 from __future__ import annotations

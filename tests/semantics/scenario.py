@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a scenario is, and what it works with."""
 
 from __future__ import annotations

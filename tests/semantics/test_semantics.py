@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an application can see is what docs/limits.md says, no more and no less."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Just enough io_uring to receive, send and poll, through the raw system calls.
 
 Numbers and layouts: include/uapi/linux/io_uring.h. Little-endian machines with strong or weak

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's cases, as data: one file each in tests/fixtures/plugin, run against any build of it.
 
 A case says how it differs from ``tests/fixtures/plugin-base.json``, and what must come out:
@@ -10,7 +11,7 @@ A case says how it differs from ``tests/fixtures/plugin-base.json``, and what mu
   ``times`` times
 * ``annotations``: the pod's, in runtimeConfig; without them there is no runtimeConfig
 * ``state``: the files of the state folder before the call: a text, or how a JSON file differs from
-  the base's ``node.json`` or from its record below ``attachments``
+  the base's ``node.json`` or from its record below ``attachments``; for ``switch.json``, the whole
 * ``result``: the whole document on stdout, or ``"as given"``: the prevResult on stdin, or
   ``"as in base"``; or ``error`` with cniVersion, code and msg, and ``mentions``, texts that msg and
   details must hold; with neither, stdout must be empty. The exit code is 1 with an error, else 0
@@ -73,7 +74,7 @@ class Case:
             input=_fill(self.stdin.decode("latin-1"), places).encode("latin-1"),
             capture_output=True,
             check=False,
-            timeout=30,
+            timeout=300,
         )
         swapped = {path: name for name, path in places.items()}
         return Answer(
@@ -161,7 +162,8 @@ def _stdin(raw: dict[str, Any], base: dict[str, Any], kind: str) -> tuple[bytes,
 def _state_file(file: str, difference: Any, base: dict[str, Any]) -> bytes:
     if isinstance(difference, str):
         return difference.encode("latin-1")
-    return _json(_changed(base["node.json" if file == "node.json" else "attachments"], difference))
+    whole = {"switch.json": {}, "node.json": base["node.json"]}
+    return _json(_changed(whole.get(file, base["attachments"]), difference))
 
 
 def _changed(base: dict[str, Any], difference: dict[str, Any]) -> dict[str, Any]:

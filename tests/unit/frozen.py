@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in for the frozen plugin: a folder of the same form; its program starts at once."""
 
 from __future__ import annotations

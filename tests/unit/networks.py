@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conf folders of runtimes, as data: one file each in tests/fixtures/conflists.
 
 A case has ``why``; ``uses``, the file that has our entry afterwards, or null; maybe ``options`` of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What container runtimes take from a folder of network configurations.
 
 Written anew from the sources that install/conf_dir.py names, so that the two can disagree.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bpf/abi.py agrees with tcpip_bypass.h, as the C compiler lays it out."""
 
 from __future__ import annotations

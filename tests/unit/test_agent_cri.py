@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runtimes tell about a sandbox, and the ADD that is made of it."""
 
 from __future__ import annotations

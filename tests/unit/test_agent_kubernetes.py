@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When the agent takes its SIGTERM for the end of the DaemonSet, and when not."""
 
 from __future__ import annotations
@@ -7,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from install import installer
 from install.agent import kubernetes
+from install.agent.agent import Agent, Settings
+from install.agent.http import Health
 from install.agent.kubernetes import DaemonSet, Question
+from install.agent.metrics import Metrics
+from install.agent.schedule import NotDone, Waiting
+from install.commands import Node
 from tests.bed import apiserver
 from tests.bed.apiserver import BEING_DELETED, FORBIDDEN, GONE, WANTED, Answer, ApiServer
 
@@ -109,3 +116,24 @@ def test_outside_a_pod(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_daemonset_is_named_in_full(text: str) -> None:
     with pytest.raises(ValueError, match="NAMESPACE/NAME"):
         DaemonSet.parse(text)
+
+
+def test_an_api_server_that_comes_late_is_waited_for(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kube-proxy starts after us: that is a warning, tried again soon, and said to be over."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    places = installer.Places(*(tmp_path / name for name in ("conf", "bin", "plugin", "proc")))
+    entry = installer.entry(node.bpffs, node.state_dir, None)
+    settings = Settings(places, entry, [], [], [], (), Question(OURS), None, once=False)
+    task = Agent(node, settings, Metrics(node), Health())._daemonset
+    failure = task.run(lambda: 0.0)
+    assert isinstance(failure, Waiting)
+    assert "cannot be asked" in str(failure)
+    assert task.due == 5.0
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+    assert task.run(lambda: task.due) is None
+    assert "cannot be asked" in task.over
+    server.answer = FORBIDDEN
+    assert isinstance(task.run(lambda: task.due), NotDone)

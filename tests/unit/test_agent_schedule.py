@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How often the agent works, when others work against it."""
 
 from __future__ import annotations
@@ -122,3 +123,30 @@ def test_an_unforeseen_error_does_not_end_the_agent() -> None:
     task = Task("pods", work, every_s=300, first_pause_s=5, longest_pause_s=60)
     assert isinstance(task.run(Clock()), KeyError)
     assert task.problem == "KeyError: 'runtimeConfig'"
+
+
+def test_a_wait_whose_end_is_not_seen_is_tried_again() -> None:
+    clock = Clock()
+
+    def work() -> bool:
+        raise Waiting("no API server yet", is_seen=False)
+
+    task = Task("ask", work, every_s=86_400, first_pause_s=5, longest_pause_s=600)
+    assert isinstance(task.run(clock), Waiting)
+    assert task.due == 5
+
+
+def test_what_was_told_is_told_to_be_over_once() -> None:
+    clock, problems = Clock(), ["no conflist", "no conflist", "", ""]
+
+    def work() -> bool:
+        if problem := problems.pop(0):
+            raise NotDone(problem)
+        return True
+
+    task = Task("file", work, every_s=300, first_pause_s=5, longest_pause_s=60)
+    said = []
+    while problems:
+        failure = task.run(clock)
+        said.append((str(failure or ""), task.over))
+    assert said == [("no conflist", ""), ("", ""), ("", "no conflist"), ("", "")]

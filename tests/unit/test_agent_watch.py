@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Folders that come, go, and are replaced while they are watched."""
 
 from __future__ import annotations

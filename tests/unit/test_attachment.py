@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of an attachment can be computed without a kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmark makes of its measurements: statistics, verdicts, the report."""
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from install import intervals
+from install.intervals import Interval
 from tests.bed import wrk
 from tests.bed.bed import REPOSITORY
 from tests.bed.pairs import Bytes, alternated
@@ -16,7 +19,6 @@ from tests.bench.__main__ import SECTIONS
 from tests.bench.limits import LIMITS, Base, Limit
 from tests.bench.metrics import METRICS
 from tests.bench.results import Results, Sample, Section
-from tests.bench.stats import Interval
 
 MACHINE = {
     "date": "2026-11-20T08:00:00+00:00",
@@ -76,24 +78,24 @@ def test_ratio_is_the_median_of_the_pairs_not_the_ratio_of_the_medians() -> None
 
 
 def test_interval_of_five_pairs_is_nearly_their_range() -> None:
-    interval = stats.bootstrap_median([0.5, 0.6, 0.7, 0.8, 0.9])
+    interval = intervals.bootstrap_median([0.5, 0.6, 0.7, 0.8, 0.9])
     assert interval.middle == 0.7
     assert interval.low in {0.5, 0.6}
     assert interval.high in {0.8, 0.9}
-    assert interval == stats.bootstrap_median([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert interval == intervals.bootstrap_median([0.5, 0.6, 0.7, 0.8, 0.9])
 
 
 def test_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     draw = random.Random(1)
     series = [[draw.gauss(1, 0.1) for _ in range(11)] for _ in range(300)]
-    held = sum(found.low <= 1 <= found.high for found in map(stats.bootstrap_median, series))
+    held = sum(found.low <= 1 <= found.high for found in map(intervals.bootstrap_median, series))
     assert held > 0.9 * len(series)
 
 
 def test_interval_narrows_with_more_pairs() -> None:
     draw = random.Random(2)
     few, many = ([draw.gauss(1, 0.1) for _ in range(count)] for count in (7, 200))
-    narrow, wide = stats.bootstrap_median(many), stats.bootstrap_median(few)
+    narrow, wide = intervals.bootstrap_median(many), intervals.bootstrap_median(few)
     assert narrow.high - narrow.low < (wide.high - wide.low) / 2
 
 

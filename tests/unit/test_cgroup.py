@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names of pods' cgroups, in both drivers' spelling and every form a runtime may use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What lies in conf/ fits the plugin and its documentation."""
 
 from __future__ import annotations

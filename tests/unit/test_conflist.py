@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our entry in other programs' network configurations: every case of tests/fixtures/conflists.
 
 Where a case names no change, each byte, inode and time stays.

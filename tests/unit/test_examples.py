@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command lines that `tcpip-bypass-node --help` shows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The note that ADD leaves when a fault kept a pod from being accelerated."""
 
 from __future__ import annotations

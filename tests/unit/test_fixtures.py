@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every case of tests/fixtures/plugin, run from the source tree."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When the agent loads the programs anew, and when it leaves them."""
 
 from __future__ import annotations

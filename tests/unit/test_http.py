@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's server: what it answers, and that silent clients cannot keep others out."""
 
 from __future__ import annotations
@@ -66,9 +67,29 @@ def test_ready_without_a_reason_against_it(server: Server, health: Health) -> No
     assert get(server, "/readyz") == (503, "starting\n")
     health.set_ready([])
     assert get(server, "/readyz") == (200, "ok\n")
+    health.remarks = lambda: ["mode is off: order wrong"]
+    assert get(server, "/readyz") == (200, "ok\nmode is off: order wrong\n")
     health.set_ready(["the self-test's mode is off", "no conflist"])
     assert get(server, "/readyz?verbose") == (503, "the self-test's mode is off\nno conflist\n")
     assert get(server, "/healthz") == (200, "ok\n")
+
+
+def test_startup_is_answered_when_it_is_over(server: Server, health: Health) -> None:
+    answers: list[tuple[int, str]] = []
+    probe = threading.Thread(target=lambda: answers.append(get(server, "/startupz")))
+    probe.start()
+    probe.join(0.3)
+    assert answers == []  # a 503 meanwhile would be a Warning event
+    health.set_ready(["the self-test's mode is off"])
+    health.set_started()
+    probe.join(10)
+    assert answers == [(200, "ok\n")]
+    assert get(server, "/readyz")[0] == 503
+
+
+def test_a_start_that_takes_too_long(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "START_PATIENCE_S", 0.01)
+    assert get(server, "/startupz") == (503, "starting\n")
 
 
 def test_an_agent_that_is_stuck_is_neither_alive_nor_ready(

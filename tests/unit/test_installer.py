@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Install and uninstall as a whole: the order of things, and every place where they can be killed.
 
 The kernel's side is left out: what uninstall switches off is a list here.

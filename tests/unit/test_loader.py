@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the loader concludes from the kernel's name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lines on stderr: with any text in a value, a line is one event and can be read back."""
 
 from __future__ import annotations
@@ -100,3 +101,14 @@ def test_a_closed_stderr_stops_no_program() -> None:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def test_lines_below_the_level_are_not_written(capfd: pytest.CaptureFixture[str]) -> None:
+    log.setup("plain", "warning")
+    log.info("started", "not said")
+    log.warning("busy", "said")
+    assert said(capfd) == "warning: said"
+    log.setup("plain", "error")
+    log.warning("busy", "not said")
+    log.error("lost", "said")
+    assert said(capfd) == "error: said"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The manifests: what Kubernetes and kustomize would say of them, and what they promise."""
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import tomllib
+import yaml
 from packaging.requirements import Requirement
 
 from install import VERSION, node
+from install.agent.agent import LOAD_S
+from install.agent.command import CRI_SOCKETS
+from install.agent.http import START_PATIENCE_S
 from install.agent.kubernetes import DaemonSet
 from tests import manifests
 from tests.bed.bed import REPOSITORY
 
 # The oldest and the newest Kubernetes; the field appArmorProfile came with 1.30.
-SUPPORTED = ("1.30", "1.37")
+SUPPORTED = ("1.30", manifests.NEWEST)
 OLD = ("1.25", "1.29")
 OLD_OVERLAY = "kubernetes-1.29"
 
@@ -40,22 +45,28 @@ def test_every_overlay_is_valid_for_kubernetes(name: str) -> None:
 
 
 def test_the_schema_would_notice() -> None:
-    broken = manifests.merged(manifests.daemonset(BASE), {"spec": {"updateStrategi": {}}})
+    sound = manifests.daemonset(BASE)
+    broken = {**sound, "spec": {**sound["spec"], "updateStrategi": {}}}
     with pytest.raises(kubernetes_validate.ValidationError):
         validate([broken], SUPPORTED)
     with pytest.raises(kubernetes_validate.ValidationError):
         validate(BASE, OLD)  # an unknown field there: what the overlay for them is about
 
 
-def test_the_one_file_is_the_base() -> None:
-    assert manifests.kustomized(manifests.OVERLAYS / "base") == BASE
+def test_the_one_file_is_a_file_and_the_base() -> None:
+    assert not manifests.DAEMONSET.is_symlink()  # a raw URL would serve the link's target's name
+    assert by_name(manifests.kustomized(manifests.OVERLAYS / "base")) == by_name(BASE)
+
+
+def by_name(objects: list[manifests.Json]) -> dict[tuple[str, str], manifests.Json]:
+    return {(each["kind"], each["metadata"]["name"]): each for each in objects}
 
 
 def test_the_patch_that_uninstalls_fits_every_overlay() -> None:
     (patch,) = manifests.documents(manifests.UNINSTALL)
     for name in VARIANTS:
         before = manifests.kustomized(manifests.OVERLAYS / name)
-        after = manifests.merged(manifests.daemonset(before), patch)
+        after = manifests.patched(manifests.daemonset(before), patch)
         validate([after], OLD if name == OLD_OVERLAY else SUPPORTED)
         container = manifests.agent([after])
         assert container["readinessProbe"].keys() & {"exec", "httpGet"} == {"exec"}
@@ -81,7 +92,8 @@ def test_least_privilege() -> None:
     assert not context["privileged"]
     assert context["readOnlyRootFilesystem"]
     spec = manifests.pod_spec(BASE)
-    assert not {"hostPID", "hostIPC"} & spec.keys()
+    assert "hostIPC" not in spec
+    assert spec["hostPID"]  # passes visit processes by their IDs on the node
     (role,) = [each for each in BASE if each["kind"] == "Role"]
     (rule,) = role["rules"]
     assert rule["verbs"] == ["get"]
@@ -91,15 +103,49 @@ def test_least_privilege() -> None:
 def test_mounts_do_not_live_on_in_the_pod() -> None:
     """A folder below which the node mounts and unmounts comes with propagation."""
     mounts = {each["name"]: each for each in manifests.agent(BASE)["volumeMounts"]}
-    for name in ("bpffs", "cgroup", "netns", "cri"):
+    for name in ("bpffs", "cgroup", "netns", "containerd", "crio"):
         assert mounts[name]["mountPropagation"] == "HostToContainer"
     assert mounts["proc"]["readOnly"]
+
+
+def test_no_runtimes_socket_is_needed_for_the_pod_to_start() -> None:
+    """Of containerd and CRI-O a node has one; kubelet waits for ever for a Directory."""
+    volumes = {each["name"]: each for each in manifests.pod_spec(BASE)["volumes"]}
+    mounts = {each["name"]: each["mountPath"] for each in manifests.agent(BASE)["volumeMounts"]}
+    for name in ("containerd", "crio"):
+        assert volumes[name]["hostPath"]["type"] == "DirectoryOrCreate"
+        assert any(socket.parent == Path(mounts[name]) for socket in CRI_SOCKETS)
+    assert volumes["switch"]["configMap"]["optional"]
+
+
+def test_labels_and_nodes() -> None:
+    recommended = {"name", "instance", "version", "component", "part-of", "managed-by"}
+    template = manifests.daemonset(BASE)["spec"]["template"]
+    for each in (*BASE, template):
+        found = {key.partition("/")[2] for key in each["metadata"]["labels"] if "k8s" not in key}
+        assert recommended <= found
+    selector = manifests.daemonset(BASE)["spec"]["selector"]["matchLabels"]
+    assert selector == {"app.kubernetes.io/name": "tcpip-bypass"}  # it may never change
+    assert manifests.pod_spec(BASE)["nodeSelector"] == {
+        "kubernetes.io/os": "linux",
+        "kubernetes.io/arch": "amd64",
+    }
+
+
+def test_a_start_is_waited_for_and_not_asked_after() -> None:
+    """Every probe that is answered "not yet" is a Warning event."""
+    probe = manifests.agent(BASE)["startupProbe"]
+    assert probe["httpGet"]["path"] == "/startupz"
+    assert probe["timeoutSeconds"] > START_PATIENCE_S
+    assert probe["timeoutSeconds"] * probe["failureThreshold"] > LOAD_S
 
 
 def test_the_arguments_are_the_programs_own() -> None:
     container, meta = manifests.agent(BASE), manifests.daemonset(BASE)["metadata"]
     arguments = node.build_parser().parse_args(manifests.arguments(BASE))
     assert arguments.command == "agent"
+    mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert arguments.switch_dir == Path(mounts["switch"])
     assert DaemonSet.parse(arguments.daemonset) == DaemonSet(meta["namespace"], meta["name"])
     (port,) = container["ports"]
     assert arguments.listen.endswith(f":{port['containerPort']}")
@@ -124,6 +170,8 @@ def test_there_is_one_version() -> None:
     tagged = {path: found for path, found in tags.items() if found}
     assert REPOSITORY / "install/overlays/base/daemonset.yaml" in tagged
     assert {path: found for path, found in tagged.items() if found != {VERSION.encode()}} == {}
+    chart = yaml.safe_load((REPOSITORY / "install/chart/Chart.yaml").read_text())
+    assert {chart["version"], chart["appVersion"]} == {VERSION}
     newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest.group(1) == VERSION
@@ -169,3 +217,19 @@ def test_every_library_in_the_image_is_pinned() -> None:
             needed.add(name)
             waiting += metadata.requires(name) or ()
     assert needed - pinned == set()
+
+
+def test_the_estimating_job() -> None:
+    (job,) = manifests.documents(manifests.INSTALL / "estimate.yaml")
+    validate([job], SUPPORTED)
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    arguments = node.build_parser().parse_args(container["args"])
+    assert arguments.command == "estimate"
+    assert container["image"] == manifests.agent(BASE)["image"]
+    # It looks only: nothing of the node can be written, and there is no bpffs to pin anything.
+    assert all(each["readOnly"] for each in container["volumeMounts"])
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert {each["name"] for each in spec["volumes"]} == {"netns", "cri", "proc"}
+    assert all(each["hostPath"]["type"] == "Directory" for each in spec["volumes"])
+    assert not spec["automountServiceAccountToken"]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums that only grow, while pods, generations and sandboxes come and go."""
 
 from __future__ import annotations
@@ -143,9 +144,10 @@ def test_a_node_that_cannot_be_read_keeps_its_sums(
     kernel.broken = True
     assert (bypassed(metrics), value(metrics, "tcpip_bypass_up")) == (100, 0)
     assert value(metrics, "tcpip_bypass_loaded") is None
-    assert "not today" in capfd.readouterr().err
+    assert capfd.readouterr().err.count("not today") == 1
     kernel.broken = False
     assert (bypassed(metrics), value(metrics, "tcpip_bypass_up")) == (100, 1)
+    assert "this is over: [Errno 13] not today" in capfd.readouterr().err
 
 
 def test_a_node_that_cannot_be_read_at_first(kernel: Kernel) -> None:
@@ -230,6 +232,15 @@ def test_repairs() -> None:
     assert value(metrics, "tcpip_bypass_repair_errors_total", what="conflist") == 0
     with pytest.raises(KeyError):
         metrics.repaired("an unknown thing")
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_clusters_switch() -> None:
+    metrics = make()
+    valid, paused = "tcpip_bypass_switch_valid", "tcpip_bypass_switch_paused"
+    assert (value(metrics, valid), value(metrics, paused)) == (1, 0)
+    metrics.set_switch(is_valid=False, is_stop=True)
+    assert (value(metrics, valid), value(metrics, paused)) == (0, 1)
 
 
 def test_attach_errors_count_each_failure_once(kernel: Kernel) -> None:

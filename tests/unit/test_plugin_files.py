@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's folder on a node: swapped in whole, repaired, upgraded and removed under load."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each command imports: a module more is time that every pod's start waits for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the values of all CPUs become one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How tests/words.py counts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scenarios, by what they are about; importing this package registers them all."""
 
 from tests.semantics.scenarios import (

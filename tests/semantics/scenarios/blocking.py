@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A thread asleep in recv or send, and what wakes it other than data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Being told that there is something to do."""
 
 from __future__ import annotations

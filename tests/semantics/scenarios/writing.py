@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Getting bytes into a socket."""
 
 from __future__ import annotations

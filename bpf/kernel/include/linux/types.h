@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
 /* The integer names that bcc's helpers.h and our programs use. */
 #ifndef TB_LINUX_TYPES_H
 #define TB_LINUX_TYPES_H

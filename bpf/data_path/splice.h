@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Readers that splice.
+ *
+ * RULE (splice). splice(2) takes bytes from TCP's own queue alone (tcp_splice_read): it never sees
+ * bypassed ones. A socket that has spliced never joins; readers that splice mostly begin with it,
+ * before a connection has made the exchanges that joining takes. A member that splices for the
+ * first time is seen at that moment, and leaves. Where this program cannot be attached, as under
+ * lockdown, no application's socket joins (install/selftest.py).
+ */
+
+/* Attached to the entry of tcp_splice_read(struct socket *, ...), net/ipv4/tcp.c. */
+int tb_watch_splice(__u64 *arguments)
+{
+	void *socket = (void *)arguments[0], *sk;
+	struct tb_conn *conn;
+
+	sk = *(void *volatile *)(socket + OFF_SOCKET_SK);
+	if (!sk)
+		return 0;
+	conn = conns.sk_storage_get(sk, 0, 0);
+	if (conn && conn->me.id && !conn->refused)
+		tb_refuse(conn, TB_OUTCOME_SPLICE);
+	if (conn && tb_membership(conn->state) != TB_OUT)
+		tb_ring(conn->me.pod_id);
+	return 0;
+}

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is on a node: runtime, network configuration, plugin, programs, pods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cni_plugin import names
+from install import exits, joiner, report, selftest
+from install.check import finding
+from install.check import pods as of_pods
+from install.check.finding import THE_PROGRAM, Finding
+from install.check.pods import PodState
+from install.conf_dir import ConfDir
+from install.freshness import reason_to_load
+from install.installer import Places, entry
+from install.plugin_files import DoesNotRun, InstallError
+
+if TYPE_CHECKING:
+    from install.commands import Node
+
+JOINER_PATIENCE_S = 60.0
+SHOWN = 5  # pods named in one line; --json has all
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whose state is asked for."""
+
+    node: Node
+    places: Places
+    cri_sockets: Sequence[Path]
+    host_root: Path
+
+    @property
+    def socket(self) -> Path | None:
+        return next((each for each in self.cri_sockets if each.is_socket()), None)
+
+
+def before_install(asked: Asked) -> Iterator[Finding]:
+    """Whether what is to come finds what it needs; the self-test takes some seconds."""
+    yield _runtime(asked)
+    yield _conflist(asked)
+    yield _runs(asked)
+    verdict = selftest.run()
+    yield _mode("mode", verdict.mode, "; ".join(verdict.reasons), None)
+
+
+def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
+    """Whether everything is in place."""
+    yield _runtime(asked)
+    yield _conflist(asked)
+    yield _plugin(asked)
+    yield _runs(asked)
+    yield _entry(asked)
+    yield _programs(asked, facts)
+    yield _joiner(asked)
+    yield _mode("mode", facts.mode, facts.reason, facts.forced)
+    if facts.paused:
+        hint = "tcpip-bypass-node resume"
+        yield finding.less("paused", "all bytes of this node go by TCP", hint)
+
+
+def _runtime(asked: Asked) -> Finding:
+    if asked.socket:
+        return finding.well("runtime", str(asked.socket), finding.INSTALLING)
+    listed = ", ".join(map(str, asked.cri_sockets))
+    hint = "name it with --cri-socket; without it, pods that run already are not taken in"
+    return finding.less("runtime", f"none of {listed} is there", hint, finding.INSTALLING)
+
+
+def _conflist(asked: Asked) -> Finding:
+    folder = asked.places.conf_dir
+    try:
+        found = ConfDir(folder).would_put_in(entry(asked.node.bpffs, asked.node.state_dir, None))
+    except OSError as error:
+        return finding.broken("conflist", str(error), "name its folder with --cni-conf-dir")
+    problems = "; ".join(found.problems)
+    if found.conflist is None:
+        hint = "mend the file, or name the folder that the runtime uses with --cni-conf-dir"
+        return finding.broken("conflist", problems, hint, finding.OUR_ENTRY)
+    if problems:
+        hint = "mend or remove that file: containerd has no network while it is the first"
+        return finding.less("conflist", f"{found.conflist}; {problems}", hint, finding.OUR_ENTRY)
+    return finding.well("conflist", str(found.conflist), finding.OUR_ENTRY)
+
+
+def _plugin(asked: Asked) -> Finding:
+    files = asked.places.files
+    hint = "tcpip-bypass-node install"
+    try:
+        if files.is_intact():
+            return finding.well("plugin", str(files.link), THE_PROGRAM)
+    except (InstallError, OSError) as error:
+        return finding.broken("plugin", str(error), hint, THE_PROGRAM)
+    there = files.link.is_symlink() or files.link.exists()
+    found = "is not the one that comes with this program" if there else "is not there"
+    return finding.broken("plugin", f"{files.link} {found}", hint, THE_PROGRAM)
+
+
+def _runs(asked: Asked) -> Finding:
+    """Tried: the plugin that the runtime calls; when there is none, the one to be installed."""
+    files = asked.places.files
+    hint = "make freeze builds a plugin for older nodes; the image brings that one"
+    is_installed = files.link.exists() and not files.has_stub
+    if not is_installed and not (files.source / names.PLUGIN).is_file():
+        hint = "run make build, or name the frozen plugin's folder with --plugin-dir"
+        return finding.broken("plugin runs", f"no plugin in {files.source}", hint, THE_PROGRAM)
+    try:
+        if is_installed:
+            files.check_runs()
+        else:
+            files.check_source_runs()
+    except DoesNotRun as error:
+        return finding.broken("plugin runs", str(error), hint, THE_PROGRAM)
+    except InstallError as error:
+        hint = "try again; `install` tries it, too"
+        return finding.less("plugin runs", str(error), hint, THE_PROGRAM)
+    return finding.well("plugin runs", "it answers VERSION on this node", THE_PROGRAM)
+
+
+def _entry(asked: Asked) -> Finding:
+    folder = asked.places.conf_dir
+    try:
+        ours = ConfDir(folder).ours()
+    except OSError as error:
+        return finding.broken("entry", str(error), "mend that file", finding.OUR_ENTRY)
+    if ours is None:
+        found = f"the configuration that the runtime uses, in {folder}, is without us"
+        return finding.broken("entry", found, "tcpip-bypass-node install", finding.OUR_ENTRY)
+    return finding.well("entry", str(ours.path), finding.OUR_ENTRY)
+
+
+def _programs(asked: Asked, facts: report.Facts) -> Finding:
+    if reason := reason_to_load(asked.node):
+        hint = "tcpip-bypass-node load"
+        return finding.broken("programs", reason, hint, finding.KERNEL_TRIED)
+    assert facts.current
+    return finding.well(
+        "programs", f"generation {facts.current.number} is whole", finding.KERNEL_TRIED
+    )
+
+
+def _joiner(asked: Asked) -> Finding:
+    silent_s = joiner.silent_s(asked.node.state_dir)
+    if silent_s is not None and silent_s < JOINER_PATIENCE_S:
+        return finding.well("joiner", "runs")
+    hint = "the agent runs it; on a node without agent: tcpip-bypass-node join"
+    found = "none has run" if silent_s is None else f"none has run for {silent_s:.0f} s"
+    return finding.broken("joiner", f"{found}: no connection joins", hint)
+
+
+def _mode(name: str, allowed: str, reason: str, forced: str | None) -> Finding:
+    mode = forced or allowed
+    found = mode if allowed == "full" and not forced else f"{mode}: {reason}"
+    if forced:
+        found = f"{forced}, forced; the self-test allows {allowed}: {reason}"
+    hint = "" if mode == "full" else "another kernel may allow more: tcpip-bypass-node selftest"
+    return Finding(name, exits.of_mode(mode), found, hint, finding.KERNEL_TRIED)
+
+
+def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:
+    """How many pods are accelerated, and each one's state; without a runtime, those recorded."""
+    from install.agent.cri import CriError  # noqa: PLC0415 - 22 MB, see there
+
+    found = of_pods.recorded(facts)
+    unseen = ""
+    try:
+        ours = ConfDir(asked.places.conf_dir).ours()
+        if asked.socket and ours:
+            mode = (facts.mode, facts.reason)
+            found += of_pods.others(of_pods.sandboxes_of(asked.socket), found, ours, mode)
+    except (CriError, OSError, ValueError) as error:
+        unseen = f"others are not known: {error}"
+    return _summary(found, unseen), found
+
+
+def _summary(found: Sequence[PodState], unseen: str) -> Finding:
+    counts = {state: sum(each.state == state for each in found) for state in of_pods.STATES}
+    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none"
+    said = "; ".join(filter(None, (said, unseen)))
+    wrong = [each for each in found if each.state in of_pods.WRONG]
+    if wrong:
+        named = [f"{each.namespace}/{each.name} {each.state}: {each.why}" for each in wrong[:SHOWN]]
+        return finding.less("pods", said, "; ".join(named), finding.WHY_NOT)
+    if unseen:
+        return finding.less("pods", said, "look at the runtime's log", finding.WHY_NOT)
+    return finding.well("pods", said, finding.WHY_NOT)

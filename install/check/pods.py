@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each pod of a node: accelerated, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cni_plugin import netconf, policy
+from cni_plugin.protocol import CniError
+from install.conf_dir import Ours
+from install.report import Facts
+
+if TYPE_CHECKING:
+    from install.agent.cri import Sandbox
+
+ACCELERATED, LOST, FAILED, PAUSED, WAITING, LEFT_OUT = (
+    "accelerated",
+    "lost",
+    "failed",
+    "paused",
+    "waiting",
+    "left out",
+)
+STATES = (ACCELERATED, LOST, FAILED, PAUSED, WAITING, LEFT_OUT)
+WRONG = (LOST, FAILED, WAITING)
+
+
+@dataclass(frozen=True)
+class PodState:
+    """One sandbox; `state` is of STATES, `why` is empty for one that is accelerated."""
+
+    namespace: str
+    name: str
+    container_id: str
+    state: str
+    why: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def recorded(facts: Facts) -> list[PodState]:
+    """What ADD has left for pods: records of those that it took in, and notes of failures."""
+    found = []
+    for record in facts.attachments:
+        state, why = ACCELERATED, ""
+        if record.pod_id not in facts.attached:
+            state, why = LOST, "its program is no longer on its cgroup; the agent repairs that"
+        elif facts.paused:
+            state, why = PAUSED, "the node is paused: tcpip-bypass-node resume"
+        elif record.pod_id in facts.paused_pods:
+            pod = f"{record.pod_namespace}/{record.pod_name}"
+            state, why = PAUSED, f"the pod is paused: tcpip-bypass-node resume --pod {pod}"
+        found.append(
+            PodState(record.pod_namespace, record.pod_name, record.container_id, state, why)
+        )
+    for failure in facts.failures:
+        found.append(
+            PodState(failure.namespace, failure.name, failure.container_id, FAILED, failure.reason)
+        )
+    return found
+
+
+def others(
+    sandboxes: Iterable[Sandbox], known: Sequence[PodState], ours: Ours, mode: tuple[str, str]
+) -> list[PodState]:
+    """Running sandboxes without a record, by the rule that ADD goes by.
+
+    ``mode`` is the self-test's, and why it is; the configuration may force another one. Raises
+    ValueError when our entry is not valid.
+    """
+    try:
+        conf = netconf.parse(ours.entry)
+    except (CniError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"our entry in {ours.path} is not valid: {error}") from error
+    if conf.mode != "auto":
+        mode = (conf.mode, "the configuration says so")
+    recorded_ids = {each.container_id for each in known}
+    found = []
+    for each in sandboxes:
+        if not each.ready or each.id in recorded_ids:
+            continue
+        pod = policy.Pod(each.pod_namespace, each.pod_name, each.pod_uid, each.annotations)
+        decision = policy.decide(conf, pod, mode)
+        state, why = LEFT_OUT, decision.reason
+        if decision.plan is not None:
+            state, why = WAITING, "it started without us; the agent, or gc --adopt, takes it in"
+        found.append(PodState(each.pod_namespace, each.pod_name, each.id, state, why))
+    return found
+
+
+def sandboxes_of(socket: Path) -> list[Sandbox]:
+    """The runtime's list; raises CriError."""
+    from install.agent.cri import Runtime, connected  # noqa: PLC0415 - 30 MB, see there
+
+    with connected(socket) as channel:
+        return Runtime(channel).sandboxes()

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every application over TCP and bypassed, in turn: run as root by `make apps`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.apps import bed, report
+from tests.apps.application import Application, Figures
+from tests.apps.bed import AppNode
+from tests.apps.place import HOPS, HopName
+from tests.apps.registry import APPLICATIONS
+from tests.bed import cpus, pairs, signals
+from tests.bed.bed import REPOSITORY
+from tests.bed.cpus import Cpus
+from tests.bed.pairs import KINDS, Cost
+from tests.bench import machine
+from tests.bench.bench import Bench
+from tests.bench.results import Results, Section, load
+
+OUTPUT = REPOSITORY / "build" / "apps"
+DOCUMENT = REPOSITORY / "docs" / "applications.md"
+PICTURE = REPOSITORY / "docs" / "img" / "applications.png"
+WARM_UP_S = 0.5
+TOLD = ("requests_per_s", "p50_us", "p99_us", "cpu_us_per_request")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to measure of each load."""
+
+    pairs: int
+    seconds: float
+    hops: tuple[HopName, ...]
+
+
+FULL = Plan(5, 1.5, HOPS)
+QUICK = Plan(3, 1.0, ("outbound", "mesh"))
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; `apps` holds names of APPLICATIONS."""
+    parser = argparse.ArgumentParser(prog="python -m tests.apps", description=__doc__)
+    names = ", ".join(APPLICATIONS)
+    parser.add_argument(
+        "apps",
+        nargs="?",
+        default="",
+        metavar="APPLICATION,...",
+        help=f"of {names}; the others' results stay as they are",
+    )
+    parser.add_argument(
+        "--mode", choices=("full", "auto"), default="full", help="as in the plugin's configuration"
+    )
+    parser.add_argument("--quick", action="store_true", help="two hops, fewer and shorter runs")
+    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        type=Path,
+        const=OUTPUT / "full.json",
+        metavar="RESULTS",
+        help=f"measure nothing, write {DOCUMENT.relative_to(REPOSITORY)} from results",
+    )
+    chosen = parser.parse_args(argv)
+    chosen.apps = [name for name in chosen.apps.split(",") if name] or list(APPLICATIONS)
+    unknown = set(chosen.apps) - APPLICATIONS.keys()
+    if unknown:
+        parser.error(f"no application {', '.join(sorted(unknown))}; there are {names}")
+    return chosen
+
+
+def values(figures: Figures, cost: Cost) -> dict[str, float]:
+    """A run's values. Every CPU second of both pods counts, the client's as well."""
+    found = {
+        "requests_per_s": figures.requests / figures.seconds,
+        "bytes_per_s": figures.bytes / figures.seconds or None,
+        "p50_us": figures.p50_us,
+        "p99_us": figures.p99_us,
+        "cpu_us_per_request": cost.cpu_s / figures.requests * 1e6,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def measure_hop(
+    bench: Bench, node: AppNode, application: Application, hop: HopName, plan: Plan
+) -> None:
+    """Check the application on both kinds of pods, then load them in turn."""
+    with ExitStack() as stack:
+        places = {
+            kind: stack.enter_context(bed.served(node, application, hop, kind, bench.cpu))
+            for kind in KINDS
+        }
+        for where in places.values():
+            bed.check(node, application, where, must_bypass=False)
+        for title, run in application.loads.items():
+            case = f"{hop}/{title}"
+            for where in places.values():
+                run(where, WARM_UP_S)
+            for number, kind in pairs.alternated(KINDS, plan.pairs):
+                where = places[kind]
+                before = bed.bypassed_bytes(node, where.pair) if kind == "bypass" else 0
+                run_it = partial(run, where, plan.seconds)
+                figures, cost = pairs.measured(where.pair, bench.cpu, run_it)
+                found = values(figures, cost)
+                if kind == "bypass":
+                    found["bypassed_bytes"] = bed.bypassed_bytes(node, where.pair) - before
+                bench.record(case, kind, number, found)
+            bench.tell(case, *TOLD)
+
+
+def measure(
+    node: AppNode, application: Application, plan: Plan, measuring: Cpus, console: Console
+) -> Section:
+    """Measure an application; one that fails says so and keeps what it has."""
+    section = Section(machine.facts(measuring))
+    section.machine["failures"] = failures = {}
+    console.print(f"[bold]{application.name}[/bold]")
+    stolen = machine.stolen_share(measuring)
+    for hop in application.hops:
+        if hop not in plan.hops:
+            continue
+        try:
+            bench = Bench("full", measuring, section, console)
+            measure_hop(bench, node, application, hop, plan)
+        except KeyboardInterrupt as interrupt:
+            section.machine["interrupted"] = str(interrupt)
+            break
+        except Exception as error:
+            console.print(traceback.format_exc())
+            lines = str(error).strip().splitlines() or [""]
+            failures[hop] = f"{type(error).__name__}: {lines[-1]}"
+    section.machine["stolen_share"] = stolen()
+    return section
+
+
+def run(chosen: argparse.Namespace, console: Console) -> int:
+    """Measure the chosen applications, each saved as it is done; returns the exit status."""
+    path: Path = chosen.output / f"{chosen.mode}.json"
+    results = load(path) if path.exists() else Results()
+    measuring = cpus.chosen()
+    with bed.opened([chosen.mode], *KINDS) as nodes:
+        for name in chosen.apps:
+            plan = QUICK if chosen.quick else FULL
+            section = measure(nodes[chosen.mode], APPLICATIONS[name], plan, measuring, console)
+            results.sections[name] = section
+            results.save(path)
+            if "interrupted" in section.machine:
+                break
+    report.draw(results, chosen.output / "applications.png")
+    report.show(results, console)
+    console.print(f"Every number: {path}; a picture beside it. The page: --report {path}")
+    failed = [name for name in chosen.apps if report.is_incomplete(results, name)]
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Returns the exit status: 1 when an application failed or could not be measured."""
+    chosen = arguments()
+    console = Console(soft_wrap=True, highlight=False)
+    if chosen.report is not None:
+        results = load(chosen.report)
+        report.draw(results, PICTURE)
+        report.write(results, DOCUMENT, PICTURE)
+        console.print(f"{DOCUMENT} from {chosen.report}")
+        return 0
+    if os.geteuid() != 0:
+        console.print("This makes network namespaces and loads BPF programs: run it as root.")
+        return 1
+    signals.stop_at_first()
+    return run(chosen, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

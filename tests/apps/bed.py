@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node that applications run on: pods of each kind, sidecars where the hop has them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from install import report
+from install.commands import Node
+from tests.apps import place, sockets
+from tests.apps.application import Application
+from tests.apps.place import HopName, Place, Pods
+from tests.bed import Bed, cni, envoy, open_bed
+from tests.bed.envoy import Sidecar, Tls
+from tests.bed.pairs import Kind, Pair
+
+Mode = Literal["full", "auto"]
+# A network per mode: which pods are accelerated how is up to its plugin's configuration.
+SUBNETS: dict[Mode, str] = {"full": "10.245.0.0/16", "auto": "10.246.0.0/16"}
+BYPASS_WITHIN_S = 20
+
+
+@dataclass(frozen=True)
+class AppNode:
+    """What applications are run on."""
+
+    bed: Bed
+    pods: Mapping[Kind, Pods]
+    tls: Mapping[str, Tls]  # by pod, for the mTLS between sidecars
+
+
+@contextmanager
+def opened(modes: Sequence[Mode], *kinds: Kind) -> Iterator[dict[Mode, AppNode]]:
+    """A node that has pods of these kinds once for each mode of the plugin's configuration."""
+    with open_bed() as made, ExitStack() as stack:
+        yield {mode: _network(made, mode, kinds, stack) for mode in modes}
+
+
+def _network(made: Bed, mode: Mode, kinds: Sequence[Kind], stack: ExitStack) -> AppNode:
+    bridge = cni.bridge(made.ipam, [SUBNETS[mode]], name=f"cni-{mode}")
+    bed = made.network(mode, bridge, mode=mode)
+    all_pods = {kind: stack.enter_context(place.pods(bed, kind, mode)) for kind in kinds}
+    pairs = [pods.mesh for pods in all_pods.values()]
+    names = [pod.name for pair in pairs for pod in (pair.client, pair.server)]
+    return AppNode(bed, all_pods, envoy.make_tls(bed.folder / f"tls-{mode}", names))
+
+
+@contextmanager
+def served(
+    node: AppNode, application: Application, hop: HopName, kind: Kind, cpus: str = "-"
+) -> Iterator[Place]:
+    """The application runs on a hop of the pods of a kind, with two sidecars on the hop "mesh"."""
+    where = place.place(node.pods[kind], hop, cpus)
+    with ExitStack() as stack:
+        if hop == "mesh":
+            client, server = where.pair.client, where.pair.server
+            speaks = application.protocol
+            declared = speaks == "server-first"
+            for pod, peer in ((client, server), (server, client)):
+                sidecar = Sidecar(
+                    endpoint=peer.ip,
+                    tls=node.tls[pod.name],
+                    detection="declared" if declared else "undeclared",
+                    protocol="http2" if speaks == "http2" else "tcp" if declared else "http",
+                )
+                stack.enter_context(envoy.running(pod, sidecar, cpus))
+        stack.enter_context(application.serve(where))
+        yield where
+
+
+def bypassed_bytes(node: AppNode, pair: Pair) -> int:
+    """What has bypassed so far between the pods of an accelerated pair."""
+    wanted = {pair.client.name, pair.server.name}
+    found = report.report(Node(node.bed.node.bpffs, node.bed.node.state_dir))["pods"]
+    return sum(
+        counters["bypassed_bytes"]
+        for pod in found
+        if pod["name"] in wanted
+        for counters in pod["hops"].values()
+    )
+
+
+def check(node: AppNode, application: Application, where: Place, *, must_bypass: bool) -> None:
+    """Check every byte; where it must, until some have bypassed: sockets join late.
+
+    Raises:
+        AssertionError: what the application got is wrong, a connection is left half-closed, or
+            nothing has bypassed within BYPASS_WITHIN_S.
+    """
+    before = bypassed_bytes(node, where.pair) if must_bypass else 0
+    deadline = time.monotonic() + BYPASS_WITHIN_S
+    while True:
+        application.check(where)
+        if not must_bypass or bypassed_bytes(node, where.pair) > before:
+            break
+        assert time.monotonic() < deadline, "nothing has bypassed"
+    left = sockets.stuck(where.pair.client.netns, where.pair.server.netns)
+    assert not left, f"half-closed for good: {', '.join(map(str, left))}"

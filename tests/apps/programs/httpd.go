@@ -1,0 +1,168 @@
+// The contract's server and client with net/http, and a TCP proxy that is one io.Copy each way.
+//
+//	httpd serve ADDRESS
+//	httpd client URL check|load ...
+//	httpd copy ADDRESS BACKEND
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	passes  = 3
+	lasting = 700 * time.Millisecond
+	large   = 1_000_000
+)
+
+var patterns sync.Map
+
+func pattern(size int) []byte {
+	if made, ok := patterns.Load(size); ok {
+		return made.([]byte)
+	}
+	made := make([]byte, (size+3)/4*4)
+	for at := 0; at < len(made); at += 4 {
+		binary.BigEndian.PutUint32(made[at:], uint32(at/4))
+	}
+	patterns.Store(size, made[:size])
+	return made[:size]
+}
+
+func must[T any](value T, err error) T {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	return value
+}
+
+func serve(address string) {
+	http.HandleFunc("/bytes/", func(w http.ResponseWriter, r *http.Request) {
+		size, err := strconv.Atoi(r.URL.Path[len("/bytes/"):])
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Length", strconv.Itoa(size))
+		w.Write(pattern(size))
+	})
+	http.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		w.Write(body)
+	})
+	http.HandleFunc("/sink", func(w http.ResponseWriter, r *http.Request) {
+		if _, err := io.Copy(io.Discard, r.Body); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+		}
+	})
+	must(0, http.ListenAndServe(address, nil))
+}
+
+func body(answer *http.Response, err error) []byte {
+	must(answer, err)
+	defer answer.Body.Close()
+	read := must(io.ReadAll(answer.Body))
+	if answer.StatusCode != http.StatusOK {
+		must(0, fmt.Errorf("%s: %.200s", answer.Status, read))
+	}
+	return read
+}
+
+func compare(got, wanted []byte) {
+	if !bytes.Equal(got, wanted) {
+		must(0, fmt.Errorf("%d of %d bytes, and not the same", len(got), len(wanted)))
+	}
+}
+
+func check(url string, arguments []string) {
+	checked := 0
+	start := time.Now()
+	for pass := 0; pass < passes || time.Since(start) < lasting; pass++ {
+		for _, argument := range arguments {
+			echoed := strings.HasPrefix(argument, "echo=")
+			size := must(strconv.Atoi(strings.TrimPrefix(argument, "echo=")))
+			if size >= large && pass > 0 {
+				continue
+			}
+			if echoed {
+				sent := bytes.NewReader(pattern(size))
+				compare(body(http.Post(url+"/echo", "application/octet-stream", sent)), pattern(size))
+			} else {
+				compare(body(http.Get(fmt.Sprintf("%s/bytes/%d", url, size))), pattern(size))
+			}
+			checked++
+		}
+	}
+	fmt.Println("checked", checked)
+}
+
+func load(url string, seconds float64, size string) {
+	var taken []float64
+	start := time.Now()
+	for now := start; time.Since(start).Seconds() < seconds; {
+		body(http.Get(url + "/bytes/" + size))
+		taken = append(taken, float64(time.Since(now))/1e3)
+		now = time.Now()
+	}
+	for _, each := range taken {
+		fmt.Printf("%.1f\n", each)
+	}
+}
+
+func copyAll(address, backend string) {
+	listener := must(net.Listen("tcp", address))
+	for {
+		front := must(listener.Accept())
+		go func() {
+			back, err := net.Dial("tcp", backend)
+			if err != nil {
+				front.Close()
+				return
+			}
+			var both sync.WaitGroup
+			for _, way := range [][2]net.Conn{{back, front}, {front, back}} {
+				both.Add(1)
+				go func() {
+					defer both.Done()
+					io.Copy(way[0], way[1])
+					way[0].(*net.TCPConn).CloseWrite()
+				}()
+			}
+			both.Wait()
+			front.Close()
+			back.Close()
+		}()
+	}
+}
+
+func main() {
+	switch os.Args[1] {
+	case "serve":
+		serve(os.Args[2])
+	case "copy":
+		copyAll(os.Args[2], os.Args[3])
+	case "client":
+		url, arguments := os.Args[2], os.Args[4:]
+		if os.Args[3] == "check" {
+			check(url, arguments)
+		} else {
+			load(url, must(strconv.ParseFloat(arguments[0], 64)), arguments[1])
+		}
+	}
+}

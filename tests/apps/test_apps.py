@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real applications over the bypass: each byte right, no stall, no socket left half-closed."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.apps import bed, report
+from tests.apps.__main__ import Plan, measure
+from tests.apps.bed import AppNode, Mode
+from tests.apps.place import HopName
+from tests.apps.registry import APPLICATIONS
+from tests.bed.cpus import Cpus
+from tests.bed.pairs import KINDS
+from tests.bench.results import Results
+
+# "full" is all three hops; "auto" is what this kernel is trusted with.
+CASES = [
+    pytest.param(mode, name, hop, id=f"{mode}-{name}-{hop}")
+    for mode in ("full", "auto")
+    for name, application in APPLICATIONS.items()
+    for hop in (application.hops if mode == "full" else application.hops[-1:])
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _root() -> None:
+    """These tests make namespaces and load BPF programs: without root they fail, not skip."""
+    if os.geteuid() != 0:
+        pytest.exit("the applications' tests must run as root", returncode=1)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[dict[Mode, AppNode]]:
+    with bed.opened(("full", "auto"), "bypass") as made:
+        yield made
+
+
+@pytest.mark.timeout(180, func_only=True)
+@pytest.mark.parametrize(("mode", "name", "hop"), CASES)
+def test_every_byte_is_right(
+    nodes: dict[Mode, AppNode], mode: Mode, name: str, hop: HopName
+) -> None:
+    application, node = APPLICATIONS[name], nodes[mode]
+    may_bypass = application.reader == "event loop" and application.lasting
+    with bed.served(node, application, hop, "bypass") as where:
+        bed.check(node, application, where, must_bypass=mode == "full" and may_bypass)
+
+
+def test_a_measurement_makes_a_page(tmp_path: Path) -> None:
+    *others, measured = map(str, sorted(os.sched_getaffinity(0)))
+    said = io.StringIO()
+    plan = Plan(pairs=1, seconds=0.1, hops=("outbound",))
+    with bed.opened(("full",), *KINDS) as nodes:
+        section = measure(
+            nodes["full"],
+            APPLICATIONS["redis"],
+            plan,
+            Cpus(measured, tuple(others)),
+            Console(file=said),
+        )
+    assert section.machine["failures"] == {}, said.getvalue()
+    results = Results({"redis": section})
+    page, picture = tmp_path / "applications.md", tmp_path / "applications.png"
+    report.draw(results, picture)
+    report.write(results, page, picture)
+    assert "| outbound | GET 64 B |" in page.read_text()
+    assert picture.stat().st_size > 0

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the applications' page says of given results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.apps import application, report
+from tests.apps.registry import APPLICATIONS
+from tests.bench.results import Results, Sample, Section
+
+MACHINE = {
+    "date": "2026-11-28T12:00:00+00:00",
+    "kernel": "6.18",
+    "distribution": "Debian",
+    "cpus": 2,
+    "cpu": "a CPU",
+    "measuring_cpu": "1",
+    "congestion_control": "cubic",
+    "failures": {},
+}
+
+
+def section(case: str, plain: dict[str, float], bypass: dict[str, float]) -> Section:
+    """Three rounds that are all alike."""
+    samples = [
+        Sample(case, kind, number, values)
+        for number in range(3)
+        for kind, values in (("plain", plain), ("bypass", bypass))
+    ]
+    return Section(dict(MACHINE), samples)
+
+
+def values(requests_per_s: float, p99_us: float, cpu_us: float) -> dict[str, float]:
+    return {"requests_per_s": requests_per_s, "p99_us": p99_us, "cpu_us_per_request": cpu_us}
+
+
+@pytest.fixture
+def results() -> Results:
+    return Results(
+        {
+            "redis": section("outbound/GET", values(1000, 50, 10), values(1500, 40, 7)),
+            "gunicorn": section("mesh/1 KB", values(1000, 50, 10), values(960, 50, 10)),
+        }
+    )
+
+
+def test_rows_beyond_a_limit_are_named(results: Results) -> None:
+    (line,) = report.misses(results)
+    assert line.startswith("gunicorn, mesh, 1 KB: requests/s")
+    assert "0.96" in line
+
+
+@pytest.mark.parametrize(
+    ("bypass", "missed"),
+    [(values(1000, 56, 10), "p99"), (values(1000, 50, 10.5), "CPU"), (values(975, 54, 10.2), None)],
+)
+def test_each_limit_is_looked_at(bypass: dict[str, float], missed: str | None) -> None:
+    lines = list(report.misses(Results({"x": section("mesh/a", values(1000, 50, 10), bypass)})))
+    assert [missed in line for line in lines if missed] == ([True] if missed else [])
+    assert len(lines) == (missed is not None)
+
+
+def test_the_page_has_each_application_and_its_reader(results: Results, tmp_path: Path) -> None:
+    results.sections["gunicorn"].machine["failures"] = {"direct": "AssertionError: wrong"}
+    page = tmp_path / "docs" / "applications.md"
+    page.parent.mkdir()
+    report.write(results, page, tmp_path / "docs" / "img" / "applications.png")
+    text = page.read_text()
+    assert "(img/applications.png)" in text
+    assert "event loop: 1 applications, 1 rows, median **1.50**" in text
+    redis, gunicorn = APPLICATIONS["redis"], APPLICATIONS["gunicorn"]
+    assert f"| {redis.title} | event loop | 1.50 | – | – | – | 0.70 |  |" in text  # noqa: RUF001
+    cells = f"| {gunicorn.title} | blocking | – | – | **failed** | 0.96 | 1.00 |"  # noqa: RUF001
+    assert f"{cells} {gunicorn.advice} |" in text
+    assert "**Failed on direct: AssertionError: wrong**" in text
+    assert report.is_incomplete(results, "gunicorn")
+    assert not report.is_incomplete(results, "redis")
+    assert report.is_incomplete(results, "nginx")
+
+
+def test_figures_are_of_all_requests() -> None:
+    found = application.figures(range(1, 101), 2.0, payload=10)
+    assert (found.requests, found.seconds, found.bytes) == (100, 2.0, 1000)
+    assert (found.p50_us, found.p99_us) == (51, 100)
+    with pytest.raises(ValueError, match="no request"):
+        application.figures([], 1.0)
+
+
+def test_every_application_says_what_to_expect() -> None:
+    assert len(APPLICATIONS) >= 20
+    for each in APPLICATIONS.values():
+        assert len(each.hops) >= 2
+        assert each.reader == "event loop" or each.advice, each.name

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chart: as real helm sees it, equal to everything that is rendered from it, and strict."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from cni_plugin import schema
+from install import switch
+from install.node import build_parser
+from tests import manifests
+from tests.manifests import CHART, render
+from tests.unit.cases import ROOT
+
+OVERLAYS = render.overlays()
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+VALUES = yaml.safe_load((CHART / "values.yaml").read_text())
+KUBERNETES = ("1.30", manifests.NEWEST)
+
+
+def by_name(objects: list[manifests.Json]) -> dict[tuple[str, str], manifests.Json]:
+    """Objects by kind and name; kustomize puts the volumes that a patch names first."""
+    for each in objects:
+        if each["kind"] == "DaemonSet":
+            each["spec"]["template"]["spec"]["volumes"].sort(key=lambda volume: volume["name"])
+    return {(each["kind"], each["metadata"]["name"]): each for each in objects}
+
+
+def chart(**values: Any) -> list[manifests.Json]:
+    return manifests.parsed(manifests.templated(values))
+
+
+def test_lint() -> None:
+    assert "0 chart(s) failed" in manifests.helm("lint", "--strict", CHART)
+
+
+def test_what_is_rendered_is_up_to_date() -> None:
+    """`make manifests` would change nothing."""
+    files = render.files()
+    assert {path for path in manifests.OVERLAYS.rglob("*") if path.is_file()} <= files.keys()
+    for path, text in files.items():
+        assert path.read_text() == text, f"{path}: run make manifests"
+
+
+@pytest.mark.parametrize("name", sorted(OVERLAYS))
+def test_an_overlay_is_what_the_chart_makes(name: str) -> None:
+    kustomized = manifests.kustomized(manifests.OVERLAYS / name)
+    assert by_name(kustomized) == by_name(OVERLAYS[name].objects())
+
+
+@pytest.mark.parametrize("platform", sorted(render.platforms()))
+@pytest.mark.parametrize("kubernetes", KUBERNETES)
+def test_every_platform_is_valid_for_kubernetes(platform: str, kubernetes: str) -> None:
+    values = {"platform": platform}
+    for namespace in ("kube-system", "bypass"):
+        for each in manifests.parsed(manifests.templated(values, kubernetes, namespace)):
+            kubernetes_validate.validate(each, kubernetes, strict=True)
+            assert each["metadata"]["namespace"] == namespace
+
+
+def test_platforms_are_istio_cnis_and_more() -> None:
+    """What the schema lets pass, the table knows; each with the same keys as the values."""
+    assert set(SCHEMA["properties"]["platform"]["enum"]) == render.platforms().keys()
+    for platform in render.platforms().values():
+        places = {"cniConfDir", "cniBinDir", "containerdDir", "crioDir"}
+        assert places <= platform.keys()
+        assert platform.keys() <= {*places, "about", "imagePullPolicy", "notNodes", "scc"}
+        assert places <= VALUES.keys()
+
+
+def test_configuration_and_switch_are_the_plugins_own() -> None:
+    plugin = json.loads(schema.schema_path().read_text())
+    ours = SCHEMA["properties"]
+    assert SCHEMA["definitions"]["namespaces"] == plugin["definitions"]["namespaces"]
+    for key, value in ours["conf"]["properties"].items():
+        assert value == plugin["properties"][key]
+    documented = ("scope", "mode", "includeNamespaces", "excludeNamespaces", "excludePorts")
+    assert ours["conf"]["properties"].keys() == {*documented, "proxyUID"}
+    assert ours["switch"]["properties"].keys() == switch.Switch().as_json().keys()
+
+
+def test_every_value_is_in_the_schema() -> None:
+    def check(values: manifests.Json, rules: manifests.Json) -> None:
+        assert not rules["additionalProperties"]
+        assert values.keys() <= rules["properties"].keys()
+        for key, value in values.items():
+            if "properties" in rules["properties"][key] and isinstance(value, dict):
+                check(value, rules["properties"][key])
+
+    check(VALUES, SCHEMA)
+    assert SCHEMA["properties"].keys() - VALUES.keys() == {"global"}  # helm's own
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("platform", "aks", "/platform"),
+        ("platfrom", "gke", "platfrom"),
+        ("port", "15099", "/port"),
+        ("conf", {"scope": "everything"}, "/conf/scope"),
+        ("conf", {"exculdePorts": [22]}, "exculdePorts"),
+        ("conf", {"excludePorts": [0]}, "/conf/excludePorts/0"),
+        ("conf", {"stateDir": "/tmp"}, "stateDir"),
+        ("switch", {"paused": "yes"}, "/switch/paused"),
+        ("switch", {"scope": "all"}, "scope"),
+        ("image", {"digest": "latest"}, "/image/digest"),
+        ("cniBinDir", "opt/cni/bin", "/cniBinDir"),
+        ("nodeSelector", {"a": True}, "/nodeSelector/a"),
+        ("monitoring", {"podmonitor": True}, "podmonitor"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(key: str, value: Any, named: str) -> None:
+    with pytest.raises(manifests.ToolError, match=named):
+        chart(**{key: value})
+
+
+def test_values_arrive_where_they_belong() -> None:
+    conf = {"scope": "annotated", "includeNamespaces": ["shop"], "excludePorts": [22, "80-90"]}
+    objects = chart(
+        conf=conf,
+        platform="gke",
+        cniBinDir="/elsewhere/bin",
+        port=9000,
+        arch="",
+        image={"repository": "registry/bypass", "digest": f"sha256:{64 * 'a'}"},
+        nodeSelector={"tcpip-bypass/try": "true"},
+        switch={"paused": True, "excludeNamespaces": ["a", "b"], "excludePorts": [22, "80-90"]},
+        criSocket="/run/crio/crio.sock",
+        perPodMetrics=True,
+    )
+    arguments = build_parser().parse_args(manifests.arguments(objects))
+    assert json.loads(arguments.conf_json) == conf
+    assert arguments.listen == ":9000"
+    assert arguments.cri_socket == "/run/crio/crio.sock"
+    assert arguments.per_pod_metrics
+    spec = manifests.pod_spec(objects)
+    assert spec["nodeSelector"] == {"kubernetes.io/os": "linux", "tcpip-bypass/try": "true"}
+    volumes = {each["name"]: each.get("hostPath", {}).get("path") for each in spec["volumes"]}
+    assert volumes["cni-bin"] == "/elsewhere/bin"
+    assert manifests.agent(objects)["image"] == f"registry/bypass@sha256:{64 * 'a'}"
+    data = by_name(objects)["ConfigMap", "tcpip-bypass-switch"]["data"]
+    assert switch.parse(data) == switch.Switch(True, None, ("a", "b"), ("22", "80-90"))
+
+
+def test_applying_again_leaves_the_switch_alone() -> None:
+    assert "data" not in by_name(chart())["ConfigMap", "tcpip-bypass-switch"]
+
+
+def test_the_notes_end_in_the_check() -> None:
+    notes = manifests.helm("install", "x", CHART, "--dry-run=client", "--namespace", "bypass")
+    assert notes.rstrip().endswith(
+        "kubectl -n bypass exec ds/tcpip-bypass-node -- tcpip-bypass-node check"
+    )
+
+
+def test_versions_are_one() -> None:
+    meta = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{meta["version"]}"\n' in project
+    assert meta["appVersion"] == meta["version"]
+    label = f'org.opencontainers.image.version="{meta["version"]}"'
+    assert label in (ROOT / "install" / "Dockerfile").read_text()

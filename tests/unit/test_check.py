@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`check`: each finding against a node that is so, and what the answer as a whole says."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cni_plugin import names
+from install import exits
+from install.check import command, finding, kernel, pods
+from install.check import node as of_node
+from install.check.finding import Finding
+from install.check.node import Asked
+from install.commands import Node
+from install.conf_dir import Ours
+from install.generations import Generation
+from install.host import OWN_PROC
+from install.installer import Places
+from install.joiner import Passes
+from install.report import Facts, Failure
+from tests.unit.cases import ROOT
+from tests.unit.test_attachment import BLANK
+
+GENERATION = Generation(Path("/no/bpffs/gen-1"))
+WELL = Facts(
+    current=GENERATION,
+    generations=[GENERATION],
+    paused=False,
+    paused_pods=frozenset(),
+    mode="full",
+    reason="it is",
+    attachments=[BLANK._replace(pod_id=1, pod_namespace="shop", pod_name="cart")],
+    attached=frozenset({1}),
+    failures=[],
+)
+FAILURE = Failure("c0ffee", "eth0", "shop", "late", "CgroupNotFound: none", 0)
+
+
+def anchors(path: Path) -> set[str]:
+    """What links to a document's headings look like: lower case, no punctuation, dashes."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("link", finding.LINKS)
+def test_every_link_leads_somewhere(link: str) -> None:
+    file, _, anchor = link.partition("#")
+    assert anchor in anchors(ROOT / file)
+
+
+@pytest.mark.parametrize(
+    ("facts", "status"),
+    [
+        (WELL, exits.WELL),
+        (replace(WELL, current=None, generations=[]), exits.NOT),
+        (replace(WELL, generations=[]), exits.NOT),  # some of its pins are gone
+        (replace(WELL, mode="off"), exits.NOT),
+        (replace(WELL, mode="off", forced="full"), exits.WELL),
+        (replace(WELL, forced="off"), exits.NOT),
+        (replace(WELL, mode="proxy-only"), exits.LESS),
+        (replace(WELL, paused=True), exits.LESS),
+        (replace(WELL, paused=True, mode="off"), exits.NOT),
+        (replace(WELL, paused_pods=frozenset({1})), exits.LESS),
+        (replace(WELL, attached=frozenset()), exits.LESS),
+        (replace(WELL, failures=[FAILURE]), exits.LESS),
+    ],
+)
+def test_what_status_exits_with(facts: Facts, status: int) -> None:
+    assert facts.exit_status == status
+
+
+@pytest.mark.parametrize(
+    ("release", "status"),
+    [("5.9.16", exits.NOT), ("5.10.0-33-amd64", exits.WELL), ("6.18.44", exits.WELL)],
+)
+def test_kernel(release: str, status: int) -> None:
+    assert kernel._version(release).status == status
+
+
+def test_btf_that_is_missing(tmp_path: Path) -> None:
+    assert kernel._btf(tmp_path / "vmlinux").status == exits.NOT
+    (tmp_path / "vmlinux").write_bytes(bytes(2**20))
+    assert kernel._btf(tmp_path / "vmlinux") == finding.well(
+        "btf", f"{tmp_path}/vmlinux, 1.0 MiB", finding.NEEDS
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("[none] integrity confidentiality\n", exits.WELL),
+        ("none [integrity] confidentiality\n", exits.LESS),
+        ("none integrity [confidentiality]\n", exits.NOT),
+    ],
+)
+def test_lockdown(tmp_path: Path, text: str, status: int) -> None:
+    (tmp_path / "lockdown").write_text(text)
+    assert kernel._lockdown(tmp_path / "lockdown").status == status
+
+
+def test_bpffs_is_missed_only_after_the_installation(tmp_path: Path) -> None:
+    folder = tmp_path / "tcpip-bypass"
+    assert kernel._bpffs(folder, before_install=True).status == exits.WELL
+    found = kernel._bpffs(folder, before_install=False)
+    assert found.status == exits.NOT
+    assert f"mount -t bpf bpf {tmp_path}" in found.hint
+
+
+def test_the_mend_is_missed_only_where_it_is_needed() -> None:
+    tracing = finding.less("tracing", "refused", "a hint")
+    for mode, status in (("full", exits.WELL), ("proxy-only", exits.LESS), ("off", exits.LESS)):
+        findings = [tracing, of_node._mode("mode", mode, "why", None)]
+        assert command.excused(findings)[0].status == status
+    locked = finding.broken("lockdown", "confidentiality", "a hint")
+    findings = [locked, of_node._mode("mode", "full", "", None)]
+    assert command.excused(findings)[0].status == exits.NOT
+
+
+def test_a_forced_mode_is_named_with_what_the_self_test_allows() -> None:
+    found = of_node._mode("mode", "proxy-only", "FIONREAD", "full")
+    assert (found.status, found.hint) == (exits.WELL, "")
+    assert found.found == "full, forced; the self-test allows proxy-only: FIONREAD"
+
+
+class Box:
+    """A sandbox as the runtime lists it."""
+
+    def __init__(
+        self, name: str, annotations: dict[str, str] | None = None, *, ready: bool = True
+    ) -> None:
+        self.id, self.ready = f"id-{name}", ready
+        self.pod_namespace, self.pod_name, self.pod_uid = "shop", name, "uid"
+        self.annotations = annotations or {}
+
+
+def test_every_pod_has_a_state_and_a_reason() -> None:
+    records = [
+        BLANK._replace(
+            pod_id=number, pod_namespace="shop", pod_name=name, container_id=f"id-{name}"
+        )
+        for number, name in enumerate(("fast", "lost", "held"))
+    ]
+    facts = replace(
+        WELL,
+        attachments=records,
+        attached=frozenset({0, 2}),
+        paused_pods=frozenset({2}),
+        failures=[replace(FAILURE, container_id="id-late")],
+    )
+    known = pods.recorded(facts)
+    mesh = {names.SIDECAR_STATUS: "{}"}
+    boxes: Any = [
+        *(Box(name, mesh) for name in ("fast", "late", "new")),
+        Box("plain"),
+        Box("opted", {**mesh, names.ENABLED: "false"}),
+        Box("ended", mesh, ready=False),
+    ]
+    ours = Ours(Path("10.conflist"), "pods", "1.0.0", {"type": names.PLUGIN})
+    found = {each.name: each for each in [*known, *pods.others(boxes, known, ours, ("full", ""))]}
+    assert {name: each.state for name, each in found.items()} == {
+        "fast": pods.ACCELERATED,
+        "lost": pods.LOST,
+        "held": pods.PAUSED,
+        "late": pods.FAILED,
+        "new": pods.WAITING,
+        "plain": pods.LEFT_OUT,
+        "opted": pods.LEFT_OUT,
+    }
+    assert found["late"].why == FAILURE.reason
+    assert found["plain"].why == "the pod is not in the mesh"
+    assert f"{names.ENABLED} is false" in found["opted"].why
+    summary = of_node._summary(list(found.values()), "")
+    assert summary.status == exits.LESS
+    assert "shop/late failed: CgroupNotFound: none" in summary.hint
+    assert "opted" not in summary.hint
+    assert of_node._summary([found["fast"], found["plain"]], "").status == exits.WELL
+
+
+def test_an_entry_that_is_not_valid_is_said() -> None:
+    ours = Ours(Path("10.conflist"), "pods", "1.0.0", {"excludePorts": ["no-port"]})
+    with pytest.raises(ValueError, match=r"10\.conflist is not valid"):
+        pods.others([], [], ours, ("full", ""))
+
+
+def test_the_gravest_finding_is_the_answer() -> None:
+    found = [finding.well("a", ""), finding.broken("b", "", "h"), finding.less("c", "", "h")]
+    assert command.gravest(found) == exits.NOT
+    lines = command._lines(found)
+    assert [line[0] for line in lines if line[:1] in "✔!✘" and line] == ["✔", "✘", "!", "✘"]
+    document = command.as_json(found, [])
+    assert document["status"] == "does not work"
+    assert [each["status"] for each in document["findings"]] == [
+        "well",
+        "does not work",
+        "works with less",
+    ]
+    assert Finding("a", exits.WELL, "").link in finding.LINKS
+
+
+PLUGIN = """\
+#! /bin/sh
+echo '{"cniVersion": "1.1.0", "supportedVersions": ["1.1.0"]}'
+"""
+
+
+def plugin(folder: Path, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / names.PLUGIN).write_text(text)
+    (folder / names.PLUGIN).chmod(0o755)
+
+
+def test_the_plugin_is_tried(tmp_path: Path) -> None:
+    """The one that is to be installed, and then the one that is: as the runtime would call it."""
+    source, bin_dir = tmp_path / "plugin", tmp_path / "bin"
+    asked = Asked(Node(tmp_path, tmp_path), Places(tmp_path, bin_dir, source, OWN_PROC), (), ROOT)
+    assert "no plugin in" in of_node._runs(asked).found
+    plugin(source, PLUGIN)
+    assert of_node._runs(asked).status == exits.WELL
+    plugin(source, "#!/lib/ld-musl-x86_64.so.1\n")
+    found = of_node._runs(asked)
+    assert found.status == exits.NOT
+    assert "it asks for /lib/ld-musl-x86_64.so.1" in found.found
+    plugin(bin_dir, PLUGIN)
+    assert of_node._runs(asked).status == exits.WELL
+
+
+def test_the_joiner_is_missed(tmp_path: Path) -> None:
+    asked = Asked(
+        Node(tmp_path, tmp_path), Places(tmp_path, tmp_path, tmp_path, OWN_PROC), (), ROOT
+    )
+    assert of_node._joiner(asked).status == exits.NOT
+    Passes().write(tmp_path)
+    assert of_node._joiner(asked).status == exits.WELL
+    long_ago = time.time() - 3600
+    os.utime(tmp_path / names.JOINER_JSON, (long_ago, long_ago))
+    found = of_node._joiner(asked)
+    assert found.status == exits.NOT
+    assert found.found.startswith("none has run for 36")

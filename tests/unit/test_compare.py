@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`compare`: the order of phases, the ratio, and that a node is never left paused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from install import compare
+from install.commands import Node, NodeError
+from install.compare import Comparison, Phase
+
+
+def phase(*, paused: bool, cpu_s: float = 1.0, size: int = 1_000_000) -> Phase:
+    return Phase(paused, 2.0, cpu_s, 0 if paused else size, size if paused else 0)
+
+
+class Meter:
+    """Stands for a node whose bypass takes 0.6 of the CPU, under a load that grows."""
+
+    pods = 2
+
+    def __init__(self) -> None:
+        self.asked: list[bool] = []
+
+    def phase(self, seconds: float, *, paused: bool) -> Phase:
+        assert seconds == 1.0
+        self.asked.append(paused)
+        load = len(self.asked)
+        return phase(paused=paused, cpu_s=load * (1.0 if paused else 0.6), size=load * 10**6)
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "SETTLE_S", 0.0)
+
+
+def test_phases_come_in_pairs_each_way_round() -> None:
+    meter: Any = Meter()
+    switched: list[bool] = []
+    found = compare.measure(meter, switched.append, 1.0)
+    assert switched == meter.asked
+    assert switched[:4] == [True, False, False, True]
+    assert len(found.pairs) == compare.PAIRS
+    assert all(off.paused and not on.paused for off, on in found.pairs)
+    assert found.cpu_per_byte.middle == pytest.approx(0.6)
+    assert found.cpu_per_byte.high < 1
+    text = "\n".join(compare.lines(found))
+    assert "bypass to paused: 0.600" in text
+    assert "No difference" not in text
+    assert compare.as_json(found)["cpu_per_byte"]["middle"] == pytest.approx(0.6)
+
+
+def test_what_is_not_shown_is_not_said() -> None:
+    pairs = [
+        (phase(paused=True, cpu_s=off), phase(paused=False, cpu_s=on))
+        for off, on in ((1.0, 0.8), (1.0, 1.3), (1.0, 0.9), (1.0, 1.1))
+    ]
+    assert "No difference is shown" in "\n".join(compare.lines(Comparison(2, pairs)))
+
+
+class Generation:
+    def __init__(self) -> None:
+        self.said: list[bool] = []
+
+    def set_paused(self, paused: bool) -> None:
+        self.said.append(paused)
+
+
+class FakeNode(Node):
+    """A node with one generation and no kernel."""
+
+    generation = Generation()
+
+    @property
+    def generations(self) -> Any:
+        class All:
+            def complete(self) -> list[Generation]:
+                return [FakeNode.generation]
+
+        return All()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture
+def node() -> FakeNode:
+    FakeNode.generation = Generation()
+    return FakeNode(Path("/no"), Path("/no"))
+
+
+def paused_until(node: FakeNode, fault: Callable[[], None]) -> None:
+    with compare.switch(node) as set_paused:
+        set_paused(True)
+        fault()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_resumes(node: FakeNode, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(NodeError, match=f"{number.name} came; the bypass is on again"):
+        paused_until(node, lambda: os.kill(os.getpid(), number))
+    assert node.generation.said == [True, False]
+    assert signal.getsignal(number) == before
+
+
+def test_a_fault_resumes(node: FakeNode) -> None:
+    with pytest.raises(ZeroDivisionError):
+        paused_until(node, lambda: print(1 // 0))
+    assert node.generation.said == [True, False]
