@@ -61,6 +61,19 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 	tb_call(skops, 0);
 }
 
+/*
+ * The connection has ended, be it by RST, and the application may still hold the socket. A socket
+ * in a sockhash would report a reset at each send (tcp_bpf_sendmsg), TCP reports it once. Not while
+ * bypassed bytes lie unread: those can still be read.
+ */
+static __always_inline void tb_end_connection(struct tb_conn *conn)
+{
+	if (tb_membership(conn->state) == TB_OUT || !tb_is_empty(conn->at.psock))
+		return;
+	sockhash.delete(&conn->me.id);
+	tb_set_membership(conn, TB_OUT, tb_tick_ns());
+}
+
 /* Callbacks of a socket that may have been paired. */
 static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 {
@@ -72,8 +85,12 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 	conn = conns.sk_storage_get(sk, 0, 0);
 	if (!conn || !conn->me.id)
 		return;
-	if (skops->op == BPF_SOCK_OPS_STATE_CB)
-		return tb_flush_tally(conn);
+	if (skops->op == BPF_SOCK_OPS_STATE_CB) {
+		tb_flush_tally(conn);
+		if (skops->args[1] == BPF_TCP_CLOSE)
+			tb_end_connection(conn);
+		return;
+	}
 	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		return tb_use_again(skops, conn);
 	tb_refresh_edge(skops, conn);

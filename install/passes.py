@@ -37,10 +37,13 @@ def visit_pod(visit: int, folder: Path) -> int:
     visited = 0
     with (folder / "cgroup.procs").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for pid in _processes(folder):
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                bpfsys.visit_files(visit, pid)
-                visited += 1
+        try:
+            for pid in _processes(folder):
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    bpfsys.visit_files(visit, pid)
+                    visited += 1
+        finally:  # closing is not enough: a child forked meanwhile would keep the lock
+            fcntl.flock(lock, fcntl.LOCK_UN)
     return visited
 
 

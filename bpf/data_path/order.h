@@ -37,8 +37,8 @@ static __always_inline int tb_is_open(const struct tb_conn *conn, const void *tp
 	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED;
 }
 
-/* May this socket send at all? Not from its own FIN on, where TCP refuses the message (EPIPE), but a
- * redirect would carry it behind the end of the stream. */
+/* May this socket send at all? Not from its own FIN on, where TCP refuses the message (EPIPE), but
+ * a redirect would carry it behind the end of the stream. */
 static __always_inline int tb_may_send(const void *tp)
 {
 	__u8 state = TB_OWN(__u8, tp, OFF_SOCK_STATE);

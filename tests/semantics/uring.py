@@ -19,6 +19,7 @@ _SETUP, _ENTER = 425, 426
 _OFF_SQ_RING, _OFF_SQES = 0, 0x10000000
 _FEAT_SINGLE_MMAP = 1
 _OP_POLL_ADD, _OP_SEND, _OP_RECV = 6, 26, 27
+_IOSQE_ASYNC = 1 << 4
 _SQE_SIZE, _CQE_SIZE, _ENTRIES = 64, 16, 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,10 +65,15 @@ class Ring:
         self._sqes.close()
         os.close(self._fd)
 
-    def recv(self, fd: int, size: int, flags: int = 0) -> ctypes.Array[ctypes.c_char]:
-        """Asks for bytes; the buffer returned holds them once it is completed."""
+    def recv(
+        self, fd: int, size: int, flags: int = 0, by_worker: bool = False
+    ) -> ctypes.Array[ctypes.c_char]:
+        """Asks for bytes; the buffer returned holds them once it is completed.
+
+        With `by_worker` a thread of the kernel makes the call at once (IOSQE_ASYNC).
+        """
         buffer = ctypes.create_string_buffer(size)
-        self._submit(_OP_RECV, fd, buffer, size, flags)
+        self._submit(_OP_RECV, fd, buffer, size, flags, how=_IOSQE_ASYNC * by_worker)
         return buffer
 
     def send(self, fd: int, data: bytes) -> None:
@@ -82,14 +88,21 @@ class Ring:
         return int(struct.unpack_from("I", self._ring, offset)[0])
 
     def _submit(
-        self, op: int, fd: int, buffer: ctypes.Array[ctypes.c_char] | None, size: int, flags: int
+        self,
+        op: int,
+        fd: int,
+        buffer: ctypes.Array[ctypes.c_char] | None,
+        size: int,
+        flags: int,
+        *,
+        how: int = 0,
     ) -> None:
         if buffer is not None:
             self._buffers.append(buffer)  # the kernel writes there: it must outlive the request
         tail = self._word(self._sq_tail)
         index = tail & self._word(self._sq_mask)
         address = ctypes.addressof(buffer) if buffer is not None else 0
-        entry = struct.pack("BBHiQQIIQ", op, 0, 0, fd, 0, address, size, flags, 0)
+        entry = struct.pack("BBHiQQIIQ", op, how, 0, fd, 0, address, size, flags, 0)
         self._sqes[index * _SQE_SIZE : (index + 1) * _SQE_SIZE] = entry.ljust(_SQE_SIZE, b"\0")
         struct.pack_into("I", self._ring, self._sq_array + 4 * index, index)
         struct.pack_into("I", self._ring, self._sq_tail, tail + 1)

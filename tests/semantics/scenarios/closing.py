@@ -231,13 +231,7 @@ def reset_with_unread_data(io: Io) -> None:
     io.log("then", [attempt(receiver.recv, 100) for _ in range(2)])
 
 
-@scenario(
-    Limit(
-        "After a reset every send fails with ECONNRESET, not only the first: EPIPE and SIGPIPE do "
-        "not come. A program that relies on SIGPIPE to end it must look at errors",
-        EXCLUDE,
-    )
-)
+@scenario()
 def reset_then_send(io: Io) -> None:
     """Sending on a connection that was reset"""
     sender, receiver = io.pair()

@@ -253,6 +253,25 @@ def io_uring_receive(io: Io) -> None:
 
 
 @scenario()
+def io_uring_worker(io: Io) -> None:
+    """io_uring: receives made by a thread of the kernel (IOSQE_ASYNC), five times"""
+    sender, receiver = io.pair()
+    try:
+        ring = Ring()
+    except RingUnavailable as error:
+        io.log("io_uring", str(error))
+        return
+    with ring:
+        for number in range(5):
+            waiting = ring.recv(receiver.fileno(), 100, by_worker=True)
+            settle()
+            sender.sendall(b"message %d" % number)
+            result = ring.completion(PATIENCE_S)
+            io.log(f"completion {number}", result)
+            io.log(f"bytes {number}", waiting.raw[: max(result or 0, 0)])
+
+
+@scenario()
 def io_uring_send(io: Io) -> None:
     """io_uring: sends"""
     sender, receiver = io.pair()
