@@ -16,17 +16,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bpf import abi
-from bpf.loader import Limits
 from bpf.stats import HopCounters
 from cni_plugin import bpfsys, names
+from install.generations import Generation
 from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import ENTER
-from tests.integration import traffic_pods
+from tests.integration import reach, traffic_pods
 from tests.integration.traffic_pods import (
     FIRST_BYTES,
     LightNode,
@@ -418,7 +419,9 @@ def test_a_pod_is_deleted_during_a_transfer(pods: tuple[LightPod, LightPod]) -> 
 def test_full_maps() -> None:
     """What finds no room stays on TCP and works; room that is free again is used again."""
     with (
-        traffic_pods.node(Limits(sockets=4, pending=64, counters=64, exchanges=1, age_ms=0)) as node,
+        traffic_pods.node(
+            Limits(sockets=4, pending=64, counters=64, exchanges=1, age_ms=0)
+        ) as node,
         node.pod(A) as client,
         node.pod(B) as server,
     ):
@@ -539,6 +542,7 @@ def test_load_and_unload_during_transfers() -> None:
         bed.pod("client") as client,
         bed.pod("server") as server,
         traffic_pods.socket_maker() as maker,
+        reach.visiting(bed),
     ):
         old = bpf_objects.pinned(bed.node.bpffs)
 
@@ -555,32 +559,38 @@ def test_load_and_unload_during_transfers() -> None:
             found = [pod["hops"].get("sidecars") for pod in bed.node.status()["pods"]]
             return sum(hop["bypassed_bytes"] for hop in found if hop)
 
-        silent = connection(8082)  # a stream may have left the sockhash by itself
+        def is_empty(number: int) -> bool:
+            return not Generation(bed.node.bpffs / f"gen-{number}").has_sockets()
+
+        silent, first = connection(8082), connection(8080)
+        reach.join(bed, silent, first)
         exchange(*silent)
-        first = connection(8080)
         streams = Streams(*first, seed=3)
         streams.flow()
         assert sidecars() > 0
+        assert not is_empty(1)
         bed.node.call("load")
-        assert bed.node.status()["older_generations"] == [1]
+        assert eventually(lambda: is_empty(1))
         second = connection(8081)
         more = Streams(*second, seed=4)
         more.flow()
         streams.flow()
         status = bed.node.status()
         assert {pod["generation"] for pod in status["pods"]} == {"gen-2"}
-        streams.finish()
-        close(first)
-        close(silent)
+        exchange(*silent)
         new = bpf_objects.pinned(bed.node.bpffs) - old
         bed.node.call("load")  # removes what is idle
         assert bpf_objects.surviving(old) == []
         more.flow()
         bed.node.call("unload")
         more.flow()
+        streams.flow()
+        exchange(*silent)
+        assert streams.finish() > 0
         assert more.finish() > 0
-        close(second)
-        assert bpf_objects.surviving(new) == []
+        assert bpf_objects.surviving(new) == []  # though all three are open still
+        for pair in (silent, first, second):
+            close(pair)
         maker.leave()
 
 
