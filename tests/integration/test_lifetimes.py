@@ -419,9 +419,7 @@ def test_a_pod_is_deleted_during_a_transfer(pods: tuple[LightPod, LightPod]) -> 
 def test_full_maps() -> None:
     """What finds no room stays on TCP and works; room that is free again is used again."""
     with (
-        traffic_pods.node(
-            Limits(sockets=4, pending=64, counters=64, exchanges=1, age_ms=0)
-        ) as node,
+        traffic_pods.node(replace(traffic_pods.LIMITS, sockets=4)) as node,
         node.pod(A) as client,
         node.pod(B) as server,
     ):

@@ -19,6 +19,7 @@ from tests.bed.pingpong import HOPS
 
 SIZES = (0, 1, 200, 1448, 16_384, 65_537, 1 << 20)
 FILES = {f"body-{size}": fetch.pattern(size) for size in SIZES}
+STREAM = 256 * 1024  # TB_STREAM
 TIMES = 20
 
 
@@ -40,8 +41,7 @@ def pods() -> Iterator[Pods]:
 
 def fetch_all(client: Pod) -> str:
     """Fetch every file through the mesh; what the fetching program said."""
-    files = [f"body-{size}={size}" for size in SIZES]
-    return client.run([sys.executable, fetch.__file__, mesh.SERVICE_URL, str(TIMES), *files])
+    return client.run(mesh.fetch_argv(SIZES, TIMES))
 
 
 def payload(bed: Bed, *pods: Pod) -> dict[str, tuple[int, int]]:
@@ -73,7 +73,7 @@ def test_bodies_arrive_whole_and_bypass_on_every_hop(
     sidecar = Sidecar(endpoint=None, protocol=protocol)
     with mesh.running(client, server, FILES, sidecar=sidecar, tls=tls, sendfile=sendfile):
         before = payload(bed, client, server)
-        assert fetch_all(client) == f"fetched {TIMES * len(SIZES)}\n"
+        assert fetch_all(client) == mesh.fetched(SIZES, TIMES)
         after = payload(bed, client, server)
     # Not all of them: those of a fast sender beyond the receiver's buffer go by TCP, as they must.
     for hop in HOPS:
@@ -105,7 +105,7 @@ def test_a_pod_that_opted_out_still_gets_its_answers(pods: Pods) -> None:
     with bed.pod("opted-out", annotations=OPTED_OUT) as server:
         before = payload(bed, client)
         with mesh.running(client, server, FILES):
-            assert fetch_all(client) == f"fetched {TIMES * len(SIZES)}\n"
+            assert fetch_all(client) == mesh.fetched(SIZES, TIMES)
         after = payload(bed, client)
     assert grown(after, before, "outbound") > TIMES * sum(SIZES) / 2
     assert grown(after, before, "sidecars") == 0
@@ -116,7 +116,7 @@ def test_nothing_is_left_behind() -> None:
     with open_bed(bypass=True) as bed:
         with bed.pod("client") as client, bed.pod("server") as server:
             with mesh.running(client, server, FILES):
-                assert fetch_all(client) == f"fetched {TIMES * len(SIZES)}\n"
+                assert fetch_all(client) == mesh.fetched(SIZES, TIMES)
             made = bpf_objects.pinned(bed.node.bpffs)
             assert {found.kind for found in made} == {"program", "map"}
             bed.chain.check(client.attachment)
