@@ -53,6 +53,8 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 {
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
+	if (!conn->there.psock)
+		return TB_REASON_WAITING; /* the peer has never joined */
 	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER)
 		return TB_REASON_LEAVING;
 	if (!tb_is_open(conn, tp))
