@@ -558,7 +558,8 @@ def test_load_and_unload_during_transfers() -> None:
             return sum(hop["bypassed_bytes"] for hop in found if hop)
 
         def is_empty(number: int) -> bool:
-            return not Generation(bed.node.bpffs / f"gen-{number}").has_sockets()
+            folder = bed.node.bpffs / f"gen-{number}"
+            return not folder.exists() or not Generation(folder).has_sockets()
 
         silent, first = connection(8082), connection(8080)
         reach.join(bed, silent, first)
