@@ -78,7 +78,7 @@ enum tb_hop {
 /* Why a message went by TCP after all. */
 enum tb_reason {
 	TB_REASON_NONE,	       /* it did not */
-	TB_REASON_WAITING,     /* its socket has not joined the sockhash yet */
+	TB_REASON_WAITING,     /* its socket, or the peer, has not joined the sockhash yet */
 	TB_REASON_LEAVING,     /* its socket, or the peer, is not in the sockhash any more */
 	TB_REASON_ORDER,       /* the peer has not consumed all earlier TCP bytes */
 	TB_REASON_BACKLOG,     /* the peer would have more unread than tb_bound() */

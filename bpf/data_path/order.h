@@ -7,14 +7,14 @@
  *   - to the bypass when the peer has consumed every byte sent by TCP (its copied_seq is the own
  *     write_seq), and no thread sleeps in recv there: that one would not wake for bypassed bytes;
  *   - to TCP when no bypassed byte lies unread at the peer and no redirect is on its way to it.
- * Whatever asks for TCP waits for that moment. Only RULE (bound) does not. Then TCP bytes lie behind
- * bypassed ones, still in order, and the sender notes it: edge.h. FIN needs no rule, since a reader
- * meets it last.
+ * Whatever asks for TCP waits for that moment. Only RULE (bound) and RULE (lock) do not. Then TCP
+ * bytes lie behind bypassed ones, still in order, and the sender notes it: edge.h. FIN needs no rule,
+ * since a reader meets it last.
  *
  * RULE (lock). A redirect takes the peer's socket lock in process context and waits for it in a sleep
  * that no signal ends. An application may hold it for long (throttled, swapping), and over TCP the
- * sender would not notice. So a direction does not begin to bypass to an application's socket whose
- * lock is owned, and leaves the bypass there if it can. Sidecars do not hold it for long.
+ * sender would not notice. So a message to an application's socket whose lock is owned goes by TCP.
+ * Sidecars do not hold it for long.
  *
  * RULE (half-closed). Conntrack forgets half-closed connections in a minute or two, unless it sees
  * packets. From the first FIN on all bytes go by TCP.
@@ -60,7 +60,9 @@ static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp, __u32 state,
 				     __u64 now)
 {
-	/* First of all: tb_may_return(). Another sk_prot: the peer has a ULP, or closes. */
+	if (!conn->there.psock)
+		return TB_REASON_WAITING; /* the peer has never joined */
+	/* Before pausing: tb_may_return(). Another sk_prot: the peer has a ULP, or closes. */
 	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
 	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
 		return TB_REASON_LEAVING;
@@ -105,19 +107,25 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
 /* May a direction that is on the bypass go to TCP with this message, as it wishes to?
  *
  * RULE (leaving). A peer that leaves gets nothing into its empty queue, also while another thread
- * is on its way there. */
+ * is on its way there.
+ *
+ * RULE (lock). An application of another pod whose lock is owned gets nothing at all: it could hold
+ * the sender up by a read of the very bytes that make its queue not empty. */
 static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32 state)
 {
+	int is_empty;
+
 	if (wish == TB_REASON_LEAVING && tb_is_gone(conn, state))
 		return 1;
-	if (!tb_is_empty(conn->there.psock))
-		return 0;
-	if (tb_is_alone(conn))
+	is_empty = tb_is_empty(conn->there.psock);
+	if (is_empty && tb_is_alone(conn))
 		return 1;
-	if (wish != TB_REASON_LEAVING)
-		return 0;
-	conn->is_behind = 1;
-	return 1;
+	if ((wish == TB_REASON_LEAVING && is_empty) ||
+	    (wish == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id)) {
+		conn->is_behind = 1;
+		return 1;
+	}
+	return 0;
 }
 
 /* Counts what the peer has answered, and what lies between its answers. */

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from bpf.loader import Limits
@@ -25,6 +26,7 @@ from tests.integration import traffic_pods
 from tests.integration.traffic_pods import Maker
 
 Ends = tuple[socket.socket, socket.socket]
+PASSES_S = 0.01  # between two passes
 KNOWN = Limits()  # what a connection must have made of exchanges, and its age
 
 
@@ -117,6 +119,25 @@ def visit(bed: Bed) -> None:
     for generation in in_process(bed).generations.complete():
         with generations.opened(generation.folder / names.VISIT) as program:
             bpfsys.visit_files(program, os.getpid())
+
+
+@contextmanager
+def visiting(bed: Bed) -> Iterator[None]:
+    """Passes over this process one after the other meanwhile, as over a pod's."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(PASSES_S):
+            with suppress(FileNotFoundError):  # a generation is being removed
+                visit(bed)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def join(bed: Bed, *pairs: Ends) -> int:

@@ -44,8 +44,9 @@ def read(sock):
         left -= len(sock.recv(left))
 
 with socket.create_server(("127.0.0.1", 0)) as listener:
-    with socket.create_connection(listener.getsockname()) as client:
+    with socket.create_connection(listener.getsockname(), timeout=20) as client:
         server, _ = listener.accept()
+        server.settimeout(20)
         for _ in range(exchanges):
             client.sendall(b"x" * 1000)
             read(server)

@@ -31,13 +31,12 @@ from bpf import abi, stats
 from bpf.loader import VISIT, Limits, Programs
 from cni_plugin import bpfsys, names
 from install import passes
-from tests.bed import APP_UID, PROXY_UID, cgroups, congestion, netns
+from tests.bed import APP_UID, PROXY_UID, cgroups, netns
 from tests.bed.netns import NetNamespace
 from tests.bed.pod import ENTER
 from tests.integration import traffic
 
 LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, exchanges=1, age_ms=0)
-SO_MAX_PACING_RATE = 47  # socket(7)
 TIMEOUT_S = 10.0
 FIRST_BYTES = 4  # of exchange(), two each way: before its ends join, and the first after that
 IPPROTO_MPTCP = 262
@@ -486,18 +485,6 @@ def disconnect(sock: socket.socket) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.connect(sock.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16):
         raise OSError(ctypes.get_errno(), "connect(AF_UNSPEC)")
-
-
-def without_pacing(pod: LightPod) -> None:
-    """Whatever the machine's own congestion control is: BBR paces what it sends."""
-    congestion.choose(pod.netns, "reno")
-
-
-def send_by_tcp(sock: socket.socket, data: bytes) -> None:
-    """Corked, which only TCP can do."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
-    sock.sendall(data)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
 
 def receive(sock: socket.socket, size: int) -> bytes:
