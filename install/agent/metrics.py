@@ -252,7 +252,9 @@ def _traffic(prefix: str, rows: Mapping[tuple[str, ...], Hops], *labels: str) ->
     messages = family("messages", "Messages sent by sockets that may bypass", "path")
     reasons = family("tcp_messages", "Messages that went by TCP, and why", "reason")
     outcomes = family("connections", "Ends of connections, and what became of them", "outcome")
-    changes = family("sockets", "Sockets that joined the bypass, or left it while open", "change")
+    changes = family(
+        "socket_changes", "Sockets that joined the bypass, or left it while open", "change"
+    )
     for values, hops in rows.items():
         for hop, counted in hops.items():
             at = [*values, hop]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one exchange costs and what it would, from docs/benchmarks.md.
+"""What one exchange costs and what it would, from the run that docs/benchmarks.md reports.
 
-Medians of "Round trips on each hop", IPv4, 64 bytes each way, both ends on one CPU: so a round trip
-is also the CPU time of both ends. tests/unit/test_estimate.py holds them against that table.
+Medians of "Round trips on each hop" (build/bench/tables.md), IPv4, 64 bytes each way, both ends on
+one CPU: so a round trip is also the CPU time of both ends. tests/unit/test_estimate.py holds their
+ratios against the page.
 """
 
 from __future__ import annotations

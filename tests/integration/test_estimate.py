@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,12 +39,11 @@ Protocol = Literal["http", "tcp"]
 CLIENT = """
 import http.client, sys
 connection = http.client.HTTPConnection(sys.argv[1], timeout=60)
-input()
-for _ in range(int(sys.argv[2])):
-    connection.request("GET", "/body")
-    connection.getresponse().read()
-print("done", flush=True)
-input()
+for line in sys.stdin:
+    for _ in range(int(line)):
+        connection.request("GET", "/body")
+        connection.getresponse().read()
+    print("done", flush=True)
 """
 BLOCKING = """
 import socket, sys, time
@@ -114,21 +114,35 @@ def meshed(
             stack.enter_context(mesh.running(client, server, FILES, sidecar=sidecar, family=family))
             host = mesh.service_url(family).removeprefix("http://")
             pipe = subprocess.PIPE
-            argv = [sys.executable, "-c", CLIENT, host, str(REQUESTS)]
+            argv = [sys.executable, "-c", CLIENT, host]
             clients.append(client.spawn(argv, stdin=pipe, stdout=pipe))
             pods += [client, server]
         yield bed, pods, clients
 
 
-def ask(clients: list[subprocess.Popen[str]]) -> None:
-    """All requests; the connections stay."""
+def ask(clients: list[subprocess.Popen[str]], requests: int = REQUESTS) -> None:
+    """So many requests each; the connections stay."""
     for each in clients:
         assert each.stdin is not None
-        each.stdin.write("\n")
+        each.stdin.write(f"{requests}\n")
         each.stdin.flush()
     for each in clients:
         assert each.stdout is not None
         assert each.stdout.readline() == "done\n"
+
+
+def let_join(bed: Bed, clients: list[subprocess.Popen[str]]) -> None:
+    """Some requests at a time, until the same number of bytes has bypassed twice on each hop."""
+    last, deadline = dict.fromkeys(HOPS, 0), time.monotonic() + 60
+    while time.monotonic() < deadline:
+        before = counted(bed)
+        ask(clients, 50)
+        now = {hop: size - before[hop] for hop, size in counted(bed).items()}
+        if all(now[hop] and now[hop] == pytest.approx(last[hop], rel=CLOSE) for hop in HOPS):
+            return
+        last = now
+        time.sleep(0.5)
+    raise AssertionError(f"not all connections have joined: {last}")
 
 
 @pytest.mark.parametrize(("protocol", "family"), [("http", "v4"), ("tcp", "v4"), ("http", "v6")])
@@ -140,6 +154,7 @@ def test_hop_shares_are_what_bypasses_once_it_is_on(protocol: Protocol, family: 
         survey.look()
         found = survey.result(seconds=1.0)
     with meshed(protocol, family, bypass=True) as (bed, _, clients):
+        let_join(bed, clients)
         before = counted(bed)
         ask(clients)
         after = counted(bed)
