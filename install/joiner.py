@@ -96,10 +96,10 @@ class Opened:
                     found[int.from_bytes(key, sys.byteorder)] = due
         return found
 
-    def begin(self, pod_id: int, cost: int) -> None:
+    def begin(self, pod_id: int, cost: int, pending: int = 0) -> None:
         """Nothing missed, nothing pending: before a pass, so that what comes meanwhile counts."""
         key = pod_id.to_bytes(8, sys.byteorder)
-        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, 0, 0)))
+        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, pending, 0)))
 
     def forget(self, pod_id: int) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -176,6 +176,7 @@ class Joiner:
     _scanned_at: float = 0.0
     _written_at: float = -math.inf
     _retiring: Step = field(default_factory=Step)
+    _retired_at: dict[int, float] = field(default_factory=dict)  # by pod: not always the same ones
     _credit_ns: float = BURST_NS
     _counted_at: float = field(default_factory=time.monotonic)
     _own_ns: int = field(default_factory=time.process_time_ns)
@@ -264,6 +265,7 @@ class Joiner:
         opened.forget(pod_id)
         self._costs.pop(pod_id, None)
         self._steps.pop(pod_id, None)
+        self._retired_at.pop(pod_id, None)
         self._troubled.discard(pod_id)
 
     def _retire(self) -> None:
@@ -275,8 +277,9 @@ class Joiner:
         self._retiring.take(again=True)
         self._scan()
         for each in old:
-            for pod_id in self._folders:
+            for pod_id in sorted(self._folders, key=lambda one: self._retired_at.get(one, 0.0)):
                 if self._credit_ns > 0:
+                    self._retired_at[pod_id] = time.monotonic()
                     self._pass(each, pod_id)
 
     def _pass(self, opened: Opened, pod_id: int) -> bool:
@@ -287,6 +290,9 @@ class Joiner:
         opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST))
         try:
             spent_ns = self.runner.run(opened.visit, folder)
+        except BlockingIOError:  # a load is at it: its passes are of another generation
+            opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST), pending=1)
+            return True
         except (PassTimeout, EOFError, OSError) as error:
             if pod_id not in self._troubled:
                 log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)

@@ -22,6 +22,8 @@ class Opened:
 
     def __init__(self, *pods: int) -> None:
         self.left = list(pods)
+        self.rung: list[int] = []
+        self.visit = 0
 
     def pods(self) -> list[int]:
         return self.left
@@ -31,6 +33,9 @@ class Opened:
 
     def forget(self, pod_id: int) -> None:
         self.left.remove(pod_id)
+
+    def begin(self, pod_id: int, _cost: int, pending: int = 0) -> None:
+        self.rung = [pod_id] if pending else []
 
 
 @pytest.fixture
@@ -60,3 +65,15 @@ def test_what_the_joiner_takes_itself_is_paid(made: Joiner) -> None:
     earned_ns = (made._counted_at - began_at) * 1e9 * SHARE
     assert made._own_ns - own_ns >= 20_000_000
     assert made._credit_ns == pytest.approx(BURST_NS + earned_ns - (made._own_ns - own_ns))
+
+
+def test_a_pod_that_another_process_visits_has_its_turn_later(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_visit: int, _folder: Path) -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(made.runner, "run", run)
+    opened: Any = Opened(1)
+    assert made._pass(opened, 1)
+    assert (opened.rung, made.done.failed) == ([1], 0)
