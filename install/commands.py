@@ -127,7 +127,8 @@ def load(node: Node, host_proc: Path = OWN_PROC) -> None:
         generations = node.generations
         ours = generations.program_ids()
         # While the old programs are attached: they mend what their sockets leave behind (edge.h).
-        leaving.empty_all(generations.complete(), _folders(generations))
+        before = generations.complete()
+        leaving.empty_all([each for each in before if each.is_whole()], _folders(generations))
         try:
             generation = generations.publish(programs)
         except BaseException:
@@ -138,6 +139,8 @@ def load(node: Node, host_proc: Path = OWN_PROC) -> None:
         try:
             _move_pods(node, generation, ours, verdict.mode)
         finally:
+            # Version 0.1's, which can only be paused: after this one took the pauses over.
+            leaving.empty_all([each for each in before if not each.is_whole()], [])
             generations.remove_idle(_attached_ids(generations))
         if verdict.is_final:
             _write_node_json(node, verdict, freshness.mark(generation))

@@ -36,6 +36,7 @@ LOOK_S = 2.0  # how often for new generations, and for events that were lost
 BEAT_S = 20.0  # how often, at least, its file is written: `check` looks how old that is
 HELD_S = 60.0  # how long a pod is left out after a pass that did not end, or failed
 FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
+FORGET_S = 60.0  # how often pods that are no more are forgotten
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
@@ -80,6 +81,10 @@ class Opened:
         with bpfsys.closing(bpfsys.obj_get(str(generation.folder / names.BELL))) as bell:
             return Opened(generation, fds[0], fds[1], Bell(bell))
 
+    def pods(self) -> list[int]:
+        """All that have an entry, pending or not."""
+        return [int.from_bytes(key, sys.byteorder) for key in bpfsys.map_keys(self.due, 8)]
+
     def pending(self) -> dict[int, abi.Due]:
         """The pods whose pass is due."""
         found = {}
@@ -91,10 +96,10 @@ class Opened:
                     found[int.from_bytes(key, sys.byteorder)] = due
         return found
 
-    def begin(self, pod_id: int, cost: int) -> None:
+    def begin(self, pod_id: int, cost: int, pending: int = 0) -> None:
         """Nothing missed, nothing pending: before a pass, so that what comes meanwhile counts."""
         key = pod_id.to_bytes(8, sys.byteorder)
-        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, 0, 0)))
+        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, pending, 0)))
 
     def forget(self, pod_id: int) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -171,8 +176,11 @@ class Joiner:
     _scanned_at: float = 0.0
     _written_at: float = -math.inf
     _retiring: Step = field(default_factory=Step)
+    _retired_at: dict[int, float] = field(default_factory=dict)  # by pod: not always the same ones
     _credit_ns: float = BURST_NS
     _counted_at: float = field(default_factory=time.monotonic)
+    _own_ns: int = field(default_factory=time.process_time_ns)
+    _forgot_at: float = field(default_factory=time.monotonic)
     _troubled: set[int] = field(default_factory=set)
 
     def run(self, stop: Callable[[], bool], wake: int | None = None) -> None:
@@ -187,7 +195,8 @@ class Joiner:
                 if self.done != before or is_silent:
                     self.done.write(self.state_dir)
                     self._written_at = time.monotonic()
-                fds = [each.bell.fd for each in self._opened.values()]
+                # With nothing to spend, what rings must wait: a look at all pods is not free.
+                fds = [each.bell.fd for each in self._opened.values() if self._credit_ns > 0]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
                 for each in self._opened.values():
                     each.bell.drain()
@@ -228,15 +237,36 @@ class Joiner:
             if step.held:
                 step.not_before += HELD_S
         self._retire()
+        self._forget_gone()
         if self._credit_ns > 0:
             return wait_s
         return min(LOOK_S, -self._credit_ns / 1e9 / SHARE + 0.001)
 
     def _earn(self) -> None:
-        now = time.monotonic()
-        self._credit_ns += (now - self._counted_at) * 1e9 * SHARE
+        """What this process itself takes is paid like the passes."""
+        now, own_ns = time.monotonic(), time.process_time_ns()
+        self._credit_ns += (now - self._counted_at) * 1e9 * SHARE - (own_ns - self._own_ns)
         self._credit_ns = min(self._credit_ns, BURST_NS)
-        self._counted_at = now
+        self._counted_at, self._own_ns = now, own_ns
+
+    def _forget_gone(self) -> None:
+        """Pods that are no more. Those that are listed have connected, so a scan after that finds
+        them while they have a cgroup."""
+        if time.monotonic() - self._forgot_at < FORGET_S:
+            return
+        self._forgot_at = time.monotonic()
+        listed = [(each, pod_id) for each in self._opened.values() for pod_id in each.pods()]
+        self._scan()
+        for each, pod_id in listed:
+            if pod_id not in self._folders:
+                self._forget(each, pod_id)
+
+    def _forget(self, opened: Opened, pod_id: int) -> None:
+        opened.forget(pod_id)
+        self._costs.pop(pod_id, None)
+        self._steps.pop(pod_id, None)
+        self._retired_at.pop(pod_id, None)
+        self._troubled.discard(pod_id)
 
     def _retire(self) -> None:
         """Old generations: what a load could not take out of them leaves when it can."""
@@ -247,8 +277,9 @@ class Joiner:
         self._retiring.take(again=True)
         self._scan()
         for each in old:
-            for pod_id in self._folders:
+            for pod_id in sorted(self._folders, key=lambda one: self._retired_at.get(one, 0.0)):
                 if self._credit_ns > 0:
+                    self._retired_at[pod_id] = time.monotonic()
                     self._pass(each, pod_id)
 
     def _pass(self, opened: Opened, pod_id: int) -> bool:
@@ -259,6 +290,9 @@ class Joiner:
         opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST))
         try:
             spent_ns = self.runner.run(opened.visit, folder)
+        except BlockingIOError:  # a load is at it: its passes are of another generation
+            opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST), pending=1)
+            return True
         except (PassTimeout, EOFError, OSError) as error:
             if pod_id not in self._troubled:
                 log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)
@@ -283,10 +317,8 @@ class Joiner:
             return None
         self._scan()
         if pod_id not in self._folders:
-            self._costs.pop(pod_id, None)
-            self._steps.pop(pod_id, None)
             for each in self._opened.values():
-                each.forget(pod_id)
+                self._forget(each, pod_id)
         return self._folders.get(pod_id)
 
     def _scan(self) -> None:

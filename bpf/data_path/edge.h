@@ -27,16 +27,19 @@ static __always_inline void tb_probe(struct bpf_sock_ops *skops, struct tb_conn 
 	bpf_setsockopt(skops, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
 }
 
+/* What the application has set meanwhile stays. */
 static __always_inline void tb_end_probes(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	int seconds = conn->own.idle_s, off = 0;
+	int seconds = conn->own.idle_s, now = 0, off = 0;
 
 	if (!seconds)
 		return;
-	bpf_setsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &seconds, sizeof(seconds));
+	conn->own.idle_s = 0;
+	bpf_getsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &now, sizeof(now));
+	if (now == TB_PROBE_S)
+		bpf_setsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &seconds, sizeof(seconds));
 	if (!conn->own.is_on)
 		bpf_setsockopt(skops, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));
-	conn->own.idle_s = 0;
 }
 
 /* The reader sends a packet. It may have left since its short read. */

@@ -205,6 +205,8 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 	tb_count_tcp(conn, reason, size);
 	if (reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->peer.pod_id); /* a pass takes it out */
+	if (reason == TB_REASON_INELIGIBLE)
+		tb_ring(conn->me.pod_id); /* it may be this end */
 	if (reason == TB_REASON_PAUSED || conn->wasted++ < TB_WASTE)
 		return;
 	tb_miss(conn->me.pod_id, 1);

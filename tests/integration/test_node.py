@@ -17,6 +17,7 @@ import pytest
 
 from bpf import abi
 from install import commands, selftest
+from install.generations import Generations
 from install.selftest import Verdict
 from tests.bed import cgroups, open_bed
 from tests.bed.bed import Bed
@@ -134,6 +135,15 @@ def test_load_when_the_current_generation_is_damaged(bed: Bed, lost: str) -> Non
     assert sorted(path.name for path in bed.node.bpffs.glob("gen-*")) == [
         f"gen-{status['generation']}"
     ]
+
+
+def test_an_upgrade_from_a_version_that_can_only_be_paused_pauses_nothing_else(bed: Bed) -> None:
+    """Version 0.1 has no map `due`. Its sockets leave as they close, paused until then."""
+    (bed.node.bpffs / "current" / "due").unlink()
+    bed.node.call("load")
+    current = Generations(bed.node.bpffs).current()
+    assert current is not None
+    assert current.flags() == 0
 
 
 def test_a_killed_self_test_is_swept_up() -> None:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The joiner keeps its own house: pods that are no more, and what it costs itself."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from install import joiner
+from install.joiner import BURST_NS, FORGET_S, SHARE, Joiner
+from install.passes import Runner
+
+
+class Opened:
+    """A generation with these pods in its map `due`, none of them pending."""
+
+    generation = None
+
+    def __init__(self, *pods: int) -> None:
+        self.left = list(pods)
+        self.rung: list[int] = []
+        self.visit = 0
+
+    def pods(self) -> list[int]:
+        return self.left
+
+    def pending(self) -> dict[int, Any]:
+        return {}
+
+    def forget(self, pod_id: int) -> None:
+        self.left.remove(pod_id)
+
+    def begin(self, pod_id: int, _cost: int, pending: int = 0) -> None:
+        self.rung = [pod_id] if pending else []
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Joiner:
+    """A joiner on a node where pod 1 is the only one."""
+    pod = SimpleNamespace(record=SimpleNamespace(id=1), path=tmp_path)
+    monkeypatch.setattr(joiner, "attached_cgroups", lambda _ours: [pod])
+    return Joiner(tmp_path, tmp_path, Runner())
+
+
+def test_pods_that_are_no_more_are_forgotten(made: Joiner) -> None:
+    opened = Opened(1, 2, 3)
+    made._opened["gen-1"] = opened  # type: ignore[assignment]
+    made._serve()
+    assert opened.left == [1, 2, 3]
+    made._forgot_at -= FORGET_S
+    made._serve()
+    assert opened.left == [1]
+
+
+def test_what_the_joiner_takes_itself_is_paid(made: Joiner) -> None:
+    began_at, own_ns = made._counted_at, made._own_ns
+    until = time.process_time() + 0.02
+    while time.process_time() < until:
+        pass
+    made._earn()
+    earned_ns = (made._counted_at - began_at) * 1e9 * SHARE
+    assert made._own_ns - own_ns >= 20_000_000
+    assert made._credit_ns == pytest.approx(BURST_NS + earned_ns - (made._own_ns - own_ns))
+
+
+def test_a_pod_that_another_process_visits_has_its_turn_later(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_visit: int, _folder: Path) -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(made.runner, "run", run)
+    opened: Any = Opened(1)
+    assert made._pass(opened, 1)
+    assert (opened.rung, made.done.failed) == ([1], 0)
