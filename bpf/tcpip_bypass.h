@@ -41,8 +41,8 @@ enum tb_pod_flag {
 struct tb_pod {
 	__u64 id; /* unique per attachment, cni_plugin/attachment.py: pod_id() */
 	__u32 flags;
-	__u32 proxy_uid;   /* whose sockets are the sidecar's, as the host counts uids */
-	__u32 reserved_1;  /* keeps the layout of version 0.1, whose records an upgrade reads */
+	__u32 proxy_uid;  /* whose sockets are the sidecar's, as the host counts uids */
+	__u32 reserved_1; /* keeps the layout of version 0.1, whose records an upgrade reads */
 	__u32 ip_count;
 	__u32 excluded_count;
 	__u32 reserved_2;

@@ -3,8 +3,8 @@
  * Fresh edges.
  *
  * RULE (edges). While bypassed and TCP bytes both lie unread, recv returns the bypassed ones only.
- * epoll(7) lets an edge-triggered reader take such a short read for the end, and no edge may follow.
- * So once the reader has read what was bypassed, its own callback makes a new edge: writing
+ * epoll(7) lets an edge-triggered reader take such a short read for the end, and no edge may
+ * follow. So once the reader has read what was bypassed, its own callback makes a new edge: writing
  * SO_RCVLOWAT's own value back runs tcp_data_ready() (tcp_set_rcvlowat, Linux 6.1).
  *
  * The callback comes with each packet that the reader sends. A sender with more to send probes the

@@ -13,15 +13,15 @@
  *
  * RULE (leaving). What lies unread in a removed socket's bypass queue is lost, and a redirect to it
  * on its way fails. What it has bypassed itself must have been read, too: else its next bytes, by
- * TCP, lie behind that, and edge.h knows nothing of it. So a socket leaves in three visits, each of a
- * pass of its own:
+ * TCP, lie behind that, and edge.h knows nothing of it. So a socket leaves in three visits, each of
+ * a pass of its own:
  *   1. The first writes TB_LEAVING. Sends at both ends that begin from then on see it, and bypass
  *      nothing into an empty queue.
  *   2. The second notes how many sends have begun on the bypass, and then finds no thread inside a
  *      call at either end: each psock has the sockhash's reference alone.
- *   3. The third finds both queues empty, again no thread inside a call, and then that number again.
- *      So no redirect is on its way, none has begun since 2, and none can begin.
- * If 3 finds anything else, 2 is next.
+ *   3. The third finds both queues empty, again no thread inside a call, and then that number
+ * again. So no redirect is on its way, none has begun since 2, and none can begin. If 3 finds
+ * anything else, 2 is next.
  */
 
 /* So long after the handshake, at least, it may join. */
@@ -87,7 +87,8 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	__u32 sent = tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ), weight, outcome;
 	__u32 first = conn->me.is_client ? conn->half.client_isn : conn->half.server_isn;
 
-	/* An application may still be setting its socket up: before its first byte this is no sign. */
+	/* An application may still be setting its socket up: before its first byte this is no sign.
+	 */
 	if (sent == first)
 		return;
 	if (!tb_is_paired(conn))
@@ -155,8 +156,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 
 static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 now)
 {
-	int is_lone = !tb_has_peer(conn) ||
-		      tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
+	int is_lone =
+		!tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
 
 	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }

@@ -7,7 +7,8 @@
  * again. So what was read may only decide whether a message is redirected, never to which socket:
  * the redirect itself finds the peer by its unique key, or fails.
  *
- * OFF_*, MASK_* and BIT_* are places of struct members, from the running kernel's BTF (bpf/loader.py).
+ * OFF_*, MASK_* and BIT_* are places of struct members, from the running kernel's BTF
+ * (bpf/loader.py).
  */
 
 /* Two helpers under other names. bcc turns bpf_probe_read_kernel into bpf_probe_read, which
@@ -17,8 +18,8 @@ static long (*tb_probe_read_kernel)(void *to, __u32 size,
 				    const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_cookie;
 static void *(*tb_sock_from_file)(void *file) = (void *)BPF_FUNC_sock_from_file;
-/* The time of the last tick, in nanoseconds: cheaper than bpf_ktime_get_ns(), which alone a visit may
- * ask. The two clocks are one, up to a tick: tb_has_passed(). */
+/* The time of the last tick, in nanoseconds: cheaper than bpf_ktime_get_ns(), which alone a visit
+ * may ask. The two clocks are one, up to a tick: tb_has_passed(). */
 static __u64 (*tb_tick_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 
 #define __always_inline inline __attribute__((always_inline))

@@ -2,19 +2,19 @@
 /*
  * One message: by TCP, or redirected to the peer's socket.
  *
- * RULE (one queue). A receiver reads bypassed bytes before anything in its TCP queue. So a direction
- * changes its path, either way, only while the path that it leaves is empty:
+ * RULE (one queue). A receiver reads bypassed bytes before anything in its TCP queue. So a
+ * direction changes its path, either way, only while the path that it leaves is empty:
  *   - to the bypass when the peer has consumed every byte sent by TCP (its copied_seq is the own
  *     write_seq), and no thread sleeps in recv there: that one would not wake for bypassed bytes;
  *   - to TCP when no bypassed byte lies unread at the peer and no redirect is on its way to it.
  * Whatever asks for TCP waits for that moment. Only RULE (bound) and RULE (lock) do not. Then TCP
- * bytes lie behind bypassed ones, still in order, and the sender notes it: edge.h. FIN needs no rule,
- * since a reader meets it last.
+ * bytes lie behind bypassed ones, still in order, and the sender notes it: edge.h. FIN needs no
+ * rule, since a reader meets it last.
  *
- * RULE (lock). A redirect takes the peer's socket lock in process context and waits for it in a sleep
- * that no signal ends. An application may hold it for long (throttled, swapping), and over TCP the
- * sender would not notice. So a message to an application's socket whose lock is owned goes by TCP.
- * Sidecars do not hold it for long.
+ * RULE (lock). A redirect takes the peer's socket lock in process context and waits for it in a
+ * sleep that no signal ends. An application may hold it for long (throttled, swapping), and over
+ * TCP the sender would not notice. So a message to an application's socket whose lock is owned goes
+ * by TCP. Sidecars do not hold it for long.
  *
  * RULE (half-closed). Conntrack forgets half-closed connections in a minute or two, unless it sees
  * packets. From the first FIN on all bytes go by TCP.
@@ -23,8 +23,8 @@
  * message in a second goes by TCP.
  */
 
-/* A run of so much without an answer is a stream, which goes by TCP until it is answered: so that it
- * has left the bypass before its reader rests. */
+/* A run of so much without an answer is a stream, which goes by TCP until it is answered: so that
+ * it has left the bypass before its reader rests. */
 #define TB_STREAM (256 * 1024)
 /* So often in vain in the sockhash, and a connection leaves it; an exchange makes up for some. */
 #define TB_WASTE 1024
@@ -92,7 +92,8 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, const void *tp)
 {
 	__u64 sk = conn->peer.sk;
 
-	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ) &&
+	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) ==
+		       TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ) &&
 	       tb_is_empty(conn->there.psock) && !tb_has_sleeper(sk) &&
 	       tb_bound(&conn->peer) > TB_LOOK;
 }
@@ -164,8 +165,8 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 {
 	__u32 reason;
 
-	/* A reader that was inside recv when the peer joined looks into TCP's queue only. So one more
-	 * message goes by TCP, and must be consumed. */
+	/* A reader that was inside recv when the peer joined looks into TCP's queue only. So one
+	 * more message goes by TCP, and must be consumed. */
 	if (tb_meet_peer(conn, state))
 		return TB_REASON_ORDER;
 	reason = tb_wish(conn, tp, state, now);
@@ -178,6 +179,7 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 	if (reason)
 		return reason;
 	conn->path = TB_PATH_BYPASS;
+	conn->tcp_seq = TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ);
 	conn->is_behind = 0;
 	return TB_REASON_NONE;
 }
@@ -188,6 +190,12 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 {
 	__u32 reason = tb_wish(conn, tp, state, now);
 
+	/* A thread that was inside send before this socket joined has sent by TCP since. */
+	if (conn->tcp_seq != TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)) {
+		conn->is_behind = 1;
+		conn->path = TB_PATH_TCP;
+		return TB_REASON_ORDER;
+	}
 	if (!reason || (tb_may_send(tp) && !tb_may_return(conn, reason, state))) {
 		reason = tb_too_much(conn, size);
 		if (!reason)

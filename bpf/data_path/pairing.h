@@ -2,11 +2,11 @@
 /*
  * Two sockets find out that they are the ends of one connection. Nothing joins a sockhash here.
  *
- * RULE (identity). Two sockets are one connection only if their initial sequence numbers mirror: two
- * 32-bit numbers that the kernel drew for this connection. Addresses do not decide. iptables
+ * RULE (identity). Two sockets are one connection only if their initial sequence numbers mirror:
+ * two 32-bit numbers that the kernel drew for this connection. Addresses do not decide. iptables
  * REDIRECT changes the server's, NAT the client's port, client ports are reused at once, and
- * 127.0.0.1:p -> 127.0.0.1:8080 is the same tuple in every pod. Nor do the numbers alone: they are a
- * hash of the tuple under one secret per boot, plus a clock (net/core/secure_seq.c), so the same
+ * 127.0.0.1:p -> 127.0.0.1:8080 is the same tuple in every pod. Nor do the numbers alone: they are
+ * a hash of the tuple under one secret per boot, plus a clock (net/core/secure_seq.c), so the same
  * tuple draws the same numbers in two network namespaces at the same moment. Hence `netns` in the
  * key, and the rules on addresses in tb_client_established() and tb_half_fits().
  */
@@ -136,7 +136,8 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 }
 
 /* Whether a connection may be this pod's server's. RULE (identity): a half is taken once. From
- * another pod it is taken only by the pod whose address was dialled, or whose token the client has. */
+ * another pod it is taken only by the pod whose address was dialled, or whose token the client has.
+ */
 static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_half_key *key,
 					const struct tb_pod *pod, const struct tb_addr *local,
 					__u64 netns)
@@ -214,8 +215,8 @@ static __always_inline int tb_is_paired(const struct tb_conn *conn)
 static __always_inline int tb_is_same_connection(const struct tb_conn *conn, __u64 sk)
 {
 	__u32 own = tb_read32(sk + OFF_TCP_SOCK_SND_UNA) - tb_read32(sk + OFF_TCP_SOCK_BYTES_ACKED);
-	__u32 peers = tb_read32(sk + OFF_TCP_SOCK_RCV_NXT) -
-		      tb_read32(sk + OFF_TCP_SOCK_BYTES_RECEIVED);
+	__u32 peers =
+		tb_read32(sk + OFF_TCP_SOCK_RCV_NXT) - tb_read32(sk + OFF_TCP_SOCK_BYTES_RECEIVED);
 
 	if (conn->half.netns && conn->half.netns != tb_netns_of(sk))
 		return 0;

@@ -57,9 +57,9 @@ static __always_inline __u32 tb_unfit(__u64 sk)
 }
 
 /*
- * Does this entry of a socket's wait queue belong to a thread in poll(2) or select(2)? Its `private`
- * is then the struct poll_wqueues on that thread's own kernel stack. That of a thread in recv is the
- * thread's task.
+ * Does this entry of a socket's wait queue belong to a thread in poll(2) or select(2)? Its
+ * `private` is then the struct poll_wqueues on that thread's own kernel stack. That of a thread in
+ * recv is the thread's task.
  */
 static __always_inline int tb_is_polling(__u64 private)
 {

@@ -2,9 +2,9 @@
 /*
  * What the programs remember: of a connection being set up, of each paired socket, of the node.
  *
- * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and its
- * sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `sent`, `begun`
- * and `is_behind` of it, each one aligned word.
+ * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and
+ * its sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `sent`,
+ * `begun` and `is_behind` of it, each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
@@ -91,9 +91,10 @@ struct tb_tally {
 struct tb_conn {
 	/* The connection: pairing.h */
 	struct tb_end me;
-	struct tb_end peer;	 /* id 0: not paired yet */
-	struct tb_half_key half; /* the client: to be asked for its server while `peer` is unknown */
-	__u64 last_id;		 /* the newest id of this socket, kept over a disconnect */
+	struct tb_end peer; /* id 0: not paired yet */
+	struct tb_half_key
+		half;  /* the client: to be asked for its server while `peer` is unknown */
+	__u64 last_id; /* the newest id of this socket, kept over a disconnect */
 	__u32 hop;
 	/* Whether it joins, and leaves: readers.h, joining.h */
 	__u32 refused;	 /* enum tb_outcome that keeps it out for good; 0: none */
@@ -108,6 +109,7 @@ struct tb_conn {
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
 	__u32 begun;	  /* of those, begun while on the bypass */
+	__u32 tcp_seq;	  /* write_seq when it went to the bypass */
 	__u32 is_behind;  /* it went to TCP while bypassed bytes lay unread at the peer */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */
