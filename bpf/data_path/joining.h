@@ -54,6 +54,15 @@ static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u
 
 /* ---- Before it joins: the socket's own callbacks ---- */
 
+/* How far its TCP has sent, without the FIN, which write_seq counts. */
+static __always_inline __u32 tb_sent(__u64 sk)
+{
+	__u32 state = tb_tcp_state(sk);
+
+	return tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ) -
+	       (state != BPF_TCP_ESTABLISHED && state != BPF_TCP_CLOSE_WAIT);
+}
+
 /* Counts an exchange if bytes went there and back since the last one. Returns its weight, 0 for
  * none. */
 static __always_inline __u32 tb_note_exchange(struct tb_conn *conn, __u32 received, __u32 sent)
@@ -84,7 +93,7 @@ static __always_inline int tb_is_known(const struct tb_conn *conn, __u64 now)
 static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
 	__u64 sk = conn->me.sk;
-	__u32 sent = tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ), weight, outcome;
+	__u32 sent = tb_sent(sk), weight, outcome;
 	__u32 first = conn->me.is_client ? conn->half.client_isn : conn->half.server_isn;
 
 	/* An application may still be setting its socket up: before its first byte this is no sign.
@@ -144,6 +153,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		sockhash.delete(&id);
 		return;
 	}
+	if (tb_sent(sk) != conn->moved.sent) /* the last exchange */
+		tb_count_tcp(conn, TB_REASON_WAITING, tb_sent(sk) - conn->moved.sent);
 	conn->at.psock = tb_psock(sk);
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);
 	conn->at.file = tb_file(sk);
@@ -208,6 +219,8 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 
 	tb_flush_tally(conn);
 	sockhash.delete(&id);
+	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
+	conn->moved.sent = tb_sent(conn->me.sk);
 	conn->exchanges = 0;
 	conn->wanted = tb_min(2 * conn->wanted, TB_MAX_WANTED);
 	tb_set_membership(conn, TB_OUT, now);

@@ -48,6 +48,7 @@ from tests.integration.traffic_stream import Streams
 A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
 MB = 1 << 20
 STREAM = 256 * 1024  # TB_STREAM
+JOINER_S = 20.0  # until the joiner has let go of a generation that is gone
 BUFFERS = (socket.SO_RCVBUF, socket.SO_SNDBUF)
 LOST = ("TCPBacklogDrop", "TCPRcvQDrop", "TCPLossProbeRecovery", "TCPTimeouts")
 
@@ -580,7 +581,7 @@ def test_load_and_unload_during_transfers() -> None:
         exchange(*silent)
         new = bpf_objects.pinned(bed.node.bpffs) - old
         bed.node.call("load")  # removes what is idle
-        assert bpf_objects.surviving(old) == []
+        assert eventually(lambda: bpf_objects.surviving(old) == [], JOINER_S)
         more.flow()
         bed.node.call("unload")
         more.flow()
@@ -588,7 +589,8 @@ def test_load_and_unload_during_transfers() -> None:
         exchange(*silent)
         assert streams.finish() > 0
         assert more.finish() > 0
-        assert bpf_objects.surviving(new) == []  # though all three are open still
+        # Though all three are open still.
+        assert eventually(lambda: bpf_objects.surviving(new) == [], JOINER_S)
         for pair in (silent, first, second):
             close(pair)
         maker.leave()

@@ -102,7 +102,7 @@ def sent_locally(found: dict[str, float]) -> float:
 
 
 def test_status_of_a_pod_that_talks(bed: Bed, pod: Pod) -> None:
-    sent = talk(pod, 2000)
+    sent = talk(pod, 20_000)
     report = bed.node.status()
     assert (report["loaded"], report["paused"], report["failures"]) == (True, False, [])
     found = of_pod(report, "talker")
