@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
 """What is in the image, as SPDX 2.3 in JSON, on standard output.
 
 Run in the finished image: Debian's packages as dpkg knows them, the node program's libraries as

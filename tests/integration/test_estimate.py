@@ -133,7 +133,8 @@ def ask(clients: list[subprocess.Popen[str]], requests: int = REQUESTS) -> None:
 
 def let_join(bed: Bed, clients: list[subprocess.Popen[str]]) -> None:
     """Some requests at a time, until the same number of bytes has bypassed twice on each hop."""
-    last, deadline = dict.fromkeys(HOPS, 0), time.monotonic() + 60
+    last: dict[str, int] = dict.fromkeys(HOPS, 0)
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         before = counted(bed)
         ask(clients, 50)
