@@ -171,6 +171,7 @@ _ALL = (
     Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 120),
     Suite("ktls", (f"{_BIN}/python", "-m", "tests.kernels.ktls"), _ktls, 120),
     Suite("memory", (f"{_BIN}/python", "-m", "tests.kernels.memory"), _memory, 180),
+    Suite("ktls-joins", (*_PASSES, "churn", "120", "ktls"), _passes, 900),
     Suite("churn", (*_PASSES, "churn", "240"), _passes, 900),
     Suite("mptcp", (*_PASSES, "mptcp", "60"), _passes, 600),
     Suite("leaving", (*_PASSES, "leaving", "500"), _passes, 900),
@@ -195,4 +196,6 @@ _ALL = (
 SUITES = {suite.name: suite for suite in _ALL}
 # What a run without --suite does. The others take minutes: they are for docs/design/late-join.md,
 # and memlock says nothing of sockets.
-USUAL = [name for name in SUITES if name not in ("churn", "mptcp", "leaving", "memlock")]
+USUAL = [
+    name for name in SUITES if name not in ("ktls-joins", "churn", "mptcp", "leaving", "memlock")
+]

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * churn THREADS SECONDS [mptcp]: connections over loopback, v4, v6 and v4 in v6, that end in every
- * way there is, also under another thread's hands. What is sent may get lost; no byte is checked.
- * Prints counts as JSON. "mptcp": the listeners are MPTCP; the clients are TCP.
+ * churn THREADS SECONDS [mptcp | ktls]: connections over loopback, v4, v6 and v4 in v6, that end in
+ * every way there is, also under another thread's hands. What is sent may get lost; no byte is
+ * checked. Prints counts as JSON. "mptcp": the listeners are MPTCP; the clients are TCP. "ktls":
+ * each sets kTLS after one exchange, about when it joins, and closes.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -36,7 +37,7 @@ static const char *const names[COUNTS] = {"connections", "failures", "reused",	 
 static atomic_long counts[COUNTS];
 static atomic_int shared[SHARED]; /* sockets that any thread may use */
 static time_t deadline;
-static int is_mptcp;
+static int is_mptcp, is_ktls;
 
 struct worker {
 	pthread_t thread;
@@ -127,6 +128,16 @@ static void talk(int a, int b, unsigned *seed)
 		if (!(rand_r(seed) % 4))
 			usleep(rand_r(seed) % 1000);
 	}
+}
+
+static void exchange(int a, int b)
+{
+	char byte = 0;
+
+	send(a, &byte, 1, MSG_NOSIGNAL);
+	recv(b, &byte, 1, 0);
+	send(b, &byte, 1, MSG_NOSIGNAL);
+	recv(a, &byte, 1, 0);
 }
 
 /* What another thread does to a socket in use. By now it may be any connection's. */
@@ -263,8 +274,11 @@ static void connect_once(struct worker *self)
 	counts[CONNECTED]++;
 	shared[rand_r(seed) % SHARED] = client;
 	shared[rand_r(seed) % SHARED] = server;
-	talk(client, server, seed);
-	switch (rand_r(seed) % 16) {
+	if (is_ktls)
+		exchange(client, server);
+	else
+		talk(client, server, seed);
+	switch (is_ktls ? 0 : rand_r(seed) % 16) {
 	case 0 ... 3:
 		set_ktls(rand_r(seed) % 2 ? client : server, seed);
 		break;
@@ -285,12 +299,11 @@ static void connect_once(struct worker *self)
 		break;
 	case 11 ... 13:
 		rest(seed, 300);
-		if (which == 2 &&
-		    !setsockopt(client, IPPROTO_IPV6, IPV6_ADDRFORM, &v4, sizeof(v4)))
+		if (which == 2 && !setsockopt(client, IPPROTO_IPV6, IPV6_ADDRFORM, &v4, sizeof(v4)))
 			counts[ADDRFORM]++;
 		talk(client, server, seed);
 	}
-	if (!(rand_r(seed) % 4))
+	if (!is_ktls && !(rand_r(seed) % 4))
 		interfere(seed);
 	finish(client, server, seed);
 }
@@ -310,6 +323,7 @@ int main(int count, char **arguments)
 	if (wanted < 1 || wanted > MAX_THREADS)
 		return 2;
 	deadline = time(NULL) + atoi(arguments[2]);
+	is_ktls = count > 3 && !strcmp(arguments[3], "ktls");
 	is_mptcp = count > 3 && !strcmp(arguments[3], "mptcp");
 	for (int i = 0; i < wanted; i++) { /* first, so that no thread gets at these */
 		workers[i].seed = i + 1;

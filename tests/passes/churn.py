@@ -82,7 +82,10 @@ def main(seconds: float = 60, *arguments: str) -> dict[str, Any]:
     with kernel_complaints() as problems, accelerated(passes=False) as pod:
         command = [str(program), str(THREADS), str(int(seconds)), *arguments]
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, preexec_fn=pod.enter  # noqa: PLW1509
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=pod.enter,  # noqa: PLW1509
         ) as process:
             while process.poll() is None:
                 if passes % FLIP == 0:

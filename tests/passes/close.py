@@ -13,7 +13,6 @@ import os
 import select
 import socket
 import statistics
-import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +20,6 @@ from typing import Any
 from tests.light import SERVER_IP, LightPod, accelerated
 
 FILES = (100, 10_000)  # other open files of the process
-LINGER_S = 1
-PIPE_BYTES = 4 << 20  # more than a peer that does not read takes in
 
 Ends = tuple[socket.socket, socket.socket]
 
@@ -71,25 +68,7 @@ def address_in_use(_: socket.socket) -> float:
     return 0
 
 
-def short_linger(listener: socket.socket) -> float:
-    """Does close(2) with SO_LINGER return before its time, with bytes unsent? 1 if so."""
-    client, server = pair(listener)
-    with server:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LINGER_S))
-        client.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                client.send(bytes(PIPE_BYTES))
-        began = time.perf_counter()
-        client.close()
-        return time.perf_counter() - began < LINGER_S / 2
-
-
-PROBES: tuple[Callable[[socket.socket], float], ...] = (
-    late_fin,
-    stale_event,
-    address_in_use,
-)
+PROBES: tuple[Callable[[socket.socket], float], ...] = (late_fin, stale_event, address_in_use)
 
 
 def application(pod: LightPod, files: int, seconds: float, answer: int) -> None:
