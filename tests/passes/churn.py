@@ -24,9 +24,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "build/passes/churn"
 THREADS = 8
 FLIP = 16  # passes between two changes of TB_CONTROL_LEAVE
 SETTLING_S = 3.0  # the last sockets are freed meanwhile
-ROUNDS = 100
 _COMPLAINT = re.compile(r"WARNING|BUG|refcount|Call Trace|soft lockup|general protection|Oops|hung")
-_IPPROTO_MPTCP = 262
 
 
 def compiled() -> Path:
@@ -102,7 +100,7 @@ def main(seconds: float = 60, *arguments: str) -> dict[str, Any]:
         problems.append(f"the program ended with {process.returncode}")
     if remaining:
         problems.append(f"{remaining} sockets are in the sockhash at the end")
-    if not (total.joined and total.left):
+    if not (total.joined and (total.left or "ktls" in arguments)):
         problems.append("no socket joined and left: nothing was tried")
     return {
         "seconds": seconds,

@@ -40,7 +40,7 @@ LIMIT_S = 600.0
 _LAST = "tb_count_bypassed(conn, msg->size, now);\n}"
 _WAIT = "for (int i = 0; i < 32768; i++)\n\t\tbpf_ktime_get_ns();\n\t"
 _DOUBLED = "conn->wanted = tb_min(2 * conn->wanted, TB_MAX_WANTED);"
-_CONDITION = "return !tb_has_peer(conn) || tb_membership"
+_CONDITION = "if (!tb_has_peer(conn))\n\t\treturn 1;\n\tis_out"
 _Fork = multiprocessing.get_context("fork")
 
 
@@ -55,7 +55,7 @@ def slow(text: str) -> str:
 
 
 def without_condition(text: str) -> str:
-    return replaced(slow(text), _CONDITION, "return 1 || " + _CONDITION.removeprefix("return "))
+    return replaced(slow(text), _CONDITION, "return 1;\n\tis_out")
 
 
 def expected(position: int, size: int) -> bytes:
@@ -164,7 +164,7 @@ def flip(pod: LightPod, pids: list[int], leaves: int, has_failed: Callable[[], b
 
 def connect_all(
     folders: tuple[Path, Path], is_over: mmap.mmap
-) -> tuple[list[multiprocessing.process.BaseProcess], list[int], list[Connection]]:
+) -> tuple[list[multiprocessing.context.ForkProcess], list[int], list[Connection]]:
     """Processes, those of senders, and their lines. Each pair connects within the pod."""
     processes, senders, lines = [], [], []
     for number in range(PAIRS):
