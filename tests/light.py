@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -159,17 +159,18 @@ def _passes(pod: LightPod) -> Iterator[None]:
 
 
 @contextmanager
-def accelerated(programs: Programs | None = None) -> Iterator[LightPod]:
+def accelerated(programs: Programs | None = None, *, passes: bool = True) -> Iterator[LightPod]:
     """An accelerated cgroup, removed on leaving; its processes must have ended by then.
 
-    Its sockets join as soon as they have made one exchange: passes go on all the time meanwhile.
+    Its sockets join as soon as they have made one exchange: passes go on all the time meanwhile,
+    unless the caller means to make them.
     """
     folder = _mount() / f"tb-light-{os.getpid()}-{next(_numbers)}"
     folder.mkdir()
     try:
         pod = LightPod(folder, programs or Programs(LIMITS))
         try:
-            with _passes(pod):
+            with _passes(pod) if passes else nullcontext():
                 yield pod
         finally:
             pod.detach()

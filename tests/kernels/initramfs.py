@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from tests.kernels.images import Kernel
 from tests.kernels.suites import FUZZ_PROGRAM, PROJECT
+from tests.passes import churn
 
 _LIBRARIES = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH"))
 _USR_LINKS = ("bin", "lib", "lib64", "sbin")
@@ -87,6 +88,7 @@ def guest_files() -> list[Path]:
     """Everything of this machine that the guest gets, folders before what they hold."""
     closure = Closure()
     closure.add(FUZZ_PROGRAM)
+    closure.add(churn.PROGRAM)
     # The merged /usr: links to folders of which only parts are wanted.
     closure.paths.update(link for name in _USR_LINKS if (link := Path("/", name)).is_symlink())
     for tool in _TOOLS:

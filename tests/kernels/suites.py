@@ -158,11 +158,23 @@ def _memory(printed: list[dict[str, Any]]) -> Finding:
     return Finding(f"unread, MB: {shares}", frozenset(names.MODES), tuple(problems))
 
 
+def _passes(printed: dict[str, Any]) -> Finding:
+    problems = tuple(printed["problems"])
+    summary = f"{printed['passes']} passes, {printed['joined']} joined, {printed['left']} left"
+    return Finding(summary, frozenset({OFF} if problems else names.MODES), problems)
+
+
+_PASSES = (f"{_BIN}/python", "-m", "tests.passes")
+
 _ALL = (
     Suite("selftest", (f"{_BIN}/tcpip-bypass-node", "selftest", "--json"), _selftest, 300),
     Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 120),
     Suite("ktls", (f"{_BIN}/python", "-m", "tests.kernels.ktls"), _ktls, 120),
     Suite("memory", (f"{_BIN}/python", "-m", "tests.kernels.memory"), _memory, 180),
+    Suite("ktls-joins", (*_PASSES, "churn", "120", "ktls"), _passes, 900),
+    Suite("churn", (*_PASSES, "churn", "240"), _passes, 900),
+    Suite("mptcp", (*_PASSES, "mptcp", "60"), _passes, 600),
+    Suite("leaving", (*_PASSES, "leaving", "500"), _passes, 900),
     Suite("memlock", (f"{_BIN}/python", "-m", "tests.kernels.memlock"), _memlock, 300),
     Suite(
         "semantics",
@@ -182,5 +194,8 @@ _ALL = (
     ),
 )
 SUITES = {suite.name: suite for suite in _ALL}
-# What a run without --suite does; memlock takes a minute and says nothing of sockets.
-USUAL = [name for name in SUITES if name != "memlock"]
+# What a run without --suite does. The others take minutes: they are for docs/design/late-join.md,
+# and memlock says nothing of sockets.
+USUAL = [
+    name for name in SUITES if name not in ("ktls-joins", "churn", "mptcp", "leaving", "memlock")
+]

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCP clients of MPTCP listeners, v4 and v6, under passes: both ends join, nothing breaks."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from tests.light import LightPod, accelerated, away_from_pods
+from tests.passes import churn
+
+_IPPROTO_MPTCP = 262
+
+
+def joined(pod: LightPod, family: socket.AddressFamily) -> int:
+    """How many ends of one TCP client's connection to an MPTCP listener passes take in."""
+    address = "127.0.0.1" if family == socket.AF_INET else "::1"
+    before = pod.members()
+    with socket.socket(family, socket.SOCK_STREAM, _IPPROTO_MPTCP) as listener:
+        listener.bind((address, 0))
+        listener.listen()
+        with socket.socket(family) as client:
+            client.settimeout(5)
+            client.connect(listener.getsockname())
+            with listener.accept()[0] as server:
+                server.settimeout(5)
+                for _ in range(3):
+                    client.sendall(b"c")
+                    server.recv(1)
+                    server.sendall(b"s")
+                    client.recv(1)
+                    pod.visit()
+                return pod.members() - before
+
+
+def main(seconds: float = 60) -> dict[str, Any]:
+    ends = {}
+    with accelerated(passes=False) as pod:
+        pod.enter()
+        try:
+            for family in (socket.AF_INET, socket.AF_INET6):
+                ends[family.name] = joined(pod, family)
+        finally:
+            away_from_pods()
+    found = churn.main(seconds, "mptcp")
+    missing = [f"{count} ends joined, {name}" for name, count in ends.items() if count != 2]
+    return {"ends that join": ends, **found, "problems": [*found["problems"], *missing]}
