@@ -147,9 +147,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
-	/* A thread has entered a call meanwhile, maybe setsockopt(TCP_ULP), whose sk_prot is
-	 * overwritten, or uses the socket again: as it was, and another time. */
-	if (tb_is_owned(sk) || tb_is_ineligible(sk) || conn->me.id != id) {
+	if (conn->me.id != id) { /* the socket is used again meanwhile */
 		sockhash.delete(&id);
 		return;
 	}
@@ -213,6 +211,16 @@ static __always_inline int tb_may_go(struct tb_conn *conn)
 	return tb_is_drained(conn) && tb_is_idle(conn) && tb_begun(conn) == begun;
 }
 
+/*
+ * RULE (ULP). A thread may have been inside setsockopt(TCP_ULP) while this socket joined, and its
+ * sk_prot is the sockhash's since. To take it out then would leave it without a psock: it could not
+ * be closed (sock_map_close leaks it). So it stays, on TCP, and closes as any member.
+ */
+static __always_inline int tb_is_stuck(const struct tb_conn *conn, __u64 sk)
+{
+	return tb_read64(sk + OFF_ICSK_ULP_OPS) && tb_read64(sk + OFF_SOCK_PROT) == conn->at.prot;
+}
+
 static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 {
 	__u64 id = conn->me.id;
@@ -234,6 +242,8 @@ static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u6
 
 	if (outcome)
 		tb_refuse(conn, outcome);
+	if (tb_is_stuck(conn, sk))
+		return;
 	if (tb_membership(conn->state) == TB_LEAVING) {
 		if (tb_may_go(conn))
 			return tb_leave(conn, now);

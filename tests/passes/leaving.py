@@ -40,7 +40,7 @@ LIMIT_S = 600.0
 _LAST = "tb_count_bypassed(conn, msg->size, now);\n}"
 _WAIT = "for (int i = 0; i < 32768; i++)\n\t\tbpf_ktime_get_ns();\n\t"
 _DOUBLED = "conn->wanted = tb_min(2 * conn->wanted, TB_MAX_WANTED);"
-_CONDITION = "if (!tb_has_peer(conn))\n\t\treturn 1;\n\tis_out"
+_CONDITIONS = "return tb_is_drained(conn) && tb_is_idle(conn) && tb_begun(conn) == begun;"
 _Fork = multiprocessing.get_context("fork")
 
 
@@ -55,7 +55,7 @@ def slow(text: str) -> str:
 
 
 def without_condition(text: str) -> str:
-    return replaced(slow(text), _CONDITION, "return 1;\n\tis_out")
+    return replaced(slow(text), _CONDITIONS, "return tb_is_empty(conn->at.psock);")
 
 
 def expected(position: int, size: int) -> bytes:
