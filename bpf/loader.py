@@ -50,6 +50,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
+    "PSOCK_SK": ("sk_psock", "sk"),
     "REQUEST_SOCK_LISTENER": ("request_sock", "__req_common.skc_listener"),
     "SOCKET_FILE": ("socket", "file"),
     "SOCKET_SK": ("socket", "sk"),

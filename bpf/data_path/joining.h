@@ -158,11 +158,20 @@ static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 no
 	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
-/* Is no thread inside a call at the peer? One that has closed, or has left itself, sends nothing. */
+/* Is no thread inside a call at the peer? A thread may have entered while the peer itself left: its
+ * psock then lives on until that call is over. */
 static __always_inline int tb_is_peer_idle(const struct tb_conn *conn)
 {
-	return !tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT ||
-	       tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1;
+	int is_out;
+	__u64 psock;
+
+	if (!tb_has_peer(conn))
+		return 1;
+	is_out = tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT;
+	psock = TB_PEERS(__u64, conn, at.psock);
+	if (is_out && tb_read64(psock + OFF_PSOCK_SK) != conn->peer.sk)
+		return 1; /* freed */
+	return (int)tb_psock_refs(psock) <= !is_out;
 }
 
 /* May it leave in this visit? The second condition of RULE (leaving), or the third. */
