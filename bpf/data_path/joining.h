@@ -137,8 +137,11 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	__u64 id = conn->me.id;
 
 	/* Another program's sockmap has it already: the kernel would let both. */
-	if (tb_read64(sk + OFF_SOCK_USER_DATA))
-		return tb_refuse(conn, TB_OUTCOME_BUSY);
+	if (tb_read64(sk + OFF_SOCK_USER_DATA)) {
+		if (tb_psock(sk) != conn->at.psock) /* its own former one goes with the last call */
+			tb_refuse(conn, TB_OUTCOME_BUSY);
+		return;
+	}
 	conn->path = TB_PATH_TCP;
 	conn->wasted = 0;
 	conn->tcp_at = now;

@@ -55,7 +55,7 @@ def slow(text: str) -> str:
 
 
 def without_condition(text: str) -> str:
-    return replaced(slow(text), _CONDITIONS, "return tb_is_empty(conn->at.psock);")
+    return replaced(slow(text), _CONDITIONS, "return 1;")
 
 
 def expected(position: int, size: int) -> bytes:
