@@ -65,6 +65,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "SOCK_SNDBUF": ("sock", "sk_sndbuf"),
     "SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "SOCK_SOCKET": ("sock", "sk_socket"),
+    "SOCK_TSFLAGS": ("sock", "sk_tsflags"),
     "SOCK_UID": ("sock", "sk_uid"),
     "SOCK_USER_DATA": ("sock", "sk_user_data"),
     "SOCK_WQ": ("sock", "sk_wq"),
@@ -125,6 +126,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DTB_PAGE_SIZE={resource.getpagesize()}",
         f"-DBIT_SOCK_KEEPOPEN={btf.enumerator('sock_flags', 'SOCK_KEEPOPEN')}",
+        f"-DBIT_SOCK_RCVTSTAMP={btf.enumerator('sock_flags', 'SOCK_RCVTSTAMP')}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
     return flags

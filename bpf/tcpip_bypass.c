@@ -61,14 +61,6 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 	tb_call(skops, 0);
 }
 
-static __always_inline void tb_send_packet(struct bpf_sock_ops *skops, struct tb_conn *conn)
-{
-	if (tb_is_paired(conn))
-		tb_refresh_edge(skops, conn);
-	if (tb_membership(conn->state) == TB_OUT)
-		tb_wait_to_join(skops, conn);
-}
-
 /* Callbacks of a socket that may have been paired. */
 static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 {
@@ -81,11 +73,12 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 	if (!conn || !conn->me.id)
 		return;
 	if (skops->op == BPF_SOCK_OPS_STATE_CB)
-		tb_flush_tally(conn);
-	else if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
-		tb_use_again(skops, conn);
-	else
-		tb_send_packet(skops, conn);
+		return tb_flush_tally(conn);
+	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		return tb_use_again(skops, conn);
+	tb_refresh_edge(skops, conn);
+	if (tb_membership(conn->state) == TB_OUT)
+		tb_wait_to_join(skops, conn);
 }
 
 /* Attached to the pod's cgroup. Must return 1, and must not touch skops->reply: other programs on

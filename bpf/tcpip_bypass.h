@@ -90,7 +90,7 @@ enum tb_reason {
 	TB_REASON_REFRESH,     /* one message in a second: conntrack */
 	TB_REASON_PAUSED,      /* the operator paused the bypass */
 	TB_REASON_HALF_CLOSED, /* one end has shut down or closed */
-	TB_REASON_INELIGIBLE,  /* an end got a ULP or SO_ZEROCOPY after it joined */
+	TB_REASON_INELIGIBLE,  /* an end got a ULP or an option after it joined */
 	TB_REASONS,
 };
 

@@ -69,7 +69,7 @@ class Generation:
         self.set_flags(others | (abi.CONTROL_PAUSED if paused else 0))
 
     def retire(self, retired: bool = True) -> None:
-        """From now on every visit takes sockets out of its sockhash, none joins; or again not."""
+        """From now on every visit takes its sockets out of the sockhash; or again not."""
         others = self.flags() & ~abi.CONTROL_LEAVE
         self.set_flags(others | (abi.CONTROL_LEAVE if retired else 0))
 

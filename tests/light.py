@@ -67,7 +67,10 @@ class LightPod:
 
     def pause(self, paused: bool = True) -> None:
         """From the next message on every byte goes by TCP, or may go by bypass again."""
-        flags = abi.CONTROL_PAUSED if paused else 0
+        self.control(abi.CONTROL_PAUSED if paused else 0)
+
+    def control(self, flags: int) -> None:
+        """Sets the switch of the running programs, abi.CONTROL_*."""
         control = bytes(abi.Control(flags, 0))
         bpfsys.map_update(self.programs.fds[names.CONTROL], bytes(4), control)
 

@@ -39,28 +39,16 @@ static __always_inline void tb_end_probes(struct bpf_sock_ops *skops, struct tb_
 	conn->own.idle_s = 0;
 }
 
-/*
- * The reader sends a packet: are bytes by TCP unread behind bypassed ones, which it has read? The
- * sender counts how often that came about, and `edged` is the last of them that is over. It may
- * have left the sockhash meanwhile, with an empty queue.
- */
+/* The reader sends a packet. It may have left since its short read. */
 static __always_inline void tb_refresh_edge(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	int lowat = tb_read32(conn->me.sk + OFF_SOCK_RCVLOWAT);
-	__u32 behind = TB_PEERS(__u32, conn, behind);
+	int is_behind = TB_PEERS(__u32, conn, is_behind), lowat;
 
-	if (behind == conn->edged)
+	if (is_behind && tb_membership(conn->state) != TB_OUT && !tb_is_empty(conn->at.psock))
+		return tb_probe(skops, conn);
+	tb_end_probes(skops, conn);
+	if (!is_behind || tb_read32(conn->me.sk + OFF_TCP_SOCK_COPIED_SEQ) == skops->rcv_nxt)
 		return;
-	if (tb_membership(conn->state) != TB_OUT && !tb_is_empty(conn->at.psock)) {
-		tb_probe(skops, conn);
-		return;
-	}
-	if (tb_read32(conn->me.sk + OFF_TCP_SOCK_COPIED_SEQ) == skops->rcv_nxt ||
-	    tb_tcp_state(conn->me.sk) != BPF_TCP_ESTABLISHED) {
-		conn->edged = behind;
-		tb_end_probes(skops, conn);
-		return;
-	}
-	tb_probe(skops, conn);
+	lowat = tb_read32(conn->me.sk + OFF_SOCK_RCVLOWAT);
 	bpf_setsockopt(skops, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }

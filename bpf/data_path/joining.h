@@ -12,15 +12,16 @@
  * ask is asked anew, and once more after it has joined what another thread may have changed.
  *
  * RULE (leaving). What lies unread in a removed socket's bypass queue is lost, and a redirect to it
- * on its way fails. So a socket leaves in three visits, each of a pass of its own:
- *   1. The first writes TB_LEAVING. Sends of either end that begin from then on see it, and bypass
+ * on its way fails. What it has bypassed itself must have been read, too: else its next bytes, by
+ * TCP, lie behind that, and edge.h knows nothing of it. So a socket leaves in three visits, each of a
+ * pass of its own:
+ *   1. The first writes TB_LEAVING. Sends at both ends that begin from then on see it, and bypass
  *      nothing into an empty queue.
- *   2. The second finds no thread inside a call at either end: each psock has the sockhash's
- *      reference alone. It notes how many sends each end has begun on the bypass.
- *   3. The third finds both queues empty, then no thread inside a call, and then, last of all, the
- *      numbers of 2. So no redirect is on its way, none has begun since 2, and none can begin.
- * If 3 finds anything else, 2 is next. An end that has left needs no look: this socket's thread that
- * had entered a send before it left found both queues empty, and bypasses nothing.
+ *   2. The second notes how many sends have begun on the bypass, and then finds no thread inside a
+ *      call at either end: each psock has the sockhash's reference alone.
+ *   3. The third finds both queues empty, again no thread inside a call, and then that number again.
+ *      So no redirect is on its way, none has begun since 2, and none can begin.
+ * If 3 finds anything else, 2 is next.
  */
 
 /* So long after the handshake, at least, it may join. */
@@ -137,8 +138,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		return;
 	}
 	/* A thread has entered a call meanwhile, maybe setsockopt(TCP_ULP), whose sk_prot is
-	 * overwritten: as it was, and another time. */
-	if (tb_is_owned(sk) || tb_is_ineligible(sk)) {
+	 * overwritten, or uses the socket again: as it was, and another time. */
+	if (tb_is_owned(sk) || tb_is_ineligible(sk) || conn->me.id != id) {
 		sockhash.delete(&id);
 		return;
 	}
@@ -160,34 +161,44 @@ static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 no
 	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
-/* The sends that both ends have begun on the bypass. */
-static __always_inline __u64 tb_begun(const struct tb_conn *conn)
+/* Has the peer a bypass queue, and threads that may redirect? Not once it has closed, or left. */
+static __always_inline int tb_is_peer_in(const struct tb_conn *conn)
 {
-	return (__u64)TB_PEERS(__u32, conn, begun) << 32 | *(volatile __u32 *)&conn->begun;
+	return tb_has_peer(conn) && tb_membership(TB_PEERS(__u32, conn, state)) != TB_OUT &&
+	       tb_file(conn->peer.sk);
 }
 
-/* Is no thread inside a call at either end? A peer that has closed, or has left, sends nothing. */
-static __always_inline int tb_is_idle(const struct tb_conn *conn, int has_peer)
+/* Is no thread inside a call, at either end? */
+static __always_inline int tb_is_idle(const struct tb_conn *conn)
 {
 	return tb_psock_refs(conn->at.psock) == 1 &&
-	       (!has_peer || tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1);
+	       (!tb_is_peer_in(conn) || tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1);
 }
 
-/* May it leave in this visit? The second condition of RULE (leaving), or the third. */
+/* Do no bypassed bytes lie unread, at either end? */
+static __always_inline int tb_is_drained(const struct tb_conn *conn)
+{
+	return tb_is_empty(conn->at.psock) &&
+	       (!tb_is_peer_in(conn) || tb_is_empty(TB_PEERS(__u64, conn, at.psock)));
+}
+
+/* How many sends both ends have begun on the bypass. Wraps; 0 is none. */
+static __always_inline __u64 tb_begun(const struct tb_conn *conn)
+{
+	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + TB_PEERS(__u32, conn, begun));
+}
+
+/* May it leave in this visit? RULE (leaving), its second visit or its third. The sends are counted
+ * before the first look in the second, and after the last look in the third. */
 static __always_inline int tb_may_go(struct tb_conn *conn)
 {
-	int has_peer = tb_has_peer(conn) &&
-		       tb_membership(TB_PEERS(__u32, conn, state)) != TB_OUT;
 	__u64 begun = tb_begun(conn);
 
-	if (!conn->is_noted || conn->noted != begun) {
-		conn->is_noted = tb_is_idle(conn, has_peer);
-		conn->noted = begun;
+	if (conn->noted != begun) {
+		conn->noted = tb_is_idle(conn) ? begun : 0;
 		return 0;
 	}
-	return tb_is_empty(conn->at.psock) &&
-	       (!has_peer || tb_is_empty(TB_PEERS(__u64, conn, at.psock))) &&
-	       tb_is_idle(conn, has_peer) && tb_begun(conn) == conn->noted;
+	return tb_is_drained(conn) && tb_is_idle(conn) && tb_begun(conn) == begun;
 }
 
 static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
@@ -216,7 +227,7 @@ static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u6
 		if (!conn->refused && !tb_gains_nothing(conn, now) &&
 		    !(tb_control_flags() & TB_CONTROL_LEAVE))
 			return;
-		conn->is_noted = 0;
+		conn->noted = 0;
 		tb_set_membership(conn, TB_LEAVING, now);
 	}
 	tb_ring(conn->me.pod_id); /* for the next step */

@@ -37,6 +37,15 @@ static __always_inline int tb_is_open(const struct tb_conn *conn, const void *tp
 	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED;
 }
 
+/* May this socket send at all? Not from its own FIN on, where TCP refuses the message (EPIPE), but a
+ * redirect would carry it behind the end of the stream. */
+static __always_inline int tb_may_send(const void *tp)
+{
+	__u8 state = TB_OWN(__u8, tp, OFF_SOCK_STATE);
+
+	return state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT;
+}
+
 /* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
  * that it closes, or has a ULP. Then nothing that was bypassed is unread. */
 static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
@@ -51,10 +60,12 @@ static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp, __u32 state,
 				     __u64 now)
 {
+	/* First of all: tb_may_return(). Another sk_prot: the peer has a ULP, or closes. */
+	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
+	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
+		return TB_REASON_LEAVING;
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
-	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER)
-		return TB_REASON_LEAVING;
 	if (!tb_is_open(conn, tp))
 		return TB_REASON_HALF_CLOSED;
 	if (!tb_is_nonblocking(conn->there.file))
@@ -66,7 +77,8 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
-	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS))
+	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) ||
+	    (TB_OWN(__u32, tp, OFF_SOCK_TSFLAGS) & TB_TSFLAGS) || tb_has_options(conn->peer.sk))
 		return TB_REASON_INELIGIBLE;
 	if (tb_has_passed(NS_PER_S, conn->tcp_at, now))
 		return TB_REASON_REFRESH;
@@ -79,7 +91,7 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, const void *tp)
 	__u64 sk = conn->peer.sk;
 
 	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) == TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ) &&
-	       tb_is_empty(conn->there.psock) && !tb_has_options(sk) && !tb_has_sleeper(sk) &&
+	       tb_is_empty(conn->there.psock) && !tb_has_sleeper(sk) &&
 	       tb_bound(&conn->peer) > TB_LOOK;
 }
 
@@ -104,7 +116,7 @@ static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32
 		return 1;
 	if (wish != TB_REASON_LEAVING)
 		return 0;
-	conn->behind++;
+	conn->is_behind = 1;
 	return 1;
 }
 
@@ -158,6 +170,7 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 	if (reason)
 		return reason;
 	conn->path = TB_PATH_BYPASS;
+	conn->is_behind = 0;
 	return TB_REASON_NONE;
 }
 
@@ -167,11 +180,11 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 {
 	__u32 reason = tb_wish(conn, tp, state, now);
 
-	if (!reason || !tb_may_return(conn, reason, state)) {
+	if (!reason || (tb_may_send(tp) && !tb_may_return(conn, reason, state))) {
 		reason = tb_too_much(conn, size);
 		if (!reason)
 			return TB_REASON_NONE;
-		conn->behind++; /* RULE (bound): at once */
+		conn->is_behind = 1; /* RULE (bound): at once */
 	}
 	conn->path = TB_PATH_TCP;
 	return reason;
@@ -182,7 +195,7 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 {
 	conn->tcp_at = now;
 	tb_count_tcp(conn, reason, size);
-	if (reason == TB_REASON_BLOCKING)
+	if (reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->peer.pod_id); /* a pass takes it out */
 	if (reason == TB_REASON_PAUSED || conn->wasted++ < TB_WASTE)
 		return;

@@ -24,11 +24,16 @@ static __always_inline __u32 tb_is_ineligible(__u64 sk)
 	return 0;
 }
 
-/* Has the application set an option that changes when its reads return? SO_RCVBUF also makes the
- * buffer one that cannot grow: RULE (bound). */
+/* sk_tsflags has 16 bits before Linux 6.5. All of SO_TIMESTAMPING but details are among them. */
+#define TB_TSFLAGS 0xffff
+
+/* Has the application set an option that changes what its reads return, or when? Time stamps come
+ * with packets only. SO_RCVBUF makes the buffer one that cannot grow: RULE (bound). */
 static __always_inline int tb_has_options(__u64 sk)
 {
-	return (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) > 1 ||
+	return (tb_read32(sk + OFF_SOCK_TSFLAGS) & TB_TSFLAGS) ||
+	       (tb_read64(sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_RCVTSTAMP)) ||
+	       (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) > 1 ||
 	       (int)tb_read32(sk + OFF_SOCK_PEEK_OFF) >= 0 ||
 	       (tb_read8(sk + OFF_SOCK_USERLOCKS) & MASK_SOCK_RCVBUF_LOCK);
 }

@@ -4,7 +4,7 @@
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and its
  * sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `sent`, `begun`
- * and `behind` of it, each one aligned word.
+ * and `is_behind` of it, each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
@@ -103,13 +103,12 @@ struct tb_conn {
 	struct tb_moved moved;
 	__u64 since; /* when it was born, or `state` changed */
 	struct tb_place at;
-	__u64 noted; /* `begun` of both ends at the second visit of leaving, if it is_noted */
-	__u32 is_noted;
+	__u64 noted; /* tb_begun() at the second visit of leaving; 0: none */
 	/* Its sends: order.h, unread.h */
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
 	__u32 begun;	  /* of those, begun while on the bypass */
-	__u32 behind;	  /* how often it went to TCP with bypassed bytes unread at the peer */
+	__u32 is_behind;  /* it went to TCP while bypassed bytes lay unread at the peer */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */
 	__u32 run;	  /* what was sent since the peer last sent, in units of tb_cost() */
@@ -119,7 +118,6 @@ struct tb_conn {
 	struct tb_place there;
 	/* Fresh edges: edge.h */
 	struct tb_keepalive own;
-	__u32 edged; /* how much of the peer's `behind` is over */
 	/* Not yet in the counters */
 	struct tb_tally tally;
 };

@@ -3,23 +3,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from tests.bed import addresses, envoy, nginx
+from tests.bed import addresses, envoy, fetch, nginx
 from tests.bed.addresses import Family
 from tests.bed.envoy import Sidecar, Tls
 from tests.bed.pingpong import SERVICE_IP
 from tests.bed.pod import Pod
 
 SERVICE_URL = f"http://{SERVICE_IP}"
+WARM_UP = 2000  # requests, in which the joiner makes some passes over both pods
 
 
 def service_url(family: Family) -> str:
     """Where the service is, in a family."""
     return f"http://{addresses.url_host(addresses.OF[family].service)}"
+
+
+def fetch_argv(sizes: Sequence[int], times: int, url: str = SERVICE_URL) -> list[str]:
+    """The program that fetches `body-SIZE` of all sizes, so many times each, and checks them.
+
+    First it fetches the smallest so often that its connections have joined.
+    """
+    paths = [f"body-{size}={size}" for size in sizes]
+    return [
+        sys.executable,
+        fetch.__file__,
+        url,
+        str(times),
+        *paths[:1] * (WARM_UP // times),
+        *paths,
+    ]
+
+
+def fetched(sizes: Sequence[int], times: int) -> str:
+    """What that program says when all is well."""
+    return f"fetched {WARM_UP // times * times + times * len(sizes)}\n"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=48, help="connections on each hop")
     parser.add_argument("--kills", type=int, default=40, help="kill -9 per 100 s and end")
     parser.add_argument("--pause-flips", action="store_true", help="pause and resume all the time")
+    parser.add_argument("--leave-flips", action="store_true", help="take all out, again and again")
     parser.add_argument("--reload", type=float, default=0, metavar="S", help="load anew every S s")
     parser.add_argument("--first", type=int, default=0, help="number of the first connection")
     parser.add_argument("--count", type=int, default=0, help="how many (default: time decides)")
@@ -37,6 +38,7 @@ def main() -> int:
         at_once=arguments.at_once,
         kills=arguments.kills,
         pause_flips=arguments.pause_flips,
+        leave_flips=arguments.leave_flips,
         reload_every_s=arguments.reload,
         first=arguments.first,
         count=arguments.count,

@@ -31,6 +31,7 @@ class Options:
     at_once: int = 48  # connections, on each route
     kills: int = 40  # of a process at either end, per 100 s
     pause_flips: bool = True
+    leave_flips: bool = False  # all sockets are to leave, and may join again
     reload_every_s: float = 0  # 0: never
     first: int = 0
     count: int = 0  # 0: as many as there is time for
@@ -38,7 +39,7 @@ class Options:
 
 @dataclass
 class Report:
-    """What came of it. Anything in `mismatches`, `lost`, `hangs` or `crashes` is a bug."""
+    """What came of it. Anything in `mismatches`, `lost`, `woken`, `hangs` or `crashes` is a bug."""
 
     options: Options
     routes: list[str]
@@ -52,18 +53,19 @@ class Report:
     hangs: list[dict[str, Any]] = field(default_factory=list)
     crashes: list[dict[str, Any]] = field(default_factory=list)
     refused: int = 0
-    woken_for_nothing: int = 0  # blocking recv returned EAGAIN, see docs/limits.md
+    woken: list[dict[str, Any]] = field(default_factory=list)  # a blocking recv returned EAGAIN
     pauses: int = 0
+    leaves: int = 0
     reloads: int = 0
     counters: HopCounters = field(default_factory=HopCounters)
 
     @property
     def bad(self) -> list[dict[str, Any]]:
-        return [*self.mismatches, *self.lost, *self.hangs, *self.crashes]
+        return [*self.mismatches, *self.lost, *self.woken, *self.hangs, *self.crashes]
 
     @property
     def bypassed_share(self) -> float:
-        """Of all bytes sent on sockets in the sockhash."""
+        """Of all bytes that the programs have counted."""
         total = self.counters.bypassed_bytes + self.counters.tcp_bytes
         return self.counters.bypassed_bytes / total if total else 0.0
 
@@ -163,12 +165,14 @@ def wait_until_done(traffic: Traffic, options: Options, report: Report) -> None:
 
 @contextmanager
 def disturbed(setting: Setting, options: Options, report: Report) -> Iterator[None]:
-    """Pauses and resumes several times a second, and loads anew, while the context lasts."""
+    """Pauses, takes out, loads anew, all of it again and again, while the context lasts."""
     over = threading.Event()
     dice = random.Random(options.seed)
     threads = []
     if options.pause_flips:
         threads.append(threading.Thread(target=flip, args=(setting, dice, over, report)))
+    if options.leave_flips:
+        threads.append(threading.Thread(target=take_out, args=(setting, dice, over, report)))
     if options.reload_every_s:
         arguments = (setting, options.reload_every_s, over, report)
         threads.append(threading.Thread(target=load_anew, args=arguments))
@@ -191,6 +195,14 @@ def flip(setting: Setting, dice: random.Random, over: threading.Event, report: R
         setting.pause(False, pod)
 
 
+def take_out(setting: Setting, dice: random.Random, over: threading.Event, report: Report) -> None:
+    while not over.wait(dice.uniform(0.1, 1)):
+        setting.leave(True)
+        report.leaves += 1
+        time.sleep(dice.uniform(0.005, 0.2))
+        setting.leave(False)
+
+
 def load_anew(setting: Setting, every_s: float, over: threading.Event, report: Report) -> None:
     while not over.wait(every_s):
         try:
@@ -210,6 +222,7 @@ def judge(traffic: Traffic, report: Report) -> None:
     report.mismatches += by_event.get("mismatch", [])
     report.hangs += by_event.get("stuck", [])
     report.crashes += by_event.get("crashed", [])
+    report.woken += by_event.get("woken", [])
     report.refused += len(by_event.get("refused", []))
     report.lost += [line for line in by_event.get("short", []) if not explained(line, killed)]
     totals = by_event.get("done", [])
@@ -217,7 +230,6 @@ def judge(traffic: Traffic, report: Report) -> None:
         report.crashes.append({"route": traffic.name, "event": "an end did not report its totals"})
     for line in totals:
         report.bytes += line["heard"]
-        report.woken_for_nothing += line["woken_for_nothing"]
         if line["side"] == 0:
             report.connections += line["connections"]
             report.aborted += line["aborted"]

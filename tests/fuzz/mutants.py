@@ -42,116 +42,176 @@ class Mutant:
         return light.edited(self.edit, limits=light.LIMITS)
 
 
-ORDER = Mutant(
-    "order: to the bypass although TCP bytes lie unread",
-    (Edit(r"\t\tif \(\(__u32\)mark == write_seq\)\n", "\t\tif (1)\n"),),
+def _mutant(rule: str, *edits: tuple[str, str]) -> Mutant:
+    return Mutant(rule, tuple(Edit(pattern, replacement) for pattern, replacement in edits))
+
+
+# ---- One message: order.h, unread.h, edge.h ----
+
+ORDER = _mutant(
+    "one queue: to the bypass although TCP bytes lie unread",
+    (r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == TB_OWN\([^)]+\)", "1"),
+)
+WAKE_UP = _mutant(
+    "one queue: to the bypass although a reader sleeps on the TCP queue",
+    (r"!tb_has_sleeper\(sk\) &&\n", "1 &&\n"),
+)
+OPTIONS = _mutant(
+    "readers: to the bypass although the peer has set options",
+    (r"!tb_has_options\(sk\) && !tb_has_sleeper", "!tb_has_sleeper"),
+)
+RETURN = _mutant(
+    "one queue: to TCP although bypassed bytes lie unread",
+    (r"if \(!tb_is_empty\(conn->there\.psock\)\)\n\t\treturn 0;", ""),
+)
+OVERTAKING = _mutant(
+    "one queue: a message by TCP overtakes another thread's redirect",
+    (r"return tb_psock_refs\(conn->at\.psock\) == 2;", "return 1;"),
+)
+PAUSE = _mutant(
+    "pause: the bypass goes on",
+    (r"if \(tb_is_paused\(conn\)\)\n\t\treturn TB_REASON_PAUSED;", ""),
+)
+LOCK = _mutant(
+    "lock: a redirect waits for an application's lock",
+    (r"if \(!conn->peer\.is_proxy && tb_is_owned\(conn->peer\.sk\)\)", "if (0)"),
+)
+HALF_CLOSED = _mutant(
+    "half-closed: bypassed bytes after the first FIN",
+    (r"if \(!tb_is_open\(conn, tp\)\)", "if (0)"),
+)
+CONNTRACK = _mutant(
+    "conntrack: no message goes by TCP",
+    (r"if \(tb_has_passed\(NS_PER_S, conn->tcp_at, now\)\)", "if (0)"),
+)
+CORK = _mutant(
+    "cork: bypassed bytes although they are to be held back",
+    (r"if \(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)", "if (0)"),
+)
+BLOCKING = _mutant(
+    "readers: bypassed bytes to a reader that may sleep in recv",
+    (r"if \(!tb_is_nonblocking\(conn->there\.file\)\)", "if (0)"),
+)
+OWN_ULP = _mutant(
+    "readers: bypassed plaintext of a sender with kTLS",
+    (r" \|\|\n\t    TB_OWN\(__u64, tp, OFF_ICSK_ULP_OPS\)\)", ")"),
+)
+PEERS_ULP = _mutant(
+    "readers: bypassed bytes past a reader's kTLS",
+    (r" \|\|\n\t    tb_read64\(conn->peer\.sk \+ OFF_SOCK_PROT\) != [^\n]+\)\n", ")\n"),
+)
+READERS = _mutant(
+    "readers: a member that turns blocking stays",
+    (r"if \(file && !tb_is_nonblocking\(file\)\)", "if (0)"),
+)
+READERS_EVER = _mutant(
+    "readers: blocking readers join",
+    (r"if \(file && !tb_is_nonblocking\(file\)\)", "if (0)"),
+    (r"if \(!tb_is_nonblocking\(conn->there\.file\)\)", "if (0)"),
+)
+BOUND = _mutant(
+    "bound: nothing stops a redirecting sender",
+    (r"if \(unread > tb_bound\(&conn->peer\)\)", "if (0)"),
+    (r"return conn->run > TB_STREAM \? TB_REASON_STREAM : TB_REASON_NONE;", "return 0;"),
+)
+FRESH_EDGE = _mutant(
+    "edges: no fresh edge",
+    (r"\tbpf_setsockopt\(skops, SOL_SOCKET, SO_RCVLOWAT, [^;]+;", ""),
+)
+PROBES = _mutant(
+    "edges: a sender without more to say does not probe",
+    (r"\t\treturn tb_probe\(skops, conn\);", "\t\treturn;"),
+)
+EDGE_AFTER_LEAVING = _mutant(
+    "edges: none for a reader that has left",
+    (r"\ttb_refresh_edge\(skops, conn\);\n\tif \(tb_membership", "\tif (tb_membership"),
 )
 
-# Pairing by addresses alone is not enough to go wrong: a mark is a sequence number as well, and a
-# stranger's does not fit. So that wall goes, too.
+# ---- Joining ----
+
+JOINS_OWNED = _mutant(
+    "joining: while a thread is inside a call", (r"!tb_is_owned\(sk\) &&\n", "1 &&\n")
+)
+JOINS_SLEEPER = _mutant(
+    "joining: while a reader sleeps",
+    (r"!tb_has_sleeper\(sk\) && tb_is_same_connection", "tb_is_same_connection"),
+)
+JOINS_STRANGER = _mutant(
+    "identity: the numbers are not looked at again", (r" && tb_is_same_connection\(conn, sk\)", "")
+)
+JOINS_OCCUPIED = _mutant(
+    "joining: beside another program's sockmap",
+    (r"if \(tb_read64\(sk \+ OFF_SOCK_USER_DATA\)\)", "if (0)"),
+)
+JOINS_ULP = _mutant(
+    "joining: what a thread has changed meanwhile is not asked again",
+    (r"if \(tb_is_ineligible\(sk\)\) \{", "if (0) {"),
+)
+
+# ---- Leaving, a condition each ----
+#
+# One has no mutant here: that the third visit finds no thread inside a call. The number of sends
+# says the same, but for a store that another CPU does not see yet.
+
+LEAVES_OPENLY = _mutant(
+    "leaving: redirects go on into its empty queue",
+    (r"conn->is_behind = wish == TB_REASON_LEAVING;\n\treturn conn->is_behind;", "return 0;"),
+)
+LEAVES_PAUSED = _mutant(
+    "leaving: the pause that goes with it hides it",
+    (
+        r"\tif \(state != conn->peer_state \|\|",
+        "\tif (tb_is_paused(conn))\n\t\treturn TB_REASON_PAUSED;\n\tif (state != conn->peer_state ||",
+    ),
+)
+LEAVES_UNREAD = _mutant(
+    "leaving: with bypassed bytes unread", (r"return tb_is_empty\(conn->at\.psock\) &&", "return")
+)
+LEAVES_UNHEARD = _mutant(
+    "leaving: with what it has bypassed unread",
+    (r"\(!tb_is_peer_in\(conn\) \|\| tb_is_empty\([^;]+;", "1;"),
+)
+LEAVES_BLINDLY = _mutant(
+    "leaving: while a thread of the peer's is inside a call",
+    (r"\(!tb_is_peer_in\(conn\) \|\| tb_psock_refs\([^;]+;", "1;"),
+)
+LEAVES_OWN = _mutant(
+    "leaving: while a thread of its own is inside a call",
+    (r"return tb_psock_refs\(conn->at\.psock\) == 1 &&", "return"),
+)
+LEAVES_AT_ONCE = _mutant(
+    "leaving: in one visit after the first",
+    (r"if \(conn->noted != begun\) \{", "if (0) {"),
+)
+LEAVES_UNCOUNTED = _mutant(
+    "leaving: sends are counted before the last looks",
+    (r" && tb_begun\(conn\) == begun;", ";"),
+)
+LEAVES_OWN_UNCOUNTED = _mutant(
+    "leaving: the sends of the peer alone are counted",
+    (r"\(__u32\)\(conn->begun \+ TB_PEERS\(__u32, conn, begun\)\)", "TB_PEERS(__u32, conn, begun)"),
+    (r"tb_is_empty\(TB_PEERS\(__u64, conn, at\.psock\)\)", "1"),
+)
+
+# ---- Identity ----
+
+# Addresses alone are not enough to go wrong: the numbers are looked at once more at the join.
 IDENTITY = Mutant(
     "identity: paired by addresses, not by sequence numbers",
     (
-        *ORDER.edits,
+        *JOINS_STRANGER.edits,
         Edit(r"(?<!dial\.)client_isn = [^;]+;", "client_isn = 0;", 3),
         Edit(r"server_isn = [^;]+;", "server_isn = 0;", 3),
         Edit(r"if \(found->client\.id \|\| ", "if ("),
         Edit(r"half->server\.id \|\| half->server_netns != netns", "0"),
-        Edit(r"if \(half && half->client\.id != conn->me\.id\)", "if (0)"),
+        Edit(r" \|\| half->client\.id != conn->me\.id \|\|", " ||"),
     ),
 )
-
-REUSED_SOCKET = Mutant(
+REUSED_SOCKET = _mutant(
     "identity: a socket that disconnected keeps its bypass queue",
-    (Edit(r"if \(conn->me\.id\)\n\t\tsockhash\.delete\(&conn->me\.id\);", ""),),
+    (r"if \(conn->me\.id && [^;]+;", ""),
 )
-
-BACKPRESSURE = Mutant(
-    "backpressure: nothing stops a redirecting sender",
-    (Edit(r"if \(unread > conn->bound\)", "if (0)"),),
-)
-
-CONNTRACK = Mutant(
-    "conntrack: no keepalive",
-    (Edit(r"if \(!seconds \|\| [^\n]+\n\t\treturn;", "return;"),),
-)
-
-HALF_CLOSED = Mutant(
-    "conntrack: bypassed bytes on a half-closed connection",
-    (Edit(r"if \(tb_is_half_closed\(conn, tp\)\)", "if (0)"),),
-)
-
-WAKE_UP = Mutant(
-    "wake-up: to the bypass although a reader sleeps on the TCP queue",
-    (Edit(r" \|\| tb_has_sleeper\(conn->me\.sk\)\)", ")"),),
-)
-
-STALE_MARK = Mutant(
-    "stale mark: believed again after the sequence numbers have wrapped",
-    (Edit(r"if \(mark && mark != conn->tx_dead\)", "if (mark)"),),
-)
-
-OVERTAKING = Mutant(
-    "order: a message by TCP overtakes another thread's redirect",
-    (Edit(r"return !conn->writer \|\| [^;]+;", "return 1;"),),
-)
-
-LEAVING_UNREAD = Mutant(
-    "removal: a socket leaves with bypassed bytes unread",
-    (Edit(r"if \(!tb_has_read_all\(&conn->me\)\)\n\t\treturn;", ""),),
-)
-
-ANNOUNCED_ELSEWHERE = Mutant(
+ANNOUNCED_ELSEWHERE = _mutant(
     "identity: a server joins what another namespace's listener has announced",
-    (Edit(r" \|\| half->server_netns != netns\)", ")"),),
-)
-
-FOLLOWING_UNREAD = Mutant(
-    "removal: a reader follows its peer with bypassed bytes unread",
-    (Edit(r"(?<=== TB_PARTED) &&\s+tb_has_read_all\(&conn->me\)", ""),),
-)
-
-PARTING_BLINDLY = Mutant(
-    "removal: a socket parts while its own redirect is on its way",
-    (Edit(r"(?<=tb_should_part\(conn, tp\)\)) &&\s+tb_alone\(conn, thread\)", ""),),
-)
-
-FOLLOWING_TOO_SOON = Mutant(
-    "removal: a reader follows a peer that has not left",
-    (Edit(r"tb_peers_parting\(conn\) == TB_PARTED", "tb_peers_parting(conn)"),),
-)
-
-LEAVING_BLINDLY = Mutant(
-    "removal: a socket leaves while a redirect to it is on its way",
-    (Edit(r" &&\n\t    tb_read32\(conn->peer\.psock \+ OFF_PSOCK_REFCNT\) != 1\)", " && 0)"),),
-)
-
-LEAVING_UNHEARD = Mutant(
-    "removal: nobody hears that a socket has announced to leave",
-    (Edit(r"\*count == conn->steps && !conn->wary", "1"),),
-)
-
-LEAVING_OPENLY = Mutant(
-    "removal: redirects go on to a socket that has announced to leave",
-    (Edit(r"tb_peers_parting\(conn\) >= TB_CLOSED", "0"),),
-)
-
-PEEKERS = Mutant(
-    "peekers: to the bypass although the peer has not taken a byte",
-    (Edit(r"if \(write_seq == conn->first\)", "if (0)"),),
-)
-
-STRICTNESS = Mutant(
-    "loss: as much as elsewhere where TCP drops what passes sk_rcvbuf",
-    (Edit(r"if \(TB_STRICT\) \{", "if (0) {"),),
-)
-
-SILENT_ORDER = Mutant(
-    "order: to the bypass although TCP bytes lie unread at a non-blocking reader",
-    (Edit(r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == seq", "1"),),
-)
-
-SILENT_WAKE_UP = Mutant(
-    "wake-up: to the bypass although a non-blocking reader still sleeps on the TCP queue",
-    (Edit(r"!tb_has_sleeper\(sk\) && !tb_busy\(conn\)", "1"),),
+    (r" \|\| half->server_netns != netns\)", ")"),
 )

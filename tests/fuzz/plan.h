@@ -21,6 +21,9 @@ enum kind {
 
 enum reading { RECV, RECV_TWO_BUFFERS, RECV_WAITALL, RECV_LOWAT, RECV_PEEK, RECV_POLL, READINGS };
 enum writing { SEND, SEND_TWO_BUFFERS, SEND_MMSG, SEND_MORE, SEND_FILE, SEND_POLL, WRITINGS };
+/* How a non-blocking end waits for bytes: an event loop. SHORT is edge-triggered and takes a short
+ * read for the end of what is there, as epoll(7) allows. */
+enum waiting { POLL, LEVEL, EDGE, SHORT, WAITINGS };
 enum speed { FAST, SLOW, BURSTY, SPEEDS };
 
 /* How one end behaves. */
@@ -28,6 +31,9 @@ struct manner {
 	enum reading reading;
 	enum writing writing;
 	enum speed reads;
+	int is_nonblocking;
+	int toggles; /* a blocking end that is non-blocking between its turns, PING_PONG */
+	enum waiting waiting;
 	uint32_t largest_read;	/* bytes */
 	uint32_t largest_write; /* bytes */
 	uint32_t pause_chance;	/* before a write, in 1024 */
@@ -38,6 +44,7 @@ struct manner {
 struct plan {
 	uint32_t number;
 	enum kind kind;
+	uint32_t greetings; /* small exchanges before anything else, in which it may join */
 	int deferred;	    /* through the listener with TCP_DEFER_ACCEPT */
 	int64_t bytes[2];   /* said by the client, by the server; not PING_PONG and CROWD */
 	uint32_t turns;	    /* PING_PONG */
@@ -104,6 +111,27 @@ static inline struct manner draw_manner(struct dice *dice)
 	return manner;
 }
 
+/* Only connections whose ends both are non-blocking join. */
+static inline void draw_blocking(struct dice *dice, struct plan *plan)
+{
+	static const int ends[] = {3, 3, 3, 3, 3, 3, 1, 2, 0, 0};
+	int nonblocking = plan->kind == EVENTS ? 3 : ends[below(dice, 10)];
+
+	for (int side = 0; side < 2; side++) {
+		struct manner *manner = &plan->manner[side];
+
+		manner->is_nonblocking = nonblocking >> side & 1;
+		manner->toggles =
+			!manner->is_nonblocking && plan->kind == PING_PONG && chance(dice, 300);
+		manner->waiting = below(dice, WAITINGS);
+		/* It sets an option with which nothing joins, and no edge comes below the mark. */
+		if (manner->is_nonblocking && manner->reading == RECV_LOWAT && chance(dice, 800))
+			manner->reading = RECV;
+		if (manner->reading == RECV_LOWAT)
+			manner->waiting = POLL;
+	}
+}
+
 static inline int64_t at_most(int64_t value, int64_t limit)
 {
 	return value < limit ? value : limit;
@@ -154,6 +182,8 @@ static inline struct plan draw_plan(uint64_t seed, uint32_t number)
 	plan.abort_hard = chance(&dice, 512);
 	plan.manner[CLIENT] = draw_manner(&dice);
 	plan.manner[SERVER] = draw_manner(&dice);
+	draw_blocking(&dice, &plan);
+	plan.greetings = chance(&dice, 850) ? any_size(&dice, 64) : 0;
 	shorten(&plan);
 	return plan;
 }

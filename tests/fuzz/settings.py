@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from bpf.loader import Programs
+from bpf import abi
+from bpf.loader import VISIT, Programs
 from bpf.stats import HopCounters
 from cni_plugin import names
-from install import commands, report
+from install import commands, passes, report
 from install.commands import Node
+from install.generations import Generations
 from tests.bed import Bed, Pod, congestion, kubeproxy, open_bed, pingpong
 from tests.bed.addresses import Family
 from tests.bed.cni import DUAL_STACK
@@ -27,6 +30,7 @@ from tests.light import CLIENT_IP, LIMITS, SERVER_IP, LightPod, accelerated
 
 SOURCE = Path(__file__).with_name("stream.c")
 LOOPBACK = "loopback"
+RETIRING_PASSES = 100  # over old programs
 HOPS = pingpong.HOPS
 ACCELERATED = {names.ENABLED: "true"}
 # Pods by kind: how their TCP is intercepted, and the annotations of the client's and the server's.
@@ -93,6 +97,9 @@ class Setting(Protocol):
     def pause(self, paused: bool, pod: str | None = None) -> None:
         """Switches the whole bypass, or one pod's, off or on again."""
 
+    def leave(self, leaving: bool) -> None:
+        """Takes all sockets out of the sockhash, or lets them join again."""
+
     def reload(self) -> None:
         """Loads the programs anew over the running ones."""
 
@@ -138,8 +145,9 @@ class Loopback:
 
     def __init__(self, pod: LightPod) -> None:
         self._pod = pod
-        self._paused = False
+        self._flags = 0
         self._before = HopCounters()  # of the programs that were replaced
+        self._switching = threading.Lock()
         first, second = free_ports(2)
         ports = (first, second)
         self.routes = {LOOPBACK: Route(CLIENT_IP, SERVER_IP, ports, SERVER_IP, ports)}
@@ -153,14 +161,27 @@ class Loopback:
         )
 
     def pause(self, paused: bool, pod: str | None = None) -> None:  # noqa: ARG002
-        self._paused = paused
-        self._pod.pause(paused)
+        self._set(abi.CONTROL_PAUSED, paused)
+
+    def leave(self, leaving: bool) -> None:
+        self._set(abi.CONTROL_LEAVE, leaving)
+
+    def _set(self, flag: int, wanted: bool) -> None:
+        with self._switching:
+            self._flags = self._flags | flag if wanted else self._flags & ~flag
+            self._pod.control(self._flags)
 
     def reload(self) -> None:
-        # What its connections count from now on is missed: they keep the old programs.
-        self._before += self._pod.total()
-        self._pod.reload(Programs(LIMITS))
-        self._pod.pause(self._paused)
+        """The sockets leave the old programs, as far as their queues get empty meanwhile."""
+        programs, old = Programs(LIMITS), self._pod.programs
+        with self._switching:
+            # What the old programs' sockets count from now on is missed.
+            self._before += self._pod.total()
+            self._pod.control(self._flags | abi.CONTROL_LEAVE)
+            self._pod.reload(programs)
+            self._pod.control(self._flags)
+        for _ in range(RETIRING_PASSES):
+            passes.visit_pod(old.fds[VISIT], self._pod.folder)
 
     def counters(self) -> HopCounters:
         return self._before + self._pod.total()
@@ -216,6 +237,12 @@ class Pods:
     def pause(self, paused: bool, pod: str | None = None) -> None:
         # In this process: the node program takes a second to start, and this is done all the time.
         (commands.pause if paused else commands.resume)(self._node, pod)
+
+    def leave(self, leaving: bool) -> None:
+        current = Generations(self.bed.node.bpffs).current()
+        assert current is not None
+        others = current.flags() & ~abi.CONTROL_LEAVE
+        current.set_flags(others | (abi.CONTROL_LEAVE if leaving else 0))
 
     def reload(self) -> None:
         counted = self.counters()

@@ -10,7 +10,8 @@
  * Worker processes do the work; with KILLS (a rate per 100 s) the parent kills them with SIGKILL
  * now and then and starts others. It reports in lines of JSON on standard output:
  *
- *   ready, mismatch, short (a stream ended early), stuck, killed, crashed, refused, done
+ *   ready, mismatch, short (a stream ended early), woken (a blocking read got nothing), stuck,
+ * killed, crashed, refused, done
  *
  * A stream that ended early is no error if its connection was planned to be aborted, or if a
  * process at its other end was killed. The lines of both ends together tell which it was.
@@ -19,6 +20,7 @@
 #include <arpa/inet.h>
 #include <err.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
@@ -67,7 +69,7 @@ struct worker {
 static struct shared {
 	_Atomic uint32_t next;
 	_Atomic int stop;
-	_Atomic int64_t connections, aborted, said, heard, mismatches, woken_for_nothing;
+	_Atomic int64_t connections, aborted, said, heard, mismatches;
 	_Atomic int64_t by_kind[KINDS];
 	struct worker workers[WORKERS];
 } * shared;
@@ -139,6 +141,9 @@ struct end {
 	struct voice mine, theirs;
 	struct dice dice; /* of this end alone: chunk sizes and pauses */
 	char *buffer;	  /* BUFFER bytes */
+	int poller;	  /* an epoll, as manner.waiting has it; -1: none */
+	int is_ready;	  /* there are bytes, as an edge-triggered end believes */
+	int has_hung_up;  /* the other end has: a short read is not the end then, epoll(7) */
 };
 
 static const struct manner *manner_of(const struct end *end)
@@ -273,6 +278,13 @@ static int leaves(struct end *end)
 	return 1;
 }
 
+static void set_nonblocking(int fd, int nonblocking)
+{
+	int flags = fcntl(fd, F_GETFL);
+
+	fcntl(fd, F_SETFL, nonblocking ? flags | O_NONBLOCK : flags & ~O_NONBLOCK);
+}
+
 static void wait_for(int fd, short events)
 {
 	struct pollfd poller = {fd, events, 0};
@@ -356,6 +368,68 @@ static void dawdle(struct end *end, int64_t size)
 	}
 }
 
+#define EDGES (EPOLLIN | EPOLLRDHUP | EPOLLET)
+
+static int open_poller(int fd, const struct manner *manner)
+{
+	struct epoll_event event = {.events = manner->waiting == LEVEL ? EPOLLIN : EDGES};
+	int poller = epoll_create1(EPOLL_CLOEXEC);
+
+	if (epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event))
+		err(1, "epoll_ctl");
+	return poller;
+}
+
+static void await_bytes(struct end *end)
+{
+	struct epoll_event event;
+
+	if (end->poller < 0)
+		return wait_for(end->fd, POLLIN);
+	while (epoll_wait(end->poller, &event, 1, -1) < 0)
+		if (errno != EINTR)
+			err(1, "epoll_wait");
+	end->has_hung_up |= (event.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
+	end->is_ready = 1;
+}
+
+/* An event loop's read. */
+static ssize_t take_by_events(struct end *end, char *buffer, int64_t size)
+{
+	const struct manner *manner = manner_of(end);
+	ssize_t got;
+
+	for (;;) {
+		if (!end->is_ready)
+			await_bytes(end);
+		got = receive_as(manner->reading, end->fd, buffer, size);
+		if (got >= 0 || (errno != EAGAIN && errno != EINTR))
+			break;
+		end->is_ready = end->has_hung_up || manner->waiting == POLL;
+		if (end->is_ready)
+			nap(1000);
+	}
+	if (manner->waiting == LEVEL || (manner->waiting == SHORT && got < size))
+		end->is_ready = end->has_hung_up;
+	return got;
+}
+
+static ssize_t take_blocking(struct end *end, char *buffer, int64_t size)
+{
+	enum reading reading = manner_of(end)->reading;
+	ssize_t got;
+
+	do {
+		got = receive_as(reading, end->fd, buffer, size);
+		/* Blocked, and woken without data: TCP never does that. */
+		if (got < 0 && errno == EAGAIN && reading != RECV_POLL && reading != RECV_LOWAT) {
+			tell("{\"event\":\"woken\",\"connection\":%u,\"port\":%u,\"side\":%d}\n",
+			     end->plan->number, end->slot->port, end->side);
+		}
+	} while (got < 0 && (errno == EAGAIN || errno == EINTR));
+	return got;
+}
+
 /* Reads up to `size` bytes in the end's manner: > 0, 0 at the end of the stream, or -errno. */
 static ssize_t take(struct end *end, char *buffer, int64_t size)
 {
@@ -364,12 +438,8 @@ static ssize_t take(struct end *end, char *buffer, int64_t size)
 
 	size = at_most(size, 1 + below(&end->dice, manner->largest_read));
 	dawdle(end, size);
-	do {
-		got = receive_as(manner->reading, end->fd, buffer, size);
-		/* Blocked, and woken without data: docs/limits.md. Ask again, but count. */
-		if (got < 0 && errno == EAGAIN && manner->reading != RECV_POLL)
-			shared->woken_for_nothing++;
-	} while (got < 0 && (errno == EAGAIN || errno == EINTR));
+	got = manner->is_nonblocking ? take_by_events(end, buffer, size)
+				     : take_blocking(end, buffer, size);
 	if (got > 0)
 		progress(end, 0, got);
 	return got < 0 ? -errno : got;
@@ -481,7 +551,9 @@ static enum outcome say(struct end *end, char *buffer, int64_t size)
 		if (chance(&end->dice, manner->pause_chance))
 			nap(below(&end->dice, 3000));
 		speak(&end->mine, buffer, part);
-		sent = send_as(end, buffer, part, part == size);
+		while ((sent = send_as(end, buffer, part, part == size)) < 0 && errno == EAGAIN &&
+		       manner->is_nonblocking)
+			wait_for(end->fd, POLLOUT);
 		if (sent < 0)
 			return ended_early(end, "writing", errno);
 		progress(end, sent, 0);
@@ -510,6 +582,42 @@ static void *take_turn(void *argument)
 	return NULL;
 }
 
+static enum outcome turn(struct end *end, int64_t size, int speaks)
+{
+	struct turn turn = {end, size, speaks, FINE};
+	int toggles = manner_of(end)->toggles;
+	pthread_t thread;
+
+	if (toggles) {
+		wait_for(end->fd, speaks ? POLLOUT : POLLIN);
+		set_nonblocking(end->fd, 0);
+	}
+	if (end->plan->thread_per_turn && !pthread_create(&thread, NULL, take_turn, &turn))
+		pthread_join(thread, NULL);
+	else
+		take_turn(&turn);
+	if (toggles)
+		set_nonblocking(end->fd, 1);
+	return turn.outcome;
+}
+
+/* Small exchanges, over some passes: the connection becomes known, and joins. */
+static enum outcome greet(struct end *end)
+{
+	struct dice sizes = dice_of(run.seed, end->plan->number, 8);
+
+	for (uint32_t n = 0; n < 2 * end->plan->greetings; n++) {
+		enum outcome outcome =
+			turn(end, any_size(&sizes, 300), n % 2 == (uint32_t)end->side);
+
+		if (outcome != FINE)
+			return outcome;
+		if (end->side == CLIENT)
+			nap(below(&end->dice, 2000));
+	}
+	return FINE;
+}
+
 static enum outcome ping_pong(struct end *end)
 {
 	const struct plan *plan = end->plan;
@@ -517,16 +625,12 @@ static enum outcome ping_pong(struct end *end)
 	enum side speaker = plan->first;
 
 	for (uint32_t n = 0; n < plan->turns; n++, speaker = !speaker) {
-		struct turn turn = {end, turn_size(&turns, plan), speaker == end->side, FINE};
-		pthread_t thread;
+		enum outcome outcome = turn(end, turn_size(&turns, plan), speaker == end->side);
 
-		if (plan->thread_per_turn && !pthread_create(&thread, NULL, take_turn, &turn))
-			pthread_join(thread, NULL);
-		else
-			take_turn(&turn);
-		if (turn.outcome != FINE)
-			return turn.outcome;
+		if (outcome != FINE)
+			return outcome;
 	}
+	set_nonblocking(end->fd, manner_of(end)->is_nonblocking);
 	shutdown(end->fd, SHUT_WR);
 	return hear_end(end);
 }
@@ -591,9 +695,11 @@ static int say_what_fits(struct end *end, int64_t *left)
 	return 1;
 }
 
-/* Reads until it would block. Returns 0 when the stream has ended or broken. */
+/* Reads as its manner has it. Returns 0 when the stream has ended or broken. */
 static int hear_what_is_there(struct end *end)
 {
+	enum waiting waiting = manner_of(end)->waiting;
+
 	for (;;) {
 		int64_t size = 1 + below(&end->dice, manner_of(end)->largest_read);
 		ssize_t got = recv(end->fd, end->buffer, size, 0);
@@ -607,21 +713,40 @@ static int hear_what_is_there(struct end *end)
 			return errno = EBADMSG, 0;
 		end->theirs.position += got;
 		dawdle(end, size);
+		if (waiting == LEVEL || (waiting == SHORT && got < size && !end->has_hung_up))
+			return 1;
 	}
+}
+
+/* What the loop asks epoll for; edge-triggered, all of it and for good. */
+static void ask_for_events(struct end *end, int poller, int hearing, int64_t left)
+{
+	struct epoll_event event = {.events = EDGES | EPOLLOUT};
+
+	if (manner_of(end)->waiting == LEVEL)
+		event.events = (hearing ? EPOLLIN : 0) | (left ? EPOLLOUT : 0);
+	else if (end->is_ready++)
+		return;
+	if (epoll_ctl(poller, EPOLL_CTL_MOD, end->fd, &event))
+		err(1, "epoll_ctl");
 }
 
 static enum outcome events(struct end *end)
 {
-	int64_t left = end->plan->bytes[end->side], theirs = end->plan->bytes[!end->side];
-	struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET};
+	int64_t left = end->plan->bytes[end->side];
+	int64_t theirs = end->theirs.position + end->plan->bytes[!end->side];
+	struct epoll_event event = {.events = 0};
 	int poller = epoll_create1(EPOLL_CLOEXEC);
 	enum outcome outcome = FINE;
 	int hearing = 1;
 
 	epoll_ctl(poller, EPOLL_CTL_ADD, end->fd, &event);
+	end->is_ready = 0;
 	while (hearing || left) {
+		ask_for_events(end, poller, hearing, left);
 		if (epoll_wait(poller, &event, 1, -1) < 0 && errno != EINTR)
 			err(1, "epoll_wait");
+		end->has_hung_up |= (event.events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0;
 		errno = 0;
 		if (leaves(end)) {
 			outcome = LEFT;
@@ -638,15 +763,6 @@ static enum outcome events(struct end *end)
 	if (outcome == FINE && end->theirs.position != theirs)
 		report_mismatch(end, end->buffer, 0, 0);
 	return outcome;
-}
-
-static enum outcome by_events(struct end *end)
-{
-	int flags = 1;
-
-	if (ioctl(end->fd, FIONBIO, &flags))
-		err(1, "FIONBIO");
-	return events(end);
 }
 
 /* ---- CROWD: framed messages of several writers --------------------------------------------------
@@ -675,6 +791,25 @@ static uint64_t frame_key(const struct end *end, enum side speaker, const struct
 		   ((uint64_t)frame->writer << 32 | frame->sequence));
 }
 
+/* Whole, where that is in this end's power: a non-blocking send may take a part of it. */
+static ssize_t send_frame(struct end *end, const char *buffer, size_t size)
+{
+	size_t done = 0;
+
+	while (done < size) {
+		ssize_t sent = send(end->fd, buffer + done, size - done, MSG_NOSIGNAL);
+
+		if (sent < 0 && errno == EAGAIN && manner_of(end)->is_nonblocking) {
+			wait_for(end->fd, POLLOUT);
+			continue;
+		}
+		if (sent < 0 || !end->plan->locked)
+			return sent;
+		done += sent;
+	}
+	return done;
+}
+
 static void *write_frames(void *argument)
 {
 	struct writer *writer = argument;
@@ -693,7 +828,7 @@ static void *write_frames(void *argument)
 		speak(&voice, buffer + sizeof(frame), frame.size - sizeof(frame));
 		if (end->plan->locked)
 			pthread_mutex_lock(&crowd->lock);
-		sent = send(end->fd, buffer, frame.size, MSG_NOSIGNAL);
+		sent = send_frame(end, buffer, frame.size);
 		if (end->plan->locked)
 			pthread_mutex_unlock(&crowd->lock);
 		if (sent != frame.size) {
@@ -778,7 +913,7 @@ static enum outcome crowd(struct end *end)
 
 static enum outcome (*const kinds[KINDS])(struct end *) = {
 	[PING_PONG] = ping_pong, [DUPLEX] = duplex, [ONE_WAY] = one_way,
-	[EVENTS] = by_events,	 [CROWD] = crowd,
+	[EVENTS] = events,	 [CROWD] = crowd,
 };
 
 /* ---- Connections
@@ -796,12 +931,24 @@ static void converse(int fd, uint32_t number, struct slot *slot, char *buffer)
 		.theirs = {key_of(number, !run.side), 0},
 		.dice = dice_of(run.seed, number, 2 + run.side),
 		.buffer = buffer,
+		.poller = -1,
+		.is_ready = 1,
 	};
+	const struct manner *manner = manner_of(&end);
+	enum outcome outcome;
 	int one = 1;
 
+	set_nonblocking(fd, manner->is_nonblocking || manner->toggles);
+	if (manner->is_nonblocking && manner->waiting != POLL)
+		end.poller = open_poller(fd, manner);
 	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	slot->number = number + 1;
-	switch (kinds[plan.kind](&end)) {
+	outcome = greet(&end);
+	if (outcome == FINE)
+		outcome = kinds[plan.kind](&end);
+	if (end.poller >= 0)
+		close(end.poller);
+	switch (outcome) {
 	case FINE:
 		shared->connections++;
 		shared->by_kind[plan.kind]++;
@@ -832,11 +979,14 @@ static void *serve_connections(void *argument)
 		int fd;
 
 		poll(pollers, 2, -1);
-		fd = accept(run.listeners[!pollers[0].revents], &peer.any, &peer.size);
+		fd = accept4(run.listeners[!pollers[0].revents], &peer.any, &peer.size,
+			     SOCK_NONBLOCK);
 		if (fd < 0)
 			continue;
 		begin(slot, ntohs(peer.v4.sin_port));
-		if (recv(fd, preface, sizeof(preface), MSG_WAITALL) == sizeof(preface)) {
+		/* One segment: all of it is there, or nothing. */
+		wait_for(fd, POLLIN);
+		if (recv(fd, preface, sizeof(preface), 0) == sizeof(preface)) {
 			if (preface[0] == MAGIC)
 				converse(fd, preface[1], slot, buffer);
 			else
@@ -888,6 +1038,7 @@ static void *make_connections(void *argument)
 			continue;
 		}
 		slot->number = number + 1;
+		set_nonblocking(fd, plan.manner[CLIENT].is_nonblocking);
 		if (send(fd, preface, sizeof(preface), MSG_NOSIGNAL) == sizeof(preface))
 			converse(fd, number, slot, buffer);
 		close(fd);
@@ -1047,14 +1198,14 @@ static void supervise(void)
 static void tell_totals(void)
 {
 	tell("{\"event\":\"done\",\"side\":%d,\"connections\":%lld,\"aborted\":%lld,\"said\":%lld,"
-	     "\"heard\":%lld,\"mismatches\":%lld,\"woken_for_nothing\":%lld,\"next\":%u,"
+	     "\"heard\":%lld,\"mismatches\":%lld,\"next\":%u,"
 	     "\"ping_pong\":%lld,\"duplex\":%lld,\"one_way\":%lld,\"events\":%lld,\"crowd\":%lld}"
 	     "\n",
 	     run.side, (long long)shared->connections, (long long)shared->aborted,
 	     (long long)shared->said, (long long)shared->heard, (long long)shared->mismatches,
-	     (long long)shared->woken_for_nothing, shared->next, (long long)shared->by_kind[0],
-	     (long long)shared->by_kind[1], (long long)shared->by_kind[2],
-	     (long long)shared->by_kind[3], (long long)shared->by_kind[4]);
+	     shared->next, (long long)shared->by_kind[0], (long long)shared->by_kind[1],
+	     (long long)shared->by_kind[2], (long long)shared->by_kind[3],
+	     (long long)shared->by_kind[4]);
 }
 
 static struct address address(const char *ip, const char *port)

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection in a model of the kernel, around the real rules of bpf/tcpip_bypass.c.
+"""One connection in a model of the kernel, around the real programs of bpf/.
 
 The model knows what the kernel does with bytes: a bypass queue that is read before the TCP queue,
-and readers that, once inside tcp_recvmsg, see the TCP queue only. What it never knows is when to
-bypass: that the C code says, compiled for this machine (tests/fuzz/host).
+and readers that a wake-up reaches or not. What to bypass, when to join and when to leave it never
+knows: that the C code says, compiled for this machine (tests/fuzz/host).
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bpf.loader import SOURCE
+from bpf import abi, loader
 
 HOST = Path(__file__).with_name("host")
 WRAP = 2**32
@@ -25,306 +25,350 @@ RCVBUF = 131_072
 SNDBUF = 2_629_632  # what a socket begins with on lo
 LOOK = 16_384  # TB_LOOK
 MESSAGE_COST = 1024  # TB_MESSAGE_COST
-OVERDUE = 512 * 1024  # TB_MAX_OVERDUE
-SHORT_OVERDUE = 64 * 1024  # TB_SHORT_OVERDUE
-# What makes an end's small writes gather, see host_connect().
-NOTHING, PACING, NAGLE, WINDOW = range(4)
 BOUND = RCVBUF + SNDBUF // 2  # tb_bound() of a sidecar, and more than that of an application
+STRICT_BOUND = RCVBUF // 4
+TICK_NS = 1_000_000
+REFRESH_NS = 1_000_000_000
+OUT, MEMBER, LEAVING = range(3)  # enum tb_membership
+ESTABLISHED, FIN_WAIT2, CLOSE_WAIT = 1, 5, 8
 
-
-@dataclass(frozen=True)
-class Kernel:
-    """What kernels differ in, see bpf/loader.py: is_strict()."""
-
-    strict: bool = False
-
-    @property
-    def flags(self) -> list[str]:
-        return [f"-DTB_STRICT={int(self.strict)}"]
-
-    @property
-    def bounded(self) -> int:
-        """Bypassed bytes that lie unread at most, where one thread sends them."""
-        return RCVBUF // 4 + SHORT_OVERDUE // 2 if self.strict else BOUND + OVERDUE + LARGEST
+_MEANWHILE = ctypes.CFUNCTYPE(None)
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The real C as a shared library, for kernels of one kind."""
+    """The real C as a shared library."""
 
     library: ctypes.CDLL
-    kernel: Kernel
-
-
-NEWEST, STRICT = Kernel(), Kernel(strict=True)
+    bound: int  # bypassed bytes that lie unread at most, where one thread sends them
 
 
 def built(
-    folder: Path, kernel: Kernel, edit: Callable[[str], str] = lambda source: source
+    folder: Path, edit: Callable[[str], str] = lambda source: source, *, strict: bool = False
 ) -> Rules:
-    """The rules from the source as edited, for such kernels."""
+    """The rules from the source as edited; `strict`: for kernels as bpf/loader.py: is_strict()."""
     program = folder / "program.c"
-    program.write_text(edit(SOURCE.read_text()))
+    program.write_text(edit(loader.source_text()))
     library = folder / "switch.so"
-    flags = [*kernel.flags, *(f"-DTB_MAX_{name}=1" for name in ("SOCKETS", "PENDING", "COUNTERS"))]
+    limits = [f"-DTB_MAX_{name}=1" for name in ("SOCKETS", "PENDING", "COUNTERS")]
+    numbers = ["-DTB_MIN_EXCHANGES=1", "-DTB_MIN_AGE_MS=0ULL", f"-DTB_STRICT={int(strict)}"]
     warnings = ["-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas"]
-    folders = [f"-I{HOST}", f"-I{SOURCE.parent}"]
+    folders = [f"-I{HOST}", f"-I{loader.SOURCE.parent}"]
     source = [f'-DPROGRAM="{program}"', str(HOST / "switch.c")]
-    output = ["-O1", "-g", "-shared", "-fPIC", "-o", str(library)]
-    subprocess.run(["gcc", *output, *warnings, *folders, *flags, *source], check=True)
-    return Rules(ctypes.CDLL(str(library)), kernel)
+    output = ["-O0", "-g", "-shared", "-fPIC", "-o", str(library)]
+    flags = [*warnings, *folders, *limits, *numbers]
+    subprocess.run(["gcc", *output, *flags, *source], check=True)
+    return Rules(ctypes.CDLL(str(library)), STRICT_BOUND if strict else BOUND)
 
 
 class Broken(AssertionError):
     """What an application must never see has happened."""
 
 
+class View(ctypes.Structure):
+    """struct host_view of tests/fuzz/host/switch.c."""
+
+    _fields_ = [
+        (name, ctypes.c_uint32)
+        for name in (
+            *("write_seq", "rcv_nxt", "copied_seq"),
+            *("is_owned", "is_asleep", "is_nonblocking", "is_corked", "has_options", "has_ulp"),
+            *("state", "inside", "has_unread"),
+        )
+    ]
+
+
+@dataclass
+class Message:
+    """One message on its way, or unread."""
+
+    number: int
+    size: int
+    left: int  # bytes
+    after: frozenset[int]  # unread ones whose sends had ended when this one's began
+
+
 @dataclass
 class End:
-    """One end of the connection. Messages are numbered by the order in which they were sent."""
+    """One end of the connection: an event loop, edge-triggered, that takes a short read for the
+    end of what is there."""
 
     write_seq: int
     copied_seq: int
-    nonblocking: bool = False
+    is_proxy: bool
+    bypass_queue: deque[Message] = field(default_factory=deque)
+    tcp_queue: deque[Message] = field(default_factory=deque)
+    redirects: deque[Message] = field(default_factory=deque)  # decided on here, not yet queued
+    ended: set[int] = field(default_factory=set)  # own messages whose sends have ended, unread
+    deciding: int = 0  # threads before their verdict
     said: int = 0  # messages
     heard: int = 0
-    bypass_queue: deque[tuple[int, int]] = field(default_factory=deque)  # (message, bytes left)
-    tcp_queue: deque[tuple[int, int]] = field(default_factory=deque)
-    wants: int = 0  # a reader is asleep inside tcp_recvmsg until it has so many bytes more
-    polling: bool = False  # a thread is asleep in poll
-    lowat: int = 1
-    locked: bool = False  # its socket lock is held
-    others_inside: int = 0  # threads in send or recv, besides the one that sends now
-    on_its_way: int | None = None  # size of a redirect by another thread: decided, not yet queued
-    left: bool = False  # the sockhash: plain TCP from here on
-    has_taken: bool = False  # a byte, so that it is accepted and does not peek for the first
-    shut: bool = False  # it has sent its FIN
-    encrypted: bool = False  # it has got kTLS
-    accepted: bool = True  # by the application, which can do nothing with it before
+    went_by_bypass: bool = False  # the last message
+    tcp_at: int = 0  # when a message last went by TCP, or it joined
+    has_edge: bool = False
+    is_ready: bool = False  # as the event loop thinks
+    owes_ack: bool = False
+    is_asleep: bool = False  # a thread, inside tcp_recvmsg since before it joined
+    is_owned: bool = False  # its socket lock
+    is_nonblocking: bool = True
+    is_corked: bool = False
+    has_options: bool = False
+    has_ulp: bool = False
+    state: int = ESTABLISHED
+    edges_seen: int = 0
 
 
 class Connection:
-    """Two ends; raises Broken when bytes come out of order or a reader sleeps through them."""
+    """Two ends. Raises Broken when bytes are lost, come out of order, or are never heard of, and
+    when a message is bypassed that must not be."""
 
     def __init__(
-        self,
-        rules: Rules,
-        isn: tuple[int, int],
-        proxies: tuple[bool, bool],
-        nonblocking: tuple[bool, bool],
-        gathers: tuple[int, int] = (PACING, PACING),
+        self, rules: Rules, isn: tuple[int, int] = (999, 1999), proxies: tuple[bool, bool] = (0, 0)
     ) -> None:
-        self._rules = rules.library
+        self.rules, self._bound = rules.library, rules.bound
         two = ctypes.c_uint32 * 2
-        flags = (os.O_NONBLOCK if each else 0 for each in nonblocking)
-        ends = two(*isn), two(*proxies), two(*flags), two(*gathers)
-        self._rules.host_connect(*ends, RCVBUF, SNDBUF)
-        self.ends = [
-            End(isn[0], isn[1], nonblocking=nonblocking[0]),
-            End(isn[1], isn[0], nonblocking=nonblocking[1]),
-        ]
-        self.paused = False
-        self.addresses = 1  # that messages get in turn, as they are freed and made
-        self.bounded = rules.kernel.bounded
+        self.rules.host_connect(two(*isn), two(*proxies), RCVBUF, SNDBUF)
+        self.ends = [End(isn[0], isn[1], bool(proxies[0])), End(isn[1], isn[0], bool(proxies[1]))]
+        self.flags = 0
+        self.now = TICK_NS
+        self._broken: list[Exception] = []
+        self._steps: list[Step] = []
+        self._meanwhile = _MEANWHILE(self._take_steps)
 
-    def _tell(self, sender: int | None = None) -> None:
+    # ---- The programs, called ----
+
+    def _tell(self) -> None:
+        self.rules.host_clock(ctypes.c_uint64(self.now))
+        self.rules.host_control(self.flags)
         for number, end in enumerate(self.ends):
-            self._rules.host_set(
-                number,
-                *(ctypes.c_uint32(end.write_seq), ctypes.c_uint32(end.copied_seq)),
-                # The sender of the moment holds its psock as well; see send().
-                *(end.lowat, int(end.locked), 1 + end.others_inside + (number == sender)),
-                *(int(bool(end.wants) or end.polling), self._oldest(end)),
+            view = View(
+                *(end.write_seq, self.ends[1 - number].write_seq, end.copied_seq),
+                *(end.is_owned, end.is_asleep, end.is_nonblocking, end.is_corked),
+                *(end.has_options, end.has_ulp, end.state),
+                *(end.deciding + len(end.redirects), bool(end.bypass_queue)),
             )
+            self.rules.host_set(number, ctypes.byref(view))
 
-    def _oldest(self, end: End) -> int:
-        """Where the head of the bypass queue lies: 1 or 2, 0 for an empty one."""
-        if not end.bypass_queue:
-            return 0
-        return 1 + end.bypass_queue[0][0] // 2 % self.addresses
+    def _call(self, program: str, number: int, *arguments: int) -> int:
+        self.now += TICK_NS
+        before = self.membership(number)
+        self._tell()
+        result = int(getattr(self.rules, program)(number, *arguments))
+        self.rules.host_interrupt(0, self._meanwhile)
+        if self._broken:
+            raise self._broken[0]
+        end = self.ends[number]
+        now = self.membership(number)
+        if before != OUT and now == OUT and end.bypass_queue:
+            raise Broken(f"{len(end.bypass_queue)} unread messages are thrown away")
+        if before == OUT and now != OUT:
+            end.tcp_at = self.now
+        made = int(self.rules.host_edges(number))
+        end.has_edge |= made != end.edges_seen
+        end.edges_seen = made
+        return result
 
-    def declared(self, number: int) -> int:
-        """The sequence number up to which an end last said that it has read everything."""
-        return int(self._rules.host_mark(number)) & (WRAP - 1)
+    def membership(self, number: int) -> int:
+        membership = int(self.rules.host_membership(number))
+        assert membership >= 0
+        return membership
 
-    def pause(self, paused: bool) -> None:
-        self.paused = paused
-        self._rules.host_pause(int(paused))
+    @contextmanager
+    def meanwhile(self, look: int, *steps: Step) -> Iterator[None]:
+        """Another CPU takes the steps before the next call's `look`-th look at memory."""
+        self.interrupt(look, *steps)
+        yield
+        self.interrupt(0)
 
-    def press_for_memory(self, pressed: bool) -> None:
-        self._rules.host_memory_pressure(int(pressed))
+    def interrupt(self, look: int, *steps: Step) -> None:
+        self._steps = list(steps) if look else []
+        self.rules.host_interrupt(look, self._meanwhile)
 
-    def limit_memory(self, *, limit: int, used: int, cached: int = 0, pods: bool = False) -> None:
+    def _take_steps(self) -> None:
+        steps, self._steps = self._steps, []
+        try:
+            for step in steps:
+                step()
+            self._tell()
+        except Exception as error:
+            self._broken.append(error)
+
+    def visit(self, number: int) -> None:
+        self._call("host_visit", number)
+
+    def packet(self, number: int) -> None:
+        """An end's TCP sends one."""
+        self.ends[number].owes_ack = False
+        self._call("host_packet", number)
+
+    def limit_memory(self, *, limit: int, used: int, cached: int, of_pod: bool) -> None:
         """Of both ends' container, or of the pod above it, in MB."""
         pages = [ctypes.c_uint64(mb << 8) for mb in (limit, used, cached)]
-        self._rules.host_limit_memory(int(pods), *pages)
+        self.rules.host_limit_memory(int(of_pod), *pages)
 
-    def send(self, sender: int, size: int, thread: int = 1) -> bool:
-        """One message, delivered at once; says whether it went by bypass."""
-        end, peer = self.ends[sender], self.ends[1 - sender]
-        self._tell(sender)
-        bypassed = not end.left and self._asked(sender, size, thread)
-        message = end.said
-        end.said += 1
-        if bypassed:
-            if peer.tcp_queue:
-                raise Broken(f"message {message} is bypassed, {len(peer.tcp_queue)} lie unread")
-            if peer.wants:
-                raise Broken(f"message {message} is bypassed, its reader sleeps on the TCP queue")
-            peer.bypass_queue.append((message, size))
-            unread = sum(left for _, left in peer.bypass_queue)
-            if unread > self.bounded:
-                raise Broken(f"{unread} bypassed bytes lie unread")
-        else:
-            end.write_seq = (end.write_seq + size) % WRAP
-            peer.tcp_queue.append((message, size))
-            if peer.wants:
-                peer.wants -= self._take(peer, peer.tcp_queue, peer.wants)
-        return bypassed
+    # ---- Sending ----
 
-    def _asked(self, sender: int, size: int, thread: int) -> bool:
-        bypassed = bool(self._rules.host_send(sender, size, ctypes.c_uint64(thread)))
-        if bypassed and self.ends[1 - sender].left:
-            raise Broken("a redirect to a socket that has left the sockhash: the send fails")
-        if bypassed and not self.ends[1 - sender].has_taken:
-            raise Broken("a redirect to an application that has not taken a byte: it may peek")
-        if bypassed and any(end.encrypted for end in self.ends):
-            raise Broken("a redirect past kTLS")
-        if bypassed and self._is_half_closed() and not self.ends[1 - sender].bypass_queue:
-            raise Broken("a redirect while conntrack forgets the connection")
-        return bypassed
-
-    def start_redirect(self, sender: int, size: int, thread: int) -> bool:
-        """One thread's message, decided upon; arrive() queues it. Says whether it is a redirect."""
+    def begin(self, sender: int, size: int) -> bool:
+        """A thread's message, until it is queued by TCP, or its redirect decided upon: True."""
         end = self.ends[sender]
-        self._tell(sender)
-        if end.left or not self._asked(sender, size, thread):
+        message = Message(end.said, size, size, frozenset(end.ended))
+        end.said += 1
+        if self._decide(sender, size):
+            end.redirects.append(message)
+        else:
+            self._send_by_tcp(sender, message)
+        return end.went_by_bypass
+
+    def _decide(self, sender: int, size: int) -> bool:
+        end = self.ends[sender]
+        end.went_by_bypass, went_by_bypass = False, end.went_by_bypass
+        if self.membership(sender) == OUT:
             return False
-        end.others_inside += 1
-        end.on_its_way = size
-        return True
+        # With steps in between, there is no one moment to judge it by.
+        wrong = set() if self._steps else self._forbidden(sender, went_by_bypass)
+        end.deciding += 1
+        bypassed = bool(self._call("host_send", sender, size))
+        end.deciding -= 1
+        if bypassed and wrong:
+            raise Broken(f"a message is bypassed: {wrong}")
+        end.went_by_bypass = bypassed
+        if not bypassed:
+            end.tcp_at = self.now
+        return bypassed
+
+    def _forbidden(self, sender: int, went_by_bypass: bool) -> set[str]:
+        """Why this message must not be bypassed."""
+        end, peer = self.ends[sender], self.ends[1 - sender]
+        if peer.bypass_queue:
+            return set()
+        wrong = {
+            "the peer is leaving": self.membership(1 - sender) == LEAVING,
+            "the peer has set options": peer.has_options and not went_by_bypass,
+        }
+        if not end.deciding and not end.redirects:  # else it waits for another thread's
+            wrong |= {
+                "paused": self.flags != 0,
+                "half-closed": ESTABLISHED not in (end.state, peer.state)
+                or end.state != peer.state,
+                "the peer may sleep in recv": not peer.is_nonblocking,
+                "the lock": peer.is_owned and not peer.is_proxy,
+                "corked": end.is_corked,
+                "kTLS": end.has_ulp or peer.has_ulp,
+                "conntrack": self.now - end.tcp_at > REFRESH_NS + TICK_NS,
+            }
+        return {reason for reason, holds in wrong.items() if holds}
+
+    def _send_by_tcp(self, sender: int, message: Message) -> None:
+        end, peer = self.ends[sender], self.ends[1 - sender]
+        end.write_seq = (end.write_seq + message.size) % WRAP
+        peer.tcp_queue.append(message)
+        end.ended.add(message.number)
+        peer.has_edge = peer.owes_ack = True
+        if peer.is_asleep:
+            peer.is_asleep = False
+            self._take(1 - sender, peer.tcp_queue, message.size)
+        self.packet(sender)
 
     def arrive(self, sender: int) -> None:
-        """The kernel queues the message of start_redirect()."""
+        """The kernel queues a redirect."""
         end, peer = self.ends[sender], self.ends[1 - sender]
-        assert end.on_its_way is not None
-        if peer.left:
-            raise Broken(
-                "a redirect arrives at a socket that has left the sockhash: bytes are lost"
-            )
-        peer.bypass_queue.append((end.said, end.on_its_way))
-        end.said += 1
-        end.others_inside -= 1
-        end.on_its_way = None
+        message = end.redirects.popleft()
+        if self.membership(1 - sender) == OUT:
+            raise Broken("a redirect arrives at a socket that has left: bytes are lost")
+        if peer.is_asleep:
+            raise Broken("a message is bypassed, its reader sleeps on the TCP queue")
+        peer.bypass_queue.append(message)
+        peer.has_edge = True
+        end.ended.add(message.number)
+        unread = sum(each.left for each in peer.bypass_queue)
+        if unread > self._bound and not end.redirects:
+            raise Broken(f"{unread} bypassed bytes lie unread")
 
-    def make_nonblocking(self, number: int) -> None:
-        """fcntl(O_NONBLOCK), also while a thread sleeps in recv."""
-        self.ends[number].nonblocking = True
-        self._rules.host_make_nonblocking(number)
+    def send(self, sender: int, size: int) -> bool:
+        """One message, delivered at once; says whether it went by bypass."""
+        bypassed = self.begin(sender, size)
+        while self.ends[sender].redirects:
+            self.arrive(sender)
+        return bypassed
 
-    def set_rcvbuf(self, number: int, size: int) -> None:
-        """setsockopt(SO_RCVBUF), which keeps it from growing."""
-        self._rules.host_set_rcvbuf(number, size)
+    # ---- Reading ----
 
-    def accept(self, number: int, *, accepted: bool = True) -> None:
-        """accept(2), which gives an end its file; or it is still to come."""
-        self.ends[number].accepted = accepted
-        self._rules.host_accept(number, int(accepted))
-
-    def offer(self, number: int, window: int) -> None:
-        """TCP has told the peer that it takes so many bytes."""
-        self._rules.host_offer(number, window)
-
-    def shut(self, number: int) -> None:
-        """shutdown(SHUT_WR), and the peer has got the FIN."""
-        self.ends[number].shut = True
-        self._rules.host_shut(number)
-
-    def _is_half_closed(self) -> bool:
-        return any(end.shut for end in self.ends)
-
-    def encrypt(self, number: int) -> None:
-        """An end gets kTLS."""
-        self.ends[number].encrypted = True
-        self._rules.host_encrypt(number)
-
-    def acknowledge(self, speaker: int, times: int = 1) -> bool:
-        """The peer's TCP acknowledges bytes; says whether the speaker has left the sockhash."""
-        for _ in range(times):
-            self._tell()
-            self._rules.host_transmits(1 - speaker)
-            self._look_who_left(1 - speaker)
-            self._tell()
-            self._rules.host_acknowledged(speaker)
-            self._look_who_left(speaker)
-        return self.ends[speaker].left
-
-    def _look_who_left(self, number: int) -> None:
-        end = self.ends[number]
-        if end.left or self._rules.host_is_in_sockhash(number):
-            return
-        end.left = True
-        if end.bypass_queue:
-            raise Broken(f"{len(end.bypass_queue)} unread messages are thrown away")
-
-    def is_called(self) -> bool:
-        """Whether the programs are still to be called for packets of either end."""
-        return any(self._rules.host_is_called(number) for number in range(len(self.ends)))
-
-    def greet(self) -> None:
-        """Two bytes to and fro, one by TCP: from here on either direction may bypass."""
-        for sender in (0, 1, 0, 1):
-            self.send(sender, 1)
-            self.read_everything(1 - sender)
-
-    def send_by_tcp(self, sender: int, total: int, unread: int) -> None:
-        """Many messages while the bypass is paused, all but the last bytes read at once.
-
-        `unread` says how many of the last bytes stay unread.
-        """
-        before = self.paused
-        self.pause(True)
-        step = LARGEST
-        while total > 0:
-            size = min(step, total - unread if total > unread else unread)
-            self.send(sender, size)
-            total -= size
-            if total >= unread > 0 or not unread:
-                self.read(1 - sender, size)
-        self.pause(before)
-
-    def read(self, reader: int, size: int, *, wait_for_all: bool = False) -> int:
-        """recv(2), not blocking unless it waits for all; how many bytes it got at once."""
+    def read(self, reader: int, size: int) -> int:
+        """What the event loop reads at once, if it thinks that there is anything."""
         end = self.ends[reader]
-        if end.wants or not end.accepted:
-            return 0  # somebody is in there already, or nobody can be
-        if end.bypass_queue:
-            return self._take(end, end.bypass_queue, size)
-        if not end.tcp_queue:
-            return 0  # blocks in tcp_bpf_recvmsg, for both queues: no danger
-        got = self._take(end, end.tcp_queue, size)
-        if wait_for_all and got < size and not end.nonblocking:
-            end.wants = size - got
+        if end.has_edge:
+            end.has_edge, end.is_ready = False, True
+        if not end.is_ready or end.is_asleep:
+            return 0
+        got = self._take(reader, end.bypass_queue or end.tcp_queue, size)
+        end.is_ready = got == size
         return got
 
     def read_everything(self, reader: int) -> None:
-        """recv(2) until there is nothing more."""
-        while self.read(reader, 2**30):
+        while self.read(reader, 2**20):
             pass
 
-    def _take(self, end: End, queue: deque[tuple[int, int]], size: int) -> int:
+    def _take(self, reader: int, queue: deque[Message], size: int) -> int:
+        end, peer = self.ends[reader], self.ends[1 - reader]
         taken = 0
         while queue and taken < size:
-            message, left = queue.popleft()
-            if message != end.heard:
-                raise Broken(f"message {message} is read where {end.heard} must come")
-            part = min(left, size - taken)
-            end.has_taken = True
+            message = queue[0]
+            early = message.after & peer.ended
+            if early:
+                raise Broken(f"message {message.number} is read before {sorted(early)}")
+            part = min(message.left, size - taken)
+            message.left -= part
             taken += part
-            if part < left:
-                queue.appendleft((message, left - part))
-            else:
+            if not message.left:
+                queue.popleft()
+                peer.ended.discard(message.number)
                 end.heard += 1
         if queue is end.tcp_queue:
             end.copied_seq = (end.copied_seq + taken) % WRAP
         return taken
+
+    # ---- The end of it ----
+
+    def settle(self) -> None:
+        """Threads go on, timers fire, readers read: until nothing happens any more.
+
+        Raises Broken if a reader has not heard everything by then.
+        """
+        for number, end in enumerate(self.ends):
+            while end.redirects:
+                self.arrive(number)
+        for _ in range(3):
+            for number, end in enumerate(self.ends):
+                end.is_asleep = False
+                self.read_everything(number)
+                if end.owes_ack or self.rules.host_is_probing(number):
+                    self.packet(number)
+                self.read_everything(number)
+        for number, end in enumerate(self.ends):
+            missed = self.ends[1 - number].said - end.heard
+            if missed:
+                raise Broken(f"a reader never hears of {missed} messages")
+            if self.rules.host_is_probing(number):
+                raise Broken("keepalive is not as the application has set it")
+
+    def part(self) -> None:
+        """Both leave and go on by TCP. Raises Broken if they cannot, or an option stays changed."""
+        self.settle()
+        self.flags = abi.CONTROL_LEAVE
+        for _ in range(4):
+            for number in range(2):
+                self.visit(number)
+        if any(self.membership(number) != OUT for number in range(2)):
+            raise Broken("a socket does not leave")
+        self.settle()
+
+    def join(self) -> None:
+        """Both, after some exchanges."""
+        for sender in (0, 1, 0, 1, 0):
+            self.send(sender, 1)
+            self.read_everything(1 - sender)
+        self.packet(1)
+        for number in range(2):
+            self.visit(number)
+        assert [self.membership(number) for number in range(2)] == [MEMBER, MEMBER]

@@ -28,20 +28,23 @@ def assert_flawless(report: Report) -> None:
     assert report.aborted > 0
     assert report.pauses > 0
     assert 0.02 < report.bypassed_share < 0.98, report.as_json()
+    assert report.counters.joined > report.connections // 4, report.as_json()
 
 
 def test_loopback(program: Path) -> None:
     with settings.loopback() as place:
-        options = Options(SEED, seconds=8, kills=100, reload_every_s=2.5)
+        options = Options(SEED, seconds=12, kills=100, reload_every_s=3, leave_flips=True)
         report = engine.run(program, place, options)
     assert_flawless(report)
     assert report.killed > 0
     assert report.reloads > 0
+    assert report.counters.left > 0
 
 
 def test_three_hops(program: Path) -> None:
     with settings.pods(settings.HOPS) as place:
-        report = engine.run(program, place, Options(SEED, seconds=10, at_once=16, kills=100))
+        options = Options(SEED, seconds=10, at_once=16, kills=100, leave_flips=True)
+        report = engine.run(program, place, options)
     assert_flawless(report)
     assert report.killed > 0
 

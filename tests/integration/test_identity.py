@@ -480,7 +480,10 @@ def test_forgery_works_where_nothing_forbids_it() -> None:
 
 def careless_joining(source: str) -> str:
     """Sockets join that have exchanged nothing, and whose numbers do not fit what TCP has counted:
-    both is so with a forger's."""
+    both is so with a forger's. Nor does it get the message by TCP that follows."""
+    first = "if (tb_meet_peer(conn, state))\n\t\treturn TB_REASON_ORDER;"
+    assert source.count(first) == 1
+    source = source.replace(first, "tb_meet_peer(conn, state);")
     for rule in (
         "conn->exchanges + more >= conn->wanted &&",
         " && tb_is_same_connection(conn, sk)",

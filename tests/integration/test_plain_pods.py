@@ -80,11 +80,12 @@ def test_a_service_leads_to_whichever_pod_it_chose(settings: dict[str, Plain]) -
             with kubeproxy.service(bed.host, server, "v4"):
                 hop = pingpong.hop("service", client, server)
                 ends.append(stack.enter_context(reach.connected(maker, hop)))
+        reach.join(bed, *ends)
         traffic_pods.talk_all(ends, rounds=20)
     change = reach.total(bed, client, first, second).since(before)
-    assert change.connections["paired"] == 4
-    assert set(change.tcp_messages) == {"order"}  # the first ones
-    assert change.tcp_bytes < change.bypassed_bytes
+    assert (change.connections["paired"], change.joined) == (4, 4)
+    assert set(change.tcp_messages) == {"waiting"}
+    assert change.bypassed_messages == 20 * 4
 
 
 def test_a_pod_that_calls_itself_through_its_service(plain: Plain) -> None:
@@ -131,7 +132,7 @@ def test_a_policy_that_comes_later_bites_once_the_pod_is_paused(
         kubeproxy.service(bed.host, server, "v4"),
         reach.connected(maker, pingpong.hop(name, client, server)) as (ours, theirs),
     ):
-        exchange(ours, theirs)
+        reach.join(bed, (ours, theirs))
         with ExitStack() as stack:
             with kubeproxy.denied(bed.host, client, server):
                 exchange(ours, theirs)

@@ -11,7 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.semantics.runner import BYPASS, DIRECTIONS, PAUSED, Difference, Finding, Run, troubles
+from tests.semantics.runner import (
+    BLOCKING,
+    BYPASS,
+    DIRECTIONS,
+    PAUSED,
+    Difference,
+    Finding,
+    Run,
+    troubles,
+)
 from tests.semantics.scenario import Limit
 
 
@@ -44,7 +53,9 @@ def by_event(finding: Finding) -> list[tuple[Difference, str]]:
 
 def when(group: Sequence[Difference]) -> str:
     """In which modes, and in which direction when it is one only."""
-    modes = [mode for mode in (BYPASS, PAUSED) if any(one.mode == mode for one in group)]
+    modes = [
+        mode.name for mode in (BLOCKING, BYPASS, PAUSED) if any(one.mode == mode for one in group)
+    ]
     directions = {one.direction for one in group}
     only = "" if directions == set(DIRECTIONS) else f", {directions.pop()}"
     return " and ".join(modes) + only
@@ -147,5 +158,7 @@ def cell(finding: Finding) -> str:
         return f"**{finding.scenario.title}**: the same on this kernel"
     difference, modes = rows[0]
     came = f"{difference.event}: {text(difference.plain)} → {text(difference.found)}"
-    paused = "" if PAUSED not in modes else ", also paused" if BYPASS in modes else ", paused only"
+    paused = ""
+    if PAUSED.name in modes:
+        paused = ", also paused" if BYPASS.name in modes else ", paused only"
     return f"**{finding.scenario.title}**: {came}{paused}".replace("|", "\\|")

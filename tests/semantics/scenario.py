@@ -22,6 +22,8 @@ from tests.light import CLIENT_IP, SERVER_IP
 # the variable.
 SETTLE_S: Final = float(os.environ.get("TB_SETTLE_S", "0.05"))
 PATIENCE_S: Final = 100 * SETTLE_S
+# The time-out of an event loop's sockets: longer than any scenario may take.
+LONG_S: Final = 1000.0
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -39,7 +41,8 @@ class Limit:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One behaviour. `bypassed`: bytes go by bypass in it, never do, or (None) it depends."""
+    """One behaviour. `bypassed`: between event loops bytes go by bypass in it, never do, or (None)
+    it depends. `limit`: in what it differs between event loops; blocking ends never differ."""
 
     name: str
     title: str
@@ -68,11 +71,22 @@ Pair = tuple[socket.socket, socket.socket]
 
 
 class Io:
-    """A scenario's connections, in one of the two directions, and its log."""
+    """A scenario's connections, in one of the two directions, and its log.
 
-    def __init__(self, *, upstream: bool, emit: Callable[[str, Value], None]) -> None:
+    `until_joined` waits, where sockets shall join, until so many of this scenario's have.
+    """
+
+    def __init__(
+        self,
+        *,
+        upstream: bool,
+        emit: Callable[[str, Value], None],
+        until_joined: Callable[[int], None] | None = None,
+    ) -> None:
         self.upstream = upstream  # the client sends
         self._emit = emit
+        self._until_joined = until_joined
+        self._joined = 0
         self._keep: list[socket.socket] = []
 
     def log(self, event: str, value: object) -> None:
@@ -91,11 +105,11 @@ class Io:
     def pair(
         self, *, greet: bool = True, both: dict[str, int] | None = None, client_first: bytes = b""
     ) -> Pair:
-        """(sender, receiver) of a new connection, blocking and without time-outs.
+        """(sender, receiver) of a new connection.
 
-        With `greet`, two bytes have gone each way, the second by bypass where that is on. `both`
-        are options that both ends have before they connect; `client_first` is sent before the
-        server accepts.
+        With `greet`, bytes have gone each way, the last by bypass where that is on. `both` are
+        options that both ends have before they connect; `client_first` is sent before the server
+        accepts.
         """
         listener = self.listener(**(both or {}))
         client = socket.socket()
@@ -106,8 +120,20 @@ class Io:
             client.sendall(client_first)
         server, _ = listener.accept()
         if greet:
-            greeted(client, server)
+            self.greeted(client, server)
         return self.directed(client, server)
+
+    def greeted(self, client: socket.socket, server: socket.socket) -> None:
+        """Bytes go both ways, both ends join where they shall, and bytes go both ways again."""
+        exchanged(client, server)
+        self.join()
+        exchanged(client, server)
+
+    def join(self, connections: int = 1) -> None:
+        """Waits until both ends of so many more connections have joined, where they shall."""
+        self._joined += 2 * connections
+        if self._until_joined:
+            self._until_joined(self._joined)
 
     def directed(self, client: socket.socket, server: socket.socket) -> Pair:
         """The two ends as (sender, receiver)."""
@@ -115,13 +141,18 @@ class Io:
         return (client, server) if self.upstream else (server, client)
 
 
-def greeted(client: socket.socket, server: socket.socket) -> None:
+def exchanged(client: socket.socket, server: socket.socket) -> None:
     """Sends two bytes each way, each end having read everything before it sends."""
     for _ in range(2):
         client.sendall(b"c")
         exactly(server, 1)
         server.sendall(b"s")
         exactly(client, 1)
+
+
+def as_before(sock: socket.socket) -> None:
+    """After setblocking(False): blocking again, or an event loop's."""
+    sock.settimeout(socket.getdefaulttimeout())
 
 
 def configure(sock: socket.socket, options: dict[str, int]) -> None:
@@ -172,10 +203,18 @@ def or_error(returned: int) -> int | str:
 
 
 def recv(sock: socket.socket, size: int, flags: int = 0) -> bytes | str:
-    """recv(2) as it is: Python's own answers for size 0 and tries again after EINTR."""
+    """recv(2) as it is: Python's own answers for size 0, tries again after EINTR, and polls first
+    for an event loop."""
     buffer = ctypes.create_string_buffer(max(size, 1))
     got = libc.recv(sock.fileno(), buffer, size, flags)
     return buffer.raw[:got] if got >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def awaited(sock: socket.socket, size: int, flags: int = 0) -> bytes | str:
+    """The same, by an event loop once poll calls it readable."""
+    if sock.gettimeout():
+        readable(sock, LONG_S)
+    return recv(sock, size, flags)
 
 
 def exactly(sock: socket.socket, size: int) -> bytes:
@@ -193,7 +232,7 @@ def exactly_by_poll(sock: socket.socket, size: int) -> bytes:
     """The same for a reader that asks poll before each recv, as every event loop does."""
     data = bytearray()
     while len(data) < size and readable(sock):
-        chunk = attempt(sock.recv, min(size - len(data), 1 << 16), socket.MSG_DONTWAIT)
+        chunk = recv(sock, min(size - len(data), 1 << 16), socket.MSG_DONTWAIT)
         if not chunk:
             break
         if isinstance(chunk, bytes):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.semantics import report
-from tests.semantics.runner import Finding, Run, run_all, troubles
+from tests.semantics.runner import BLOCKING, Finding, Run, run_all, troubles
 from tests.semantics.scenario import SCENARIOS
 
 LIMITS = Path(__file__).parents[2] / "docs" / "limits.md"
@@ -19,9 +19,14 @@ Suite = tuple[list[Finding], list[Run]]
 @pytest.fixture(scope="module")
 def suite() -> Suite:
     """The whole suite, run once; what does not fit is run again, since the machine is shared."""
-    findings, runs = run_all()
+    findings, runs = run_all(jobs=8)
     doubtful = {*report.undocumented(findings), *report.vanished(findings)}
     doubtful |= {trouble.partition(" ")[0] for trouble in troubles(runs)}
+    doubtful |= {
+        finding.scenario.name
+        for finding in findings
+        if any(difference.mode == BLOCKING for difference in finding.differences)
+    }
     if not doubtful:
         return findings, runs
     again, runs_again = run_all(sorted(doubtful), jobs=1)
@@ -31,6 +36,15 @@ def suite() -> Suite:
 
 def test_no_scenario_hangs_fails_or_misses_the_bypass(suite: Suite) -> None:
     assert troubles(suite[1]) == []
+
+
+def test_between_blocking_ends_nothing_differs(suite: Suite) -> None:
+    assert [
+        (finding.scenario.name, difference.event)
+        for finding in suite[0]
+        for difference in finding.differences
+        if difference.mode == BLOCKING
+    ] == []
 
 
 def test_every_difference_is_documented(suite: Suite) -> None:

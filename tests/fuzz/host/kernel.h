@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * As much of a kernel as tcpip_bypass.c asks for, in plain C: so that the very rules that run in
- * the kernel can be run in a test, a hundred thousand times a second, in states that no machine
- * reaches on demand (a sequence number about to wrap, a lock held at the wrong moment).
+ * the kernel can be run in a test, in states that no machine reaches on demand: a lock held at the
+ * wrong moment, a thread that rests between verdict and queue, another CPU's step between two
+ * looks.
  */
 #ifndef HOST_KERNEL_H
 #define HOST_KERNEL_H
@@ -21,6 +22,10 @@ struct waiter {
 	struct list entry;
 };
 
+struct wait_queue {
+	struct list head;
+};
+
 struct psock {
 	struct list ingress;
 	__u32 refcnt;
@@ -28,9 +33,11 @@ struct psock {
 
 struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg;
-	__u32 rcvbuf, sndbuf, rcvlowat, uid, keepalive, copied_seq, write_seq, owned, pacing,
-		cwnd_clamp, probing, rcv_wnd;
-	__u8 is_mptcp, nonagle, userlocks, state, is_cwnd_limited, is_chosen;
+	__u32 rcvbuf, sndbuf, rcvlowat, uid, copied_seq, write_seq, rcv_nxt, snd_una, owned,
+		rcv_wnd;
+	__u32 bytes_acked, bytes_received;
+	__s32 peek_off;
+	__u8 is_mptcp, nonagle, userlocks, state;
 };
 
 struct host_net {
@@ -48,16 +55,12 @@ struct memcg {
 	__u64 cached;
 };
 
-struct wait_queue {
-	struct list head;
-};
-
-struct file {
+struct host_file {
 	__u32 flags;
 };
 
-struct socket {
-	__u64 file;
+struct host_socket {
+	__u64 file, sk;
 };
 
 struct proto {
@@ -69,68 +72,66 @@ struct request {
 	__u32 rcv_isn, snt_isn;
 };
 
-#define OFF_ICSK_CA_SETSOCKOPT offsetof(struct host_sock, is_chosen)
-#define MASK_ICSK_CA_SETSOCKOPT 1
+struct poll_wqueues {
+	__u64 task;
+};
+
+#define OFF_FILE_FLAGS offsetof(struct host_file, flags)
 #define OFF_ICSK_ULP_OPS offsetof(struct host_sock, ulp)
-#define OFF_SOCK_FLAGS offsetof(struct host_sock, flags)
-#define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
-#define OFF_SOCK_WQ offsetof(struct host_sock, wq)
-#define OFF_SOCK_PROT offsetof(struct host_sock, prot)
-#define OFF_SOCK_STATE offsetof(struct host_sock, state)
-#define OFF_SOCK_SOCKET offsetof(struct host_sock, socket)
-#define OFF_SOCKET_FILE offsetof(struct socket, file)
-#define OFF_FILE_FLAGS offsetof(struct file, flags)
-#define OFF_SOCK_NET offsetof(struct host_sock, net)
-#define OFF_SOCK_PACING_STATUS offsetof(struct host_sock, pacing)
-#define OFF_TCP_SOCK_SND_CWND_CLAMP offsetof(struct host_sock, cwnd_clamp)
-#define OFF_TCP_SOCK_RCV_WND offsetof(struct host_sock, rcv_wnd)
-#define OFF_TCP_SOCK_TLP_HIGH_SEQ offsetof(struct host_sock, probing)
-#define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
-#define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
-#define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
-#define OFF_SOCK_MEMCG offsetof(struct host_sock, memcg)
 #define OFF_MEMCG_MEMORY offsetof(struct memcg, memory)
 #define OFF_MEMCG_VMSTATS offsetof(struct memcg, cached)
 #define OFF_MEMCG_VMSTATS_STATE 0
+#define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
+#define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
 #define OFF_PAGE_COUNTER_MAX offsetof(struct page_counter, max)
 #define OFF_PAGE_COUNTER_PARENT offsetof(struct page_counter, parent)
 #define OFF_PAGE_COUNTER_USAGE offsetof(struct page_counter, usage)
-#define TB_VMSTATS_APART 0
-#ifndef TB_CHARGES
-#define TB_CHARGES 1
-#endif
-#ifndef TB_STRICT
-#define TB_STRICT 0
-#endif
-#define TB_INACTIVE_FILE 0
-#define TB_PAGE_SIZE 4096
-#define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
-#define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
-#define OFF_SOCK_UID offsetof(struct host_sock, uid)
-#define OFF_SOCK_LOCK_OWNED offsetof(struct host_sock, owned)
-#define OFF_TCP_SOCK_KEEPALIVE_TIME offsetof(struct host_sock, keepalive)
-#define OFF_TCP_SOCK_COPIED_SEQ offsetof(struct host_sock, copied_seq)
-#define OFF_TCP_SOCK_WRITE_SEQ offsetof(struct host_sock, write_seq)
-#define OFF_TCP_SOCK_IS_MPTCP offsetof(struct host_sock, is_mptcp)
-#define OFF_TCP_SOCK_IS_CWND_LIMITED offsetof(struct host_sock, is_cwnd_limited)
-#define MASK_TCP_SOCK_IS_CWND_LIMITED 1
-#define OFF_TCP_SOCK_NONAGLE offsetof(struct host_sock, nonagle)
-#define MASK_TCP_SOCK_IS_MPTCP 1
-#define MASK_TCP_NAGLE_OFF 1
-#define MASK_TCP_NAGLE_CORK 2
-#define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
-#define MASK_SOCK_RCVBUF_LOCK 2
-#define BIT_SOCK_ZEROCOPY 0
-#define OFF_SOCK_OPS_SK 0
+#define OFF_POLL_WQUEUES_TASK offsetof(struct poll_wqueues, task)
 #define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
 #define OFF_PSOCK_INGRESS_MSG offsetof(struct psock, ingress)
 #define OFF_PSOCK_REFCNT offsetof(struct psock, refcnt)
-#define OFF_SOCKET_WQ_HEAD offsetof(struct wait_queue, head)
-#define OFF_WAIT_ENTRY offsetof(struct waiter, entry)
-#define OFF_WAIT_PRIVATE offsetof(struct waiter, private)
 #define OFF_REQUEST_SOCK_LISTENER offsetof(struct request, listener)
+#define OFF_SOCKET_FILE offsetof(struct host_socket, file)
+#define OFF_SOCKET_SK offsetof(struct host_socket, sk)
+#define OFF_SOCKET_WQ_HEAD offsetof(struct wait_queue, head)
+#define OFF_SOCK_FLAGS offsetof(struct host_sock, flags)
+#define OFF_SOCK_LOCK_OWNED offsetof(struct host_sock, owned)
+#define OFF_SOCK_MEMCG offsetof(struct host_sock, memcg)
+#define OFF_SOCK_NET offsetof(struct host_sock, net)
+#define OFF_SOCK_OPS_SK 0
+#define OFF_SOCK_PEEK_OFF offsetof(struct host_sock, peek_off)
+#define OFF_SOCK_PROT offsetof(struct host_sock, prot)
+#define OFF_SOCK_RCVBUF offsetof(struct host_sock, rcvbuf)
+#define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
+#define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
+#define OFF_SOCK_SOCKET offsetof(struct host_sock, socket)
+#define OFF_SOCK_STATE offsetof(struct host_sock, state)
+#define OFF_SOCK_UID offsetof(struct host_sock, uid)
+#define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
+#define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
+#define OFF_SOCK_WQ offsetof(struct host_sock, wq)
+#define OFF_TASK_STACK 0
 #define OFF_TCP_REQUEST_RCV_ISN offsetof(struct request, rcv_isn)
 #define OFF_TCP_REQUEST_SNT_ISN offsetof(struct request, snt_isn)
+#define OFF_TCP_SOCK_BYTES_ACKED offsetof(struct host_sock, bytes_acked)
+#define OFF_TCP_SOCK_BYTES_RECEIVED offsetof(struct host_sock, bytes_received)
+#define OFF_TCP_SOCK_COPIED_SEQ offsetof(struct host_sock, copied_seq)
+#define OFF_TCP_SOCK_IS_MPTCP offsetof(struct host_sock, is_mptcp)
+#define OFF_TCP_SOCK_NONAGLE offsetof(struct host_sock, nonagle)
+#define OFF_TCP_SOCK_RCV_NXT offsetof(struct host_sock, rcv_nxt)
+#define OFF_TCP_SOCK_RCV_WND offsetof(struct host_sock, rcv_wnd)
+#define OFF_TCP_SOCK_SND_UNA offsetof(struct host_sock, snd_una)
+#define OFF_TCP_SOCK_WRITE_SEQ offsetof(struct host_sock, write_seq)
+#define OFF_WAIT_ENTRY offsetof(struct waiter, entry)
+#define OFF_WAIT_PRIVATE offsetof(struct waiter, private)
+#define MASK_TCP_SOCK_IS_MPTCP 1
+#define MASK_TCP_NAGLE_CORK 2
+#define MASK_SOCK_RCVBUF_LOCK 2
+#define BIT_SOCK_ZEROCOPY 0
+#define BIT_SOCK_KEEPOPEN 1
+#define TB_INACTIVE_FILE 0
+#define TB_PAGE_SIZE 4096
+#define TB_VMSTATS_APART 0
 
 #define bpf_htonl(x) __builtin_bswap32(x)
 #define bpf_ntohl(x) __builtin_bswap32(x)
@@ -146,7 +147,7 @@ struct request {
 	} map
 #define BPF_SOCKHASH(map, key, size)                                                               \
 	static struct {                                                                            \
-		int (*sock_hash_update)(void *, key *, int);                                       \
+		int (*update)(key *, void *);                                                      \
 		int (*msg_redirect_hash)(void *, key *, int);                                      \
 		int (*delete)(key *);                                                              \
 	} map
@@ -161,37 +162,46 @@ struct request {
 	static struct {                                                                            \
 		leaf *(*lookup)(int *);                                                            \
 	} map
+#define BPF_RINGBUF_OUTPUT(map, pages)                                                             \
+	static struct {                                                                            \
+		int (*ringbuf_output)(void *, int, int);                                           \
+	} map
 
 #define BPF_FUNC_probe_read_kernel host_probe_read_kernel
 #define BPF_FUNC_get_socket_cookie host_socket_cookie
+#define BPF_FUNC_sock_from_file host_sock_from_file
+#define BPF_FUNC_ktime_get_coarse_ns bpf_ktime_get_ns
 
 #define HOST_LOWEST 4096 /* where memory begins; what a null pointer leads to reads as zero */
 
-static __u64 host_thread;
+static __u64 host_now;
+static int host_reads_left; /* before the read that reaches 0, `host_meanwhile` runs */
+static void (*host_meanwhile)(void);
 
+/* Other CPUs take their steps between two looks at the kernel's memory. */
 static inline int host_probe_read_kernel(void *to, __u32 size, const void *from)
 {
+	if (host_reads_left && !--host_reads_left)
+		host_meanwhile();
 	memset(to, 0, size);
 	if ((__u64)from >= HOST_LOWEST)
 		memcpy(to, from, size);
 	return 0;
 }
 
-static inline __u64 bpf_get_current_task(void)
+static inline __u64 bpf_ktime_get_ns(void)
 {
-	return host_thread;
+	return host_now;
 }
 
-static inline __u64 bpf_jiffies64(void)
-{
-	static __u64 now;
-
-	return ++now;
-}
-
-static inline const void *bpf_skc_to_tcp_sock(void *sk)
+static inline void *bpf_skc_to_tcp_sock(void *sk)
 {
 	return sk;
+}
+
+static inline void *host_sock_from_file(void *file)
+{
+	return file;
 }
 
 static inline __u64 host_socket_cookie(void *context)
@@ -199,17 +209,9 @@ static inline __u64 host_socket_cookie(void *context)
 	return (__u64)context;
 }
 
-static inline int bpf_setsockopt(void *context, int level, int name, void *value, int size)
-{
-	(void)context, (void)level, (void)name, (void)value, (void)size;
-	return 0;
-}
-
-static inline int bpf_getsockopt(void *context, int level, int name, void *value, int size)
-{
-	(void)context, (void)level, (void)name, (void)value, (void)size;
-	return -1;
-}
+/* switch.c */
+static int bpf_setsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size);
+static int bpf_getsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size);
 
 /* No connection is set up here. */
 static inline int bpf_reserve_hdr_opt(void *context, __u32 size, __u64 flags)

@@ -1,30 +1,66 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Two ends of one connection around the real tb_sk_msg, for tests/fuzz/switch.py. PROGRAM is
- * bpf/tcpip_bypass.c, or a mutant of it.
+ * Two ends of one paired connection around the real programs, for tests/fuzz/switch.py. PROGRAM is
+ * their source as one text, or a mutant of it.
  */
 #include PROGRAM
+
+/* What tests/fuzz/switch.py says of an end: its class Seen has the same. */
+struct host_view {
+	__u32 write_seq, rcv_nxt, copied_seq;
+	__u32 is_owned, is_asleep, is_nonblocking, is_corked, has_options, has_ulp, state;
+	__u32 inside;	  /* threads in a send or a read */
+	__u32 has_unread; /* bypassed bytes */
+};
 
 struct host_end {
 	struct host_sock sock;
 	struct psock psock;
 	struct wait_queue queue;
 	struct waiter sleeper;
-	struct socket socket;
-	struct file file;
-	struct list unread[2]; /* one stands for the oldest message in the bypass queue */
+	struct host_socket socket;
+	struct host_file file;
+	struct list unread; /* stands for what is in the bypass queue */
 	struct tb_conn conn;
-	__u32 callbacks;
-	__u32 mss;
+	__u32 callbacks, keepidle, edges, redirected, is_member;
 };
 
+#define OWN_KEEPIDLE 7200
+
 static struct host_end ends[2];
-static struct proto proto, tls_proto;
+static struct proto tcp_prot, member_prot, tls_prot;
 static struct tb_control switches;
+static struct tb_due pass;
 static struct memcg container, pod;
+static __u64 under_pressure;
 static struct host_net net = {{4096, 131072, 6 << 20}};
-static __u64 steps_taken;
-static int redirected;
+
+static struct host_end *end_of(struct bpf_sock_ops *context)
+{
+	return (struct host_end *)context->sk;
+}
+
+static int bpf_setsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size)
+{
+	struct host_end *end = end_of(context);
+
+	(void)size;
+	if (level == SOL_TCP && name == TCP_KEEPIDLE)
+		end->keepidle = *value;
+	else if (level == SOL_SOCKET && name == SO_KEEPALIVE)
+		end->sock.flags = *value ? end->sock.flags | 1 << BIT_SOCK_KEEPOPEN
+					 : end->sock.flags & ~(1ULL << BIT_SOCK_KEEPOPEN);
+	else if (level == SOL_SOCKET && name == SO_RCVLOWAT)
+		end->edges += end->sock.rcv_nxt != end->sock.copied_seq; /* tcp_data_ready() */
+	return 0;
+}
+
+static int bpf_getsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size)
+{
+	(void)level, (void)name, (void)size;
+	*value = end_of(context)->keepidle;
+	return 0;
+}
 
 static struct tb_conn *storage_of(void *sk, void *value, int flags)
 {
@@ -32,18 +68,41 @@ static struct tb_conn *storage_of(void *sk, void *value, int flags)
 	return &((struct host_end *)sk)->conn;
 }
 
+static struct host_end *with_id(__u64 id)
+{
+	return id == ends[0].conn.me.id ? &ends[0] : id == ends[1].conn.me.id ? &ends[1] : NULL;
+}
+
 static int redirect(void *msg, __u64 *id, int flags)
 {
-	(void)msg, (void)flags;
-	redirected = *id == ends[0].conn.me.id || *id == ends[1].conn.me.id;
-	return redirected ? SK_PASS : SK_DROP;
+	struct host_end *from = (struct host_end *)((struct sk_msg_md *)msg)->sk,
+			*to = with_id(*id);
+
+	(void)flags;
+	from->redirected = to && to->is_member;
+	return from->redirected ? SK_PASS : SK_DROP;
+}
+
+static int add_to_sockhash(__u64 *id, void *socket)
+{
+	struct host_end *end = socket;
+
+	(void)id;
+	end->is_member = 1;
+	end->sock.user_data = (__u64)&end->psock;
+	end->sock.prot = (__u64)&member_prot;
+	end->psock.refcnt = 1;
+	return 0;
 }
 
 static int remove_from_sockhash(__u64 *id)
 {
-	for (int i = 0; i < 2; i++)
-		if (ends[i].conn.me.id == *id)
-			ends[i].sock.prot = ends[i].sock.user_data = 0;
+	struct host_end *end = with_id(*id);
+
+	if (end)
+		end->sock.user_data = end->is_member = 0;
+	if (end && end->sock.prot == (__u64)&member_prot)
+		end->sock.prot = (__u64)&tcp_prot;
 	return 0;
 }
 
@@ -53,134 +112,196 @@ static struct tb_control *control_of(int *index)
 	return &switches;
 }
 
-static __u64 *steps_of(int *index)
+static struct tb_due *due_of(__u64 *pod_id)
 {
-	(void)index;
-	return &steps_taken;
+	(void)pod_id;
+	return &pass;
+}
+
+static int ring(void *event, int size, int flags)
+{
+	(void)event, (void)size, (void)flags;
+	return 0;
 }
 
 static struct tb_counters *not_counted(struct tb_counter_key *key)
 {
 	(void)key;
-	return 0;
+	return NULL;
 }
 
-/* An established connection; the sequence number of the first byte that end i says is isn[i].
- * gathers: what makes its small writes gather. 1: pacing; 2: Nagle's algorithm; 3: a window of few
- * packets; 0: nothing those below TB_TINY. */
-void host_connect(const __u32 isn[2], const __u32 is_proxy[2], const __u32 flags[2],
-		  const __u32 gathers[2], __u32 rcvbuf, __u32 sndbuf)
+static struct tb_counters *no_zeros(int *index)
 {
+	(void)index;
+	return NULL;
+}
+
+/* Nothing to do with cgroups: a callback of a paired socket asks for none. */
+static struct tb_pod *no_pod(int index)
+{
+	(void)index;
+	return NULL;
+}
+
+/* A paired connection just established; the first byte that end i says has number isn[i]. */
+void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 rcvbuf, __u32 sndbuf)
+{
+	pods.get_local_storage = no_pod;
 	conns.sk_storage_get = storage_of;
+	sockhash.update = add_to_sockhash;
 	sockhash.msg_redirect_hash = redirect;
 	sockhash.delete = remove_from_sockhash;
 	control.lookup = control_of;
-	steps.lookup = steps_of;
+	due.lookup = due_of;
+	bell.ringbuf_output = ring;
 	counters.lookup = not_counted;
+	no_counters.lookup = no_zeros;
 	memset(ends, 0, sizeof(ends));
 	memset(&switches, 0, sizeof(switches));
-	steps_taken = 0;
-	proto.memory_pressure = 0;
+	memset(&pass, 0, sizeof(pass));
+	under_pressure = 0;
+	member_prot.memory_pressure = (__u64)&under_pressure;
 	container = pod = (struct memcg){.memory = {.max = ~0ULL >> 13}};
 	container.memory.parent = (__u64)&pod.memory;
 	for (int i = 0; i < 2; i++) {
 		struct host_end *end = &ends[i];
 
-		end->sock.wq = (__u64)&end->queue;
-		end->sock.socket = (__u64)&end->socket;
-		end->socket.file = (__u64)&end->file;
 		end->queue.head.next = &end->queue.head;
 		end->psock.ingress.next = &end->psock.ingress;
-		end->psock.refcnt = 2;
-		end->sock.prot = (__u64)&proto;
-		end->sock.user_data = (__u64)&end->psock;
-		end->callbacks = end->conn.called = TB_WHILE_JOINED;
-		end->sock.net = (__u64)&net;
-		end->sock.state = TCP_ESTABLISHED;
-		end->sock.memcg = (__u64)&container;
-		end->sock.rcvbuf = rcvbuf;
-		end->sock.sndbuf = sndbuf;
-		end->file.flags = flags[i];
-		end->sock.rcvlowat = 1;
-		end->sock.pacing = gathers[i] == 1;
-		end->sock.nonagle = gathers[i] == 2 ? 0 : MASK_TCP_NAGLE_OFF;
-		end->sock.cwnd_clamp = TB_OWN_WINDOW;
-		end->mss = gathers[i] == 3 ? 65483 : 1448; /* lo's, or that of an address beyond */
-		end->sock.write_seq = end->conn.first = isn[i];
-		end->sock.copied_seq = isn[!i];
-		end->conn.pressure = (__u64)&proto.memory_pressure;
+		end->socket.file = (__u64)&end->file;
+		end->keepidle = OWN_KEEPIDLE;
+		end->callbacks = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+		end->sock = (struct host_sock){
+			.wq = (__u64)&end->queue,
+			.socket = (__u64)&end->socket,
+			.prot = (__u64)&tcp_prot,
+			.net = (__u64)&net,
+			.memcg = (__u64)&container,
+			.state = BPF_TCP_ESTABLISHED,
+			.rcvbuf = rcvbuf,
+			.sndbuf = sndbuf,
+			.rcvlowat = 1,
+			.peek_off = -1,
+			.snd_una = isn[i] - (i == 0), /* the client counts its SYN */
+			.rcv_nxt = isn[!i],
+		};
 		end->conn.me = (struct tb_end){.id = i + 1,
 					       .sk = (__u64)&end->sock,
-					       .psock = (__u64)&end->psock,
 					       .conn = (__u64)&end->conn,
-					       .prot = (__u64)&proto,
-					       .is_proxy = is_proxy[i]};
+					       .is_proxy = is_proxy[i],
+					       .is_client = i == 0};
+		end->conn.half.client_isn = isn[0];
+		end->conn.half.server_isn = isn[1];
+		end->conn.wanted = TB_MIN_EXCHANGES;
+		end->conn.moved.sent = isn[i];
+		end->conn.moved.received = isn[!i];
 	}
 	for (int i = 0; i < 2; i++)
 		ends[i].conn.peer = ends[!i].conn.me;
 }
 
+void host_set(int number, const struct host_view *view)
+{
+	struct host_end *end = &ends[number];
+
+	end->sock.write_seq = view->write_seq;
+	end->sock.rcv_nxt = view->rcv_nxt;
+	end->sock.bytes_received =
+		view->rcv_nxt - (number ? end->conn.half.client_isn : end->conn.half.server_isn);
+	end->sock.copied_seq = view->copied_seq;
+	end->sock.owned = view->is_owned;
+	end->sock.nonagle = view->is_corked ? MASK_TCP_NAGLE_CORK : 0;
+	end->sock.rcvlowat = view->has_options ? 100 : 1;
+	end->sock.ulp = view->has_ulp;
+	if (view->has_ulp && end->is_member)
+		end->sock.prot = (__u64)&tls_prot;
+	end->sock.state = view->state;
+	end->file.flags = view->is_nonblocking ? O_NONBLOCK : 0;
+	end->psock.refcnt = view->inside + end->is_member;
+	end->psock.ingress.next = view->has_unread ? &end->unread : &end->psock.ingress;
+	end->sleeper.private = end;
+	end->sleeper.entry.next = &end->queue.head;
+	end->queue.head.next = view->is_asleep ? &end->sleeper.entry : &end->queue.head;
+}
+
+/* Another CPU's steps are to be taken before the `reads`-th look at the kernel's memory; 0: none.
+ */
+void host_interrupt(int reads, void (*meanwhile)(void))
+{
+	host_reads_left = reads;
+	host_meanwhile = meanwhile;
+}
+
+void host_clock(__u64 now)
+{
+	host_now = now;
+}
+
 /* One message; 1: it goes by bypass. The caller moves the sequence numbers on. */
-int host_send(int end, __u32 size, __u64 thread)
+int host_send(int end, __u32 size)
 {
 	struct sk_msg_md msg = {.size = size};
 
 	msg.sk = (struct bpf_sock *)&ends[end].sock;
-	host_thread = thread;
-	redirected = 0;
+	ends[end].redirected = 0;
 	tb_sk_msg(&msg);
-	return redirected;
-}
-
-static void called_for(int end, int flag, void (*program)(struct bpf_sock_ops *, struct tb_conn *))
-{
-	struct bpf_sock_ops context = {.bpf_sock_ops_cb_flags = ends[end].callbacks,
-				       .mss_cache = ends[end].mss};
-
-	if (context.bpf_sock_ops_cb_flags & flag)
-		program(&context, &ends[end].conn);
-	ends[end].callbacks = context.bpf_sock_ops_cb_flags;
+	return ends[end].redirected;
 }
 
 /* An end sends a packet by TCP. */
-void host_transmits(int end)
+void host_packet(int end)
 {
-	called_for(end, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG, tb_follow);
+	struct bpf_sock_ops context = {.op = BPF_SOCK_OPS_HDR_OPT_LEN_CB,
+				       .is_fullsock = 1,
+				       .rcv_nxt = ends[end].sock.rcv_nxt,
+				       .bpf_sock_ops_cb_flags = ends[end].callbacks};
+
+	context.sk = (struct bpf_sock *)&ends[end].sock;
+	if (context.bpf_sock_ops_cb_flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
+		tb_sock_ops(&context);
+	ends[end].callbacks = context.bpf_sock_ops_cb_flags;
 }
 
-/* Bytes of an end's were acknowledged. */
-void host_acknowledged(int end)
+void host_visit(int end)
 {
-	called_for(end, BPF_SOCK_OPS_RTT_CB_FLAG, tb_data_acknowledged);
+	tb_visit(&ends[end].sock, (__u64)&ends[end].sock);
 }
 
-int host_is_called(int end)
+void host_control(__u32 flags)
 {
-	return ends[end].callbacks != 0;
+	switches.flags = flags;
 }
 
-int host_is_in_sockhash(int end)
+/* enum tb_membership; -1 if the sockhash does not say the same. */
+int host_membership(int end)
 {
-	return ends[end].sock.user_data != 0;
+	int membership = tb_membership(ends[end].conn.state);
+
+	return (membership != TB_OUT) == ends[end].is_member ? membership : -1;
 }
 
-/* fcntl(O_NONBLOCK), also while a thread sleeps in recv. */
-void host_make_nonblocking(int end)
+/* How many new edges the programs have made. */
+int host_edges(int end)
 {
-	ends[end].file.flags = O_NONBLOCK;
+	return ends[end].edges;
 }
 
-/* Whether the application has accepted this end, so that it has a file. */
-void host_accept(int end, int accepted)
+/* Does TCP probe this end's peer once a second? */
+int host_is_probing(int end)
 {
-	ends[end].sock.socket = accepted ? (__u64)&ends[end].socket : 0;
+	return ends[end].keepidle != OWN_KEEPIDLE || ends[end].sock.flags != 0;
 }
 
-/* shutdown(SHUT_WR), and the FIN has arrived. */
-void host_shut(int end)
+/* Another connection's numbers: what a socket has that was used again behind our backs. */
+void host_renumber(int end)
 {
-	ends[end].sock.state = 5;  /* FIN_WAIT2 */
-	ends[!end].sock.state = 8; /* CLOSE_WAIT */
+	ends[end].sock.snd_una++;
+}
+
+/* Another program's sockmap takes the socket. */
+void host_occupy(int end)
+{
+	ends[end].sock.user_data = (__u64)&ends[end].psock;
 }
 
 /* How much TCP has offered to take. */
@@ -189,58 +310,17 @@ void host_offer(int end, __u32 window)
 	ends[end].sock.rcv_wnd = window;
 }
 
-/* setsockopt(TCP_ULP, "tls"), which some kernels allow in a sockhash. */
-void host_encrypt(int end)
-{
-	ends[end].sock.ulp = 1;
-	ends[end].sock.prot = (__u64)&tls_proto;
-}
-
-/* oldest: 1 or 2, by where it lies in memory; 0: the bypass queue is empty. */
-void host_set(int end, __u32 write_seq, __u32 copied_seq, __u32 lowat, __u32 owned, __u32 refcnt,
-	      int asleep, int oldest)
-{
-	struct host_end *it = &ends[end];
-
-	it->sock.write_seq = write_seq;
-	it->sock.copied_seq = copied_seq;
-	it->sock.rcvlowat = lowat;
-	it->sock.owned = owned;
-	it->psock.refcnt = refcnt;
-	it->psock.ingress.next = oldest ? &it->unread[oldest - 1] : &it->psock.ingress;
-	it->sleeper.private = it;
-	it->sleeper.entry.next = &it->queue.head;
-	it->queue.head.next = asleep ? &it->sleeper.entry : &it->queue.head;
-}
-
-void host_pause(int paused)
-{
-	switches.flags = paused ? TB_CONTROL_PAUSED : 0;
-}
-
-/* The application sets SO_RCVBUF. */
-void host_set_rcvbuf(int end, __u32 rcvbuf)
-{
-	ends[end].sock.rcvbuf = rcvbuf;
-	ends[end].sock.userlocks |= MASK_SOCK_RCVBUF_LOCK;
-}
-
 void host_memory_pressure(int pressure)
 {
-	proto.memory_pressure = pressure;
+	under_pressure = pressure;
 }
 
 /* Of both ends' container or of the pod above it, in pages. */
-void host_limit_memory(int pods, __u64 limit, __u64 usage, __u64 cached)
+void host_limit_memory(int of_pod, __u64 limit, __u64 usage, __u64 cached)
 {
-	struct memcg *memcg = pods ? &pod : &container;
+	struct memcg *memcg = of_pod ? &pod : &container;
 
 	memcg->memory.max = limit;
 	memcg->memory.usage = usage;
 	memcg->cached = cached;
-}
-
-__u32 host_mark(int end)
-{
-	return ends[end].conn.rx_mark;
 }

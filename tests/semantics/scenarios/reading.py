@@ -29,8 +29,7 @@ from tests.semantics.scenario import (
     settle,
     to_end,
 )
-
-EXCLUDE = "exclude the port"
+from tests.semantics.scenarios.blocking import EXCLUDE
 
 
 @scenario()
@@ -87,17 +86,10 @@ def peek(io: Io) -> None:
     io.log("peek 4", receiver.recv(4, socket.MSG_PEEK))
     io.log("peek 100", receiver.recv(100, socket.MSG_PEEK))
     io.log("recv", receiver.recv(100))
-    io.log("peek of nothing", attempt(receiver.recv, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    io.log("peek of nothing", recv(receiver, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
 
 
-@scenario(
-    Limit(
-        "MSG_PEEK with SO_PEEK_OFF (Linux 6.10 and newer, on TCP hardly used) starts at the first "
-        "unread byte each time instead of moving on",
-        EXCLUDE,
-        everywhere=False,
-    )
-)
+@scenario()
 def peek_offset(io: Io) -> None:
     """SO_PEEK_OFF: each MSG_PEEK goes on where the last one ended"""
     sender, receiver = io.pair()
@@ -109,14 +101,7 @@ def peek_offset(io: Io) -> None:
     io.log("peek 3, twice", [receiver.recv(3, socket.MSG_PEEK) for _ in range(2)])
 
 
-WAIT_FOR_ALL = Limit(
-    "recv(MSG_WAITALL) may return before the buffer is full; a program that does not ask again "
-    "for the rest loses its place in the stream",
-    EXCLUDE,
-)
-
-
-@scenario(WAIT_FOR_ALL)
+@scenario()
 def wait_for_all(io: Io) -> None:
     """MSG_WAITALL, the bytes arriving in two writes"""
     sender, receiver = io.pair()
@@ -160,19 +145,13 @@ def exactly_waitall(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-LOW_WATER_MARK = Limit(
-    "With SO_RCVLOWAT above 1 a waiting recv or poll wakes for every write, not only once the "
-    "mark is reached; a program that reads what there is just loops more often",
-    EXCLUDE,
-)
-
-
-@scenario(LOW_WATER_MARK)
+@scenario()
 def low_water_mark(io: Io) -> None:
     """SO_RCVLOWAT: asleep until enough has arrived"""
     sender, receiver = io.pair()
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 10)
     reader = Background(receiver.recv, 100)
+    settle()  # one that came later would find bytes, and sleep past the mark: plain TCP does that
     sender.sendall(b"01234")
     settle()
     io.log("after 5 bytes", reader.result(SETTLE_S))
@@ -180,7 +159,7 @@ def low_water_mark(io: Io) -> None:
     io.log("after 10 bytes", reader.result())
 
 
-@scenario(LOW_WATER_MARK)
+@scenario()
 def low_water_mark_polled(io: Io) -> None:
     """SO_RCVLOWAT and poll"""
     sender, receiver = io.pair()
@@ -252,7 +231,7 @@ def receive_timeout(io: Io) -> None:
     io.log("waited", "long enough" if took >= 0.9 * duration else "too short")
 
 
-@scenario(WAIT_FOR_ALL)
+@scenario()
 def receive_timeout_of_wait_for_all(io: Io) -> None:
     """SO_RCVTIMEO and MSG_WAITALL, half of the bytes there"""
     sender, receiver = io.pair()
@@ -271,13 +250,14 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
-@scenario(
-    Limit(
-        "splice(2) from the socket finds nothing (HAProxy with option splice-*, some proxies and "
-        "file servers): EAGAIN, or asleep for ever when the socket blocks",
-        "turn splicing off in the application, or exclude the port",
-    )
+SPLICE = Limit(
+    "splice(2) does not see bypassed bytes: it says EAGAIN (HAProxy with option splice-*, Go's "
+    "io.Copy from one TCP connection to another)",
+    "turn splicing off in the application, or exclude the port",
 )
+
+
+@scenario(SPLICE)
 def splice_from(io: Io) -> None:
     """splice from a non-blocking socket to a pipe"""
     sender, receiver = io.pair()
@@ -294,6 +274,43 @@ def splice_from(io: Io) -> None:
 
 
 SPLICE_F_NONBLOCK = 2
+
+
+@scenario(SPLICE, bypassed=None)
+def spliced_through(io: Io) -> None:
+    """A proxy that reads a request with recv and splices what follows, waiting by poll"""
+    sender, receiver = io.pair()
+    sender.sendall(b"request")
+    io.log("request", exactly(receiver, 7))
+    receiver.setblocking(False)
+    out, into = os.pipe()
+    moved = 0
+    for _ in range(10):
+        sender.sendall(b"0123456789")
+        if readable(receiver):
+            moved += max(
+                libc.splice(receiver.fileno(), None, into, None, 100, SPLICE_F_NONBLOCK), 0
+            )
+    io.log("all moved", moved == 100)
+    os.close(into)
+    os.close(out)
+
+
+@scenario()
+def peek_until_there(io: Io) -> None:
+    """MSG_PEEK until three hundred one-byte writes are there, as a sidecar's listener does"""
+    sender, receiver = io.pair()
+    sender.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for _ in range(300):
+        sender.sendall(b"p")
+    seen = 0
+    deadline = time.monotonic() + PATIENCE_S
+    while seen < 300 and time.monotonic() < deadline:
+        there = recv(receiver, 1000, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        seen = len(there) if isinstance(there, bytes) else 0
+        time.sleep(SETTLE_S / 10)
+    io.log("seen", seen)
+    io.log("read", exactly(receiver, 300) == b"p" * 300)
 
 
 @scenario()
@@ -322,8 +339,8 @@ def out_of_band(io: Io) -> None:
     sender.sendall(b"after")
     settle()
     io.log("first read", receiver.recv(100))
-    io.log("urgent byte", attempt(receiver.recv, 1, socket.MSG_OOB | socket.MSG_DONTWAIT))
-    io.log("the rest", attempt(receiver.recv, 100, socket.MSG_DONTWAIT))
+    io.log("urgent byte", recv(receiver, 1, socket.MSG_OOB | socket.MSG_DONTWAIT))
+    io.log("the rest", recv(receiver, 100, socket.MSG_DONTWAIT))
 
 
 @scenario()
@@ -360,22 +377,33 @@ def zerocopy_receive(io: Io) -> None:
     _, mapped, to_copy = struct.unpack("QII", argument.raw)
     io.log("getsockopt", errno.errorcode[ctypes.get_errno()] if failed else "done")
     io.log("bytes mapped, bytes to be copied", [mapped, to_copy])
-    io.log("recv", attempt(receiver.recv, 2000, socket.MSG_DONTWAIT))
+    io.log("recv", recv(receiver, 2000, socket.MSG_DONTWAIT))
+
+
+@scenario()
+def receive_timestamps(io: Io) -> None:
+    """Receive time stamps (SO_TIMESTAMPNS), asked for on an established connection"""
+    sender, receiver = io.pair()
+    receiver.setsockopt(socket.SOL_SOCKET, OPTIONS["SO_TIMESTAMPNS"], 1)
+    settle()  # the kernel begins to take time stamps a moment later
+    received_with_control(io, sender, receiver)
 
 
 @scenario(
     Limit(
-        "No control messages come with the data: neither a receive time stamp (SO_TIMESTAMP*) nor "
-        "the bytes still unread (TCP_INQ)",
-        "exclude the port if the application measures with these",
+        "With TCP_INQ, no control message tells how many bytes are still unread; gRPC then reads "
+        "again, as it does on kernels without it",
+        "nothing",
     )
 )
-def control_messages(io: Io) -> None:
-    """Receive time stamps and TCP_INQ"""
+def bytes_in_queue(io: Io) -> None:
+    """TCP_INQ: each recvmsg tells how many bytes are left"""
     sender, receiver = io.pair()
-    receiver.setsockopt(socket.SOL_SOCKET, OPTIONS["SO_TIMESTAMPNS"], 1)
     receiver.setsockopt(socket.IPPROTO_TCP, OPTIONS["TCP_INQ"], 1)
-    settle()  # the kernel begins to take time stamps a moment later
+    received_with_control(io, sender, receiver)
+
+
+def received_with_control(io: Io, sender: socket.socket, receiver: socket.socket) -> None:
     sender.sendall(b"0123456789")
     settle()
     data, control, _, _ = receiver.recvmsg(4, 200)
@@ -389,6 +417,7 @@ def error_queue(io: Io) -> None:
     sender, receiver = io.pair()
     sender.sendall(b"data")
     settle()
+    receiver.setblocking(False)
     io.log("recvmsg", attempt(receiver.recvmsg, 10, 100, socket.MSG_ERRQUEUE))
     io.log("recv", receiver.recv(100))
 

@@ -102,15 +102,7 @@ def tcp_info_states(io: Io) -> None:
     io.log("closed", tcp_info(sender)[0])
 
 
-@scenario(
-    Limit(
-        "Keepalive is on (SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL), with times below those after "
-        "which connection tracking would forget the connection. An application that sets its own "
-        "before it connects keeps them",
-        "nothing; an application that switches keepalive off later must see to it that its "
-        "connections are never idle for longer than nf_conntrack_tcp_timeout_established",
-    )
-)
+@scenario()
 def keepalive(io: Io) -> None:
     """SO_KEEPALIVE and its times, as nobody has set them"""
     sender, _ = io.pair()

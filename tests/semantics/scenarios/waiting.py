@@ -123,6 +123,42 @@ def edge_loop(sock: socket.socket, rounds: int, first: bool) -> str:
 
 
 @scenario()
+def event_taken_not_read(io: Io) -> None:
+    """epoll, edge-triggered: two events taken, then one read that takes what there is"""
+    sender, receiver = io.pair()
+    with select.epoll() as poller:
+        poller.register(receiver, select.EPOLLIN | select.EPOLLET)
+        for number in range(2):
+            sender.sendall(b"%d" % number * 50)
+            io.log(f"event {number}", events(poller, PATIENCE_S))
+        io.log("read", receiver.recv(4096))
+        sender.sendall(b"more")
+        io.log("event then", events(poller, PATIENCE_S))
+        io.log("read then", receiver.recv(4096))
+
+
+@scenario()
+def edge_reader_that_rested(io: Io) -> None:
+    """epoll, edge-triggered, each short read taken for the end, behind a sender that was stopped"""
+    sender, receiver = io.pair()
+    sender.setblocking(False)
+    sent = 0
+    while isinstance(done := attempt(sender.send, b"s" * 5000), int) and sent < LARGE:
+        sent += done
+    received = 0
+    with select.epoll() as poller:
+        poller.register(receiver, select.EPOLLIN | select.EPOLLET)
+        while received < sent and poller.poll(PATIENCE_S):
+            while len(data := receiver.recv(70_000)) == 70_000:
+                received += len(data)
+            received += len(data)
+    io.log("missing", sent - received)
+
+
+LARGE = 64 << 20
+
+
+@scenario()
 def epoll_oneshot(io: Io) -> None:
     """EPOLLONESHOT: one event until it is armed again"""
     sender, receiver = io.pair()
