@@ -60,7 +60,7 @@ class Application:
     """A client and a server, or a proxy between both.
 
     check raises when a byte is wrong or late. loads are by title. lasting: connections live long
-    enough, and carry enough both ways, to be joined.
+    enough, and carry enough both ways, to be joined. fionread: an end of them uses that ioctl.
     """
 
     name: str
@@ -73,3 +73,12 @@ class Application:
     hops: tuple[HopName, ...] = HOPS
     advice: str = ""
     lasting: bool = True
+    fionread: bool = False  # it asks how much there is to read
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the kernel must do right for it, as the self-test's checks (install/selftest.py)."""
+        splice = {"splice"} if self.reader == "splice" else set()
+        return frozenset(
+            splice | ({"fionread_bypassed", "fionread_tcp"} if self.fionread else set())
+        )

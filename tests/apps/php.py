@@ -59,6 +59,7 @@ APPLICATIONS = (
         "php-fpm",
         "nginx and PHP-FPM over TCP; wrk",
         reader="blocking",
+        fionread=True,
         protocol="http",
         serve=serve,
         check=contract("http.client", gets=GETS, posts=tools.ECHOED),
