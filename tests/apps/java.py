@@ -58,7 +58,7 @@ APPLICATIONS = (
     Application(
         "java",
         "Java, HttpServer and HttpClient",
-        reader="event loop",
+        reader="blocking",  # the JDK's server makes a channel blocking for each exchange
         protocol="http",
         serve=serve,
         check=contract("java", gets=GETS, posts=ECHOED),

@@ -39,6 +39,7 @@ class Release:
         """Another version, which differs in a comment and in a file next to the plugin."""
         for package in ("bpf", "cni_plugin", "conf", "install"):
             shutil.copytree(REPOSITORY / package, folder / "source" / package)
+        shutil.copy(REPOSITORY / "pyproject.toml", folder / "source")  # has the version
         with (folder / "source/bpf/tcpip_bypass.c").open("a") as program:
             program.write("/* the next version */\n")
         shutil.copytree(FROZEN_PLUGIN, folder / "plugin")
