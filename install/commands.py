@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -283,8 +284,8 @@ def uninstall(node: Node, places: installer.Places, *, purge: bool) -> None:
         )
 
 
-def join(node: Node) -> None:
-    """Runs passes as they become due, until it is told to end."""
+def join(node: Node, *, with_parent: bool = False) -> None:
+    """Runs passes as they become due, until it is told to end; or its parent ends, however."""
     from install.joiner import Joiner  # noqa: PLC0415 - for this command alone
     from install.passes import Runner  # noqa: PLC0415
 
@@ -297,6 +298,9 @@ def join(node: Node) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    if with_parent:
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
     Joiner(node.bpffs, node.state_dir, Runner()).run(lambda: bool(told), stopped)
 
 

@@ -193,7 +193,10 @@ def build_parser() -> argparse.ArgumentParser:
     _cri_option(gc)
     gc.add_argument("--adopt", action="store_true", help="and accelerate those that we missed")
     gc.add_argument("--json", action="store_true", help="for machines")
-    command("join", "Let connections join the bypass as they become known, until ended.")
+    join = command("join", "Let connections join the bypass as they become known, until ended.")
+    join.add_argument(
+        "--with-parent", action="store_true", help="end with the process that has started this one"
+    )
     _agent_options(command("agent", "Do all of this, and keep it so until it is ended.", places))
     one_pod = argparse.ArgumentParser(add_help=False)
     one_pod.add_argument(
@@ -249,7 +252,7 @@ def _run(node: commands.Node, arguments: argparse.Namespace) -> int:
     elif command == "uninstall":
         commands.uninstall(node, places_of(arguments), purge=arguments.purge)
     elif command == "join":
-        commands.join(node)
+        commands.join(node, with_parent=arguments.with_parent)
     elif command in ("pause", "resume"):
         (commands.pause if command == "pause" else commands.resume)(node, arguments.pod)
     else:

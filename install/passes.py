@@ -96,8 +96,10 @@ class Runner:
         return len(self._left)
 
     def close(self) -> None:
+        """Its process has ended, or is at a pass that takes long."""
         if self._worker is not None:
             self._worker.end()
+            self._worker.wait()
             self._worker = None
 
 
@@ -148,6 +150,12 @@ class _Worker:
         poller = select.poll()
         poller.register(self.line, 0)
         return bool(poller.poll(0))
+
+    def wait(self) -> None:
+        """Until it has ended, for a second at most."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.has_ended() and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def end(self) -> None:
         """It ends when it next reads its line."""

@@ -69,7 +69,7 @@ static __always_inline __u32 tb_note_exchange(struct tb_conn *conn, __u32 receiv
 {
 	__u32 in = received - conn->moved.received, out = sent - conn->moved.sent;
 
-	if (!in || !out)
+	if (!in || (int)out <= 0) /* one less for a moment, while the own FIN is made */
 		return 0;
 	tb_count_tcp(conn, TB_REASON_WAITING, out);
 	conn->moved.received = received;
@@ -154,7 +154,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		sockhash.delete(&id);
 		return;
 	}
-	if (tb_sent(sk) != conn->moved.sent) /* the last exchange */
+	if ((int)(tb_sent(sk) - conn->moved.sent) > 0) /* the last exchange */
 		tb_count_tcp(conn, TB_REASON_WAITING, tb_sent(sk) - conn->moved.sent);
 	conn->at.psock = tb_psock(sk);
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);

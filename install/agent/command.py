@@ -58,7 +58,12 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
             entry=installer.entry(node.bpffs, node.state_dir, options),
             load_options=_common(arguments),
             gc_options=[*_common(arguments), *_places_options(arguments)],
-            join_options=[*_common(arguments), "--log-format", arguments.log_format],
+            join_options=[
+                *_common(arguments),
+                "--with-parent",
+                "--log-format",
+                arguments.log_format,
+            ],
             cri_sockets=sockets_of(arguments),
             question=kubernetes.Question(daemonset) if daemonset else None,
             switch_dir=arguments.switch_dir,

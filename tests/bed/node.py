@@ -65,7 +65,9 @@ class NodeProgram:
     def joining(self) -> Iterator[None]:
         """A joiner runs meanwhile, as the agent's would."""
         folders = ["--bpffs", str(self.bpffs), "--state-dir", str(self.state_dir)]
-        with subprocess.Popen([PROGRAM, "join", *folders], start_new_session=True) as joiner:
+        with subprocess.Popen(
+            [PROGRAM, "join", "--with-parent", *folders], start_new_session=True
+        ) as joiner:
             try:
                 yield
             finally:
