@@ -50,7 +50,7 @@ def _mutant(rule: str, *edits: tuple[str, str]) -> Mutant:
 
 ORDER = _mutant(
     "one queue: to the bypass although TCP bytes lie unread",
-    (r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) == TB_OWN\([^)]+\)", "1"),
+    (r"tb_read32\(sk \+ OFF_TCP_SOCK_COPIED_SEQ\) ==\s+TB_OWN\([^)]+\)", "1"),
 )
 WAKE_UP = _mutant(
     "one queue: to the bypass although a reader sleeps on the TCP queue",
@@ -62,7 +62,7 @@ OPTIONS = _mutant(
 )
 RETURN = _mutant(
     "one queue: to TCP although bypassed bytes lie unread",
-    (r"if \(!tb_is_empty\(conn->there\.psock\)\)\n\t\treturn 0;", ""),
+    (r"is_empty = tb_is_empty\(conn->there\.psock\);", "is_empty = 1;"),
 )
 OVERTAKING = _mutant(
     "one queue: a message by TCP overtakes another thread's redirect",

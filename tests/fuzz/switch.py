@@ -375,3 +375,6 @@ class Connection:
         for number in range(2):
             self.visit(number)
         assert [self.membership(number) for number in range(2)] == [MEMBER, MEMBER]
+        for sender in (0, 1):  # the first message after the peer has joined goes by TCP
+            self.send(sender, 1)
+            self.read_everything(1 - sender)

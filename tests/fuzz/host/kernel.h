@@ -37,6 +37,7 @@ struct host_sock {
 		rcv_wnd;
 	__u32 bytes_acked, bytes_received;
 	__s32 peek_off;
+	__u32 tsflags;
 	__u8 is_mptcp, nonagle, userlocks, state;
 };
 
@@ -106,6 +107,7 @@ struct poll_wqueues {
 #define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
 #define OFF_SOCK_SOCKET offsetof(struct host_sock, socket)
 #define OFF_SOCK_STATE offsetof(struct host_sock, state)
+#define OFF_SOCK_TSFLAGS offsetof(struct host_sock, tsflags)
 #define OFF_SOCK_UID offsetof(struct host_sock, uid)
 #define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
 #define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
@@ -129,6 +131,7 @@ struct poll_wqueues {
 #define MASK_SOCK_RCVBUF_LOCK 2
 #define BIT_SOCK_ZEROCOPY 0
 #define BIT_SOCK_KEEPOPEN 1
+#define BIT_SOCK_RCVTSTAMP 2
 #define TB_INACTIVE_FILE 0
 #define TB_PAGE_SIZE 4096
 #define TB_VMSTATS_APART 0
