@@ -58,7 +58,7 @@ WAKE_UP = _mutant(
 )
 OPTIONS = _mutant(
     "readers: to the bypass although the peer has set options",
-    (r"!tb_has_options\(sk\) && !tb_has_sleeper", "!tb_has_sleeper"),
+    (r" \|\| tb_has_options\(conn->peer\.sk\)\)", ")"),
 )
 RETURN = _mutant(
     "one queue: to TCP although bypassed bytes lie unread",
@@ -94,7 +94,7 @@ BLOCKING = _mutant(
 )
 OWN_ULP = _mutant(
     "readers: bypassed plaintext of a sender with kTLS",
-    (r" \|\|\n\t    TB_OWN\(__u64, tp, OFF_ICSK_ULP_OPS\)\)", ")"),
+    (r" \|\|\n\t    TB_OWN\(__u64, tp, OFF_ICSK_ULP_OPS\) \|\|", " ||"),
 )
 PEERS_ULP = _mutant(
     "readers: bypassed bytes past a reader's kTLS",
@@ -143,11 +143,6 @@ JOINS_OCCUPIED = _mutant(
     "joining: beside another program's sockmap",
     (r"if \(tb_read64\(sk \+ OFF_SOCK_USER_DATA\)\)", "if (0)"),
 )
-JOINS_ULP = _mutant(
-    "joining: what a thread has changed meanwhile is not asked again",
-    (r"if \(tb_is_ineligible\(sk\)\) \{", "if (0) {"),
-)
-
 # ---- Leaving, a condition each ----
 #
 # One has no mutant here: that the third visit finds no thread inside a call. The number of sends
@@ -155,7 +150,7 @@ JOINS_ULP = _mutant(
 
 LEAVES_OPENLY = _mutant(
     "leaving: redirects go on into its empty queue",
-    (r"conn->is_behind = wish == TB_REASON_LEAVING;\n\treturn conn->is_behind;", "return 0;"),
+    (r"\(wish == TB_REASON_LEAVING && is_empty\) \|\|", ""),
 )
 LEAVES_PAUSED = _mutant(
     "leaving: the pause that goes with it hides it",
@@ -190,7 +185,7 @@ LEAVES_UNCOUNTED = _mutant(
 )
 LEAVES_OWN_UNCOUNTED = _mutant(
     "leaving: the sends of the peer alone are counted",
-    (r"\(__u32\)\(conn->begun \+ TB_PEERS\(__u32, conn, begun\)\)", "TB_PEERS(__u32, conn, begun)"),
+    (r"\(__u32\)\(\*[^;]+;", "TB_PEERS(__u32, conn, begun);"),
     (r"tb_is_empty\(TB_PEERS\(__u64, conn, at\.psock\)\)", "1"),
 )
 

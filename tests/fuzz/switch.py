@@ -247,10 +247,10 @@ class Connection:
             return set()
         wrong = {
             "the peer is leaving": self.membership(1 - sender) == LEAVING,
-            "the peer has set options": peer.has_options and not went_by_bypass,
         }
         if not end.deciding and not end.redirects:  # else it waits for another thread's
             wrong |= {
+                "the peer has set options": peer.has_options and not went_by_bypass,
                 "paused": self.flags != 0,
                 "half-closed": ESTABLISHED not in (end.state, peer.state)
                 or end.state != peer.state,

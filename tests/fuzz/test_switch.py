@@ -410,20 +410,6 @@ def joins_beside_another_sockmap(make: Make) -> None:
         raise Broken("two sockmaps have one socket")
 
 
-def joins_while_it_gets_a_ulp(make: Make) -> None:
-    """A thread sets kTLS up between the visit's looks, and before it has joined."""
-
-    def encrypt(connection: Connection) -> None:
-        connection.ends[0].has_ulp = connection.rules.host_membership(0) == OUT
-
-    for look in LOOKS:
-        connection = out(make)
-        with connection.meanwhile(look, partial(encrypt, connection)):
-            connection.visit(0)
-        if connection.membership(0) == MEMBER and connection.ends[0].has_ulp:
-            raise Broken("a socket with kTLS has joined")
-
-
 def leaves_with_bytes_unread(make: Make) -> None:
     connection = make()
     connection.send(1, 10)
@@ -529,7 +515,6 @@ BREAKS = [
     (mutants.JOINS_SLEEPER, joins_with_a_sleeper),
     (mutants.JOINS_STRANGER, joins_as_another_connection),
     (mutants.JOINS_OCCUPIED, joins_beside_another_sockmap),
-    (mutants.JOINS_ULP, joins_while_it_gets_a_ulp),
     (mutants.LEAVES_OPENLY, redirects_to_the_leaving),
     (mutants.LEAVES_PAUSED, redirects_to_the_leaving),
     (mutants.LEAVES_UNREAD, leaves_with_bytes_unread),
