@@ -198,7 +198,9 @@ static __always_inline int tb_is_drained(const struct tb_conn *conn)
 /* How many sends both ends have begun on the bypass. Wraps; 0 is none. */
 static __always_inline __u64 tb_begun(const struct tb_conn *conn)
 {
-	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + TB_PEERS(__u32, conn, begun));
+	__u32 peers = TB_PEERS(__u32, conn, begun);
+
+	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + peers);
 }
 
 /* May it leave in this visit? RULE (leaving), its second visit or its third. The sends are counted

@@ -67,6 +67,7 @@ APPLICATIONS = (
             "1 MB": requests_of("java", 1_000_000),
             "1 KB, wrk": wrk_of(1000),
         },
+        advice="its server's sockets block for each exchange, and stay on TCP",
     ),
     Application(
         "java-blocking",

@@ -185,7 +185,7 @@ LEAVES_UNCOUNTED = _mutant(
 )
 LEAVES_OWN_UNCOUNTED = _mutant(
     "leaving: the sends of the peer alone are counted",
-    (r"\(__u32\)\(\*[^;]+;", "TB_PEERS(__u32, conn, begun);"),
+    (r"\(__u32\)\(\*[^;]+;", "peers;"),
     (r"tb_is_empty\(TB_PEERS\(__u64, conn, at\.psock\)\)", "1"),
 )
 

@@ -148,6 +148,8 @@ def join(bed: Bed, *pairs: Ends) -> int:
             sent += traffic_pods.exchange(*ends, rounds=1)
     time.sleep(2 * KNOWN.age_ms / 1000)
     visit(bed)
+    for left, right in pairs:
+        sent += traffic_pods.consume(left, right) + traffic_pods.consume(right, left)
     return sent
 
 

@@ -449,11 +449,11 @@ def exchange(left: socket.socket, right: socket.socket, *, rounds: int = 4) -> i
             total += len(data)
         if number == 0:
             visit()
-            total += _consume(left, right) + _consume(right, left)
+            total += consume(left, right) + consume(right, left)
     return total
 
 
-def _consume(sender: socket.socket, receiver: socket.socket) -> int:
+def consume(sender: socket.socket, receiver: socket.socket) -> int:
     """The first message after a peer has joined goes by TCP, and must be consumed."""
     sender.sendall(b"j")
     assert receive(receiver, 1) == b"j"
