@@ -7,8 +7,8 @@
  *   tb_visit_file   visits the open files of a pod's processes when a pass is due. It puts paired
  *                   sockets into the sockhash, and takes them out again.
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes
- * to the peer's socket (bypass), or lets them go by TCP. tb_watch_splice runs when splice(2) takes
- * bytes from a TCP socket, where it can be attached.
+ *                   to the peer's socket (bypass), or lets them go by TCP.
+ *   tb_watch_splice runs when splice(2) takes bytes from a TCP socket, where it can be attached.
  *
  * The rules that keep the bytes right, each where it is applied:
  *

@@ -20,7 +20,7 @@ from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
 from cni_plugin.state import Attachment, State
-from install import exits, freshness, installer, leaving, log, pauses, report
+from install import exits, freshness, host, installer, leaving, log, pauses, report
 from install import selftest as selftests
 from install import switch as switches
 from install.agent import bpffs
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOCK_PATIENCE_S = 30.0
-OWN_PROC = Path("/proc")
 
 
 class NodeError(Exception):
@@ -111,7 +110,7 @@ def selftest(_node: Node, *, as_json: bool) -> int:
     return exits.of_mode(verdict.mode)
 
 
-def load(node: Node, host_proc: Path = OWN_PROC) -> None:
+def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
     """Tries the kernel, then makes a new generation current; attached pods move over to it."""
     _mount_bpffs(node, host_proc)
     verdict = selftests.run()

@@ -270,9 +270,11 @@ class Joiner:
 
     def _retire(self) -> None:
         """Old generations: what a load could not take out of them leaves when it can."""
+        if self._retiring.left_s() > 0:
+            return
         current = Generations(self.bpffs).current()
         old = [each for each in self._opened.values() if each.generation != current]
-        if self._retiring.left_s() > 0 or not any(each.generation.has_sockets() for each in old):
+        if not any(each.generation.has_sockets() for each in old):
             return
         self._retiring.take(again=True)
         self._scan()
@@ -287,11 +289,12 @@ class Joiner:
         folder = self._folder(pod_id)
         if folder is None:
             return True
-        opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST))
+        cost = self._costs.get(pod_id, FIRST_COST)
+        opened.begin(pod_id, cost)
         try:
             spent_ns = self.runner.run(opened.visit, folder)
         except BlockingIOError:  # a load is at it: its passes are of another generation
-            opened.begin(pod_id, self._costs.get(pod_id, FIRST_COST), pending=1)
+            opened.begin(pod_id, cost, pending=1)
             return True
         except (PassTimeout, EOFError, OSError) as error:
             if pod_id not in self._troubled:
@@ -304,8 +307,7 @@ class Joiner:
         self.done = replace(
             self.done, passes=self.done.passes + 1, cpu_ns=self.done.cpu_ns + spent_ns
         )
-        before = self._costs.get(pod_id, FIRST_COST)
-        self._costs[pod_id] = max(LEAST_COST, (3 * before + spent_ns // EXCHANGE_NS) // 4)
+        self._costs[pod_id] = max(LEAST_COST, (3 * cost + spent_ns // EXCHANGE_NS) // 4)
         return True
 
     def _folder(self, pod_id: int) -> Path | None:

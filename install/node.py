@@ -12,7 +12,7 @@ from pathlib import Path
 from bpf.loader import LoadError
 from cni_plugin import names
 from cni_plugin.attachment import NotLoaded
-from install import VERSION, bugreport, commands, examples, exits, installer, log, paths
+from install import VERSION, bugreport, commands, examples, exits, host, installer, log, paths
 from install.check import command as check
 from install.lock import FolderLock
 from install.plugin_files import InstallError
@@ -48,7 +48,7 @@ def _folder_option(
 
 
 def _host_proc_option(parser: argparse.ArgumentParser) -> None:
-    _folder_option(parser, "--host-proc", commands.OWN_PROC, "the /proc of the host")
+    _folder_option(parser, "--host-proc", host.OWN_PROC, "the /proc of the host")
 
 
 def places_of(arguments: argparse.Namespace) -> installer.Places:

@@ -221,7 +221,7 @@ static __always_inline int tb_may_go(struct tb_conn *conn)
  * sk_prot is the sockhash's since. To take it out then would leave it without a psock: it could not
  * be closed (sock_map_close leaks it). So it stays, on TCP, and closes as any member.
  */
-static __always_inline int tb_is_stuck(const struct tb_conn *conn, __u64 sk)
+static __always_inline int tb_must_stay(const struct tb_conn *conn, __u64 sk)
 {
 	return tb_read64(sk + OFF_ICSK_ULP_OPS) && tb_read64(sk + OFF_SOCK_PROT) == conn->at.prot;
 }
@@ -247,7 +247,7 @@ static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u6
 
 	if (outcome)
 		tb_refuse(conn, outcome);
-	if (tb_is_stuck(conn, sk))
+	if (tb_must_stay(conn, sk))
 		return;
 	if (tb_membership(conn->state) == TB_LEAVING) {
 		if (tb_may_go(conn))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from install import VERSION, exits, report
+from install import VERSION, exits, host, report
 from install.agent.command import sockets_of
 from install.check import kernel
 from install.check import node as of_node
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from install.installer import Places
 
 _MARKS = ("✔", "!", "✘")
-_OWN_PROC = Path("/proc")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +73,7 @@ def excused(findings: list[Finding]) -> list[Finding]:
 
 def host_root(host_proc: Path) -> Path:
     """The node's root folder: in a pod, that of the node's first process."""
-    return Path("/") if host_proc == _OWN_PROC else host_proc / "1/root"
+    return Path("/") if host_proc == host.OWN_PROC else host_proc / "1/root"
 
 
 def gravest(findings: list[Finding]) -> int:
