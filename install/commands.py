@@ -20,7 +20,7 @@ from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
 from cni_plugin.state import Attachment, State
-from install import exits, freshness, host, installer, leaving, log, pauses, report
+from install import exits, freshness, host, installer, leaving, log, pauses, report, whole_file
 from install import selftest as selftests
 from install import switch as switches
 from install.agent import bpffs
@@ -77,9 +77,7 @@ class Node:
             path.unlink(missing_ok=True)
         elif problem != self.plugin_problem:
             self.state.make()
-            staged = path.with_suffix(".part")
-            staged.write_text(problem)
-            staged.rename(path)
+            whole_file.write(path, problem)
 
     def attachments(self) -> list[Attachment]:
         """Every attachment with a readable record."""
@@ -205,15 +203,8 @@ def _attached_ids(generations: Generations) -> set[int]:
 def _write_node_json(
     node: Node, verdict: selftests.Verdict, mark: dict[str, Any] | None = None
 ) -> None:
-    path = node.state_dir / names.NODE_JSON
-    staged = path.with_suffix(".part")
     content = {**verdict.as_json(), "kernel": platform.release(), **(mark or {})}
-    try:
-        staged.write_text(json.dumps(content, indent=1))
-        staged.rename(path)
-    except OSError:
-        staged.unlink(missing_ok=True)
-        raise
+    whole_file.write(node.state_dir / names.NODE_JSON, json.dumps(content, indent=1))
 
 
 def unload(node: Node) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bpf import abi
 from cni_plugin import bpfsys, names
-from install import log
+from install import log, whole_file
 from install.generations import Generation, Generations
 from install.passes import PassTimeout, Runner
 from install.pods import attached_cgroups
@@ -129,11 +129,8 @@ class Passes:
             return Passes()
 
     def write(self, state_dir: Path) -> None:
-        path = state_dir / names.JOINER_JSON
-        staged = path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk is no reason not to join
-            staged.write_text(json.dumps(asdict(self)))
-            staged.rename(path)
+            whole_file.write(state_dir / names.JOINER_JSON, json.dumps(asdict(self)))
 
 
 def silent_s(state_dir: Path) -> float | None:

@@ -21,6 +21,7 @@ from typing import Any
 from bpf import abi
 from cni_plugin import names, policy
 from cni_plugin.state import State
+from install import whole_file
 
 MODES = ("auto", *names.MODES)
 _DATA = "..data"  # kubelet, pkg/volume/util/atomic_writer.go
@@ -168,11 +169,5 @@ def kept(state: State) -> Kept | None:
 def keep(state: State, what: Kept) -> None:
     """Whole or not at all; raises OSError."""
     held = {"holdsNode": what.holds_node, "heldPods": sorted(what.held_pods)}
-    path = state.folder / names.SWITCH_JSON
-    staged = path.with_suffix(".part")
-    try:
-        staged.write_text(json.dumps({**what.switch.as_json(), **held}, indent=1))
-        staged.replace(path)
-    except OSError:
-        staged.unlink(missing_ok=True)
-        raise
+    text = json.dumps({**what.switch.as_json(), **held}, indent=1)
+    whole_file.write(state.folder / names.SWITCH_JSON, text)
