@@ -4,11 +4,12 @@
  *
  * RULE (edges). While bypassed and TCP bytes both lie unread, recv returns the bypassed ones only.
  * epoll(7) lets an edge-triggered reader take such a short read for the end, and no edge may
- * follow. So once the reader has read what was bypassed, its own callback makes a new edge: writing
- * SO_RCVLOWAT's own value back runs tcp_data_ready() (tcp_set_rcvlowat, Linux 6.1).
+ * follow. So while the sender notes that TCP bytes may lie behind bypassed ones (`is_behind`), and
+ * TCP bytes lie unread, each packet that the reader sends makes a new edge. Writing SO_RCVLOWAT's
+ * own value back runs tcp_data_ready() (tcp_set_rcvlowat, Linux 6.1).
  *
- * The callback comes with each packet that the reader sends. A sender with more to send probes the
- * full window. For one without, the reader's keepalive is set to a second meanwhile, and then back.
+ * A reader at rest sends no packet. So its keepalive is set to a second meanwhile, and then back.
+ * Not after the peer's FIN: its end of the stream is an edge, and a closed peer answers with RST.
  */
 
 /* Longer than sooner probes are worth. */
@@ -45,13 +46,15 @@ static __always_inline void tb_end_probes(struct bpf_sock_ops *skops, struct tb_
 /* The reader sends a packet. It may have left since its short read. */
 static __always_inline void tb_refresh_edge(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	int is_behind = TB_PEERS(__u32, conn, is_behind), lowat;
+	int lowat;
 
-	if (is_behind && tb_membership(conn->state) != TB_OUT && !tb_is_empty(conn->at.psock))
-		return tb_probe(skops, conn);
-	tb_end_probes(skops, conn);
-	if (!is_behind || tb_read32(conn->me.sk + OFF_TCP_SOCK_COPIED_SEQ) == skops->rcv_nxt)
-		return;
+	if (!TB_PEERS(__u32, conn, is_behind) ||
+	    tb_read32(conn->me.sk + OFF_TCP_SOCK_COPIED_SEQ) == skops->rcv_nxt)
+		return tb_end_probes(skops, conn);
+	if (tb_tcp_state(conn->me.sk) < BPF_TCP_TIME_WAIT) /* no FIN has come */
+		tb_probe(skops, conn);
+	else
+		tb_end_probes(skops, conn);
 	lowat = tb_read32(conn->me.sk + OFF_SOCK_RCVLOWAT);
 	bpf_setsockopt(skops, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
 }

@@ -47,7 +47,7 @@ static __always_inline int tb_may_send(const void *tp)
 }
 
 /* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
- * that it closes, or has a ULP. Then nothing that was bypassed is unread. */
+ * that it closes, or has a ULP. Its queue may be freed memory by now, so it is not waited for. */
 static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 {
 	return state / TB_MEMBERSHIPS > conn->peer_state / TB_MEMBERSHIPS + 1 ||
@@ -114,14 +114,11 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
  * the sender up by a read of the very bytes that make its queue not empty. */
 static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32 state)
 {
-	int is_empty;
+	int is_empty = tb_is_empty(conn->there.psock);
 
-	if (wish == TB_REASON_LEAVING && tb_is_gone(conn, state))
-		return 1;
-	is_empty = tb_is_empty(conn->there.psock);
 	if (is_empty && tb_is_alone(conn))
 		return 1;
-	if ((wish == TB_REASON_LEAVING && is_empty) ||
+	if ((wish == TB_REASON_LEAVING && (is_empty || tb_is_gone(conn, state))) ||
 	    (wish == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id)) {
 		conn->is_behind = 1;
 		return 1;

@@ -120,7 +120,11 @@ FRESH_EDGE = _mutant(
 )
 PROBES = _mutant(
     "edges: a sender without more to say does not probe",
-    (r"\t\treturn tb_probe\(skops, conn\);", "\t\treturn;"),
+    (r"\t\ttb_probe\(skops, conn\);", "\t\t;"),
+)
+PROBES_UNREAD = _mutant(
+    "edges: it probes only while bypassed bytes lie unread",
+    (r"tb_tcp_state\(conn->me\.sk\) < BPF_TCP_TIME_WAIT", "!tb_is_empty(conn->at.psock)"),
 )
 EDGE_AFTER_LEAVING = _mutant(
     "edges: none for a reader that has left",
@@ -150,7 +154,7 @@ JOINS_OCCUPIED = _mutant(
 
 LEAVES_OPENLY = _mutant(
     "leaving: redirects go on into its empty queue",
-    (r"\(wish == TB_REASON_LEAVING && is_empty\) \|\|", ""),
+    (r"\(is_empty \|\| tb_is_gone\(conn, state\)\)", "tb_is_gone(conn, state)"),
 )
 LEAVES_PAUSED = _mutant(
     "leaving: the pause that goes with it hides it",

@@ -128,10 +128,12 @@ class Connection:
         rules: Rules,
         isn: tuple[int, int] = (999, 1999),
         proxies: tuple[bool, bool] = (False, False),
+        *,
+        pods: int = 1,
     ) -> None:
         self.rules, self._bound = rules.library, rules.bound
         two = ctypes.c_uint32 * 2
-        self.rules.host_connect(two(*isn), two(*proxies), RCVBUF, SNDBUF)
+        self.rules.host_connect(two(*isn), two(*proxies), pods, RCVBUF, SNDBUF)
         self.ends = [End(isn[0], isn[1], bool(proxies[0])), End(isn[1], isn[0], bool(proxies[1]))]
         self.flags = 0
         self.now = TICK_NS
@@ -155,17 +157,17 @@ class Connection:
 
     def _call(self, program: str, number: int, *arguments: int) -> int:
         self.now += TICK_NS
-        before = self.membership(number)
+        before = self.is_in_sockhash(number)
         self._tell()
         result = int(getattr(self.rules, program)(number, *arguments))
         self.rules.host_interrupt(0, self._meanwhile)
         if self._broken:
             raise self._broken[0]
         end = self.ends[number]
-        now = self.membership(number)
-        if before != OUT and now == OUT and end.bypass_queue:
+        now = self.is_in_sockhash(number)
+        if before and not now and end.bypass_queue:
             raise Broken(f"{len(end.bypass_queue)} unread messages are thrown away")
-        if before == OUT and now != OUT:
+        if now and not before:
             end.tcp_at = self.now
         made = int(self.rules.host_edges(number))
         end.has_edge |= made != end.edges_seen
@@ -173,9 +175,12 @@ class Connection:
         return result
 
     def membership(self, number: int) -> int:
-        membership = int(self.rules.host_membership(number))
-        assert membership >= 0
-        return membership
+        """What the programs say of an end; within a visit not yet, or not any more, what is."""
+        return int(self.rules.host_membership(number))
+
+    def is_in_sockhash(self, number: int) -> bool:
+        """Is it there, as the kernel knows?"""
+        return bool(self.rules.host_is_member(number))
 
     @contextmanager
     def meanwhile(self, look: int, *steps: Step) -> Iterator[None]:
@@ -226,7 +231,7 @@ class Connection:
     def _decide(self, sender: int, size: int) -> bool:
         end = self.ends[sender]
         end.went_by_bypass, went_by_bypass = False, end.went_by_bypass
-        if self.membership(sender) == OUT:
+        if not self.is_in_sockhash(sender):
             return False
         # With steps in between, there is no one moment to judge it by.
         wrong = set() if self._steps else self._forbidden(sender, went_by_bypass)
@@ -277,7 +282,7 @@ class Connection:
         """The kernel queues a redirect."""
         end, peer = self.ends[sender], self.ends[1 - sender]
         message = end.redirects.popleft()
-        if self.membership(1 - sender) == OUT:
+        if not self.is_in_sockhash(1 - sender):
             raise Broken("a redirect arrives at a socket that has left: bytes are lost")
         if peer.is_asleep:
             raise Broken("a message is bypassed, its reader sleeps on the TCP queue")
@@ -305,7 +310,8 @@ class Connection:
         if not end.is_ready or end.is_asleep:
             return 0
         got = self._take(reader, end.bypass_queue or end.tcp_queue, size)
-        end.is_ready = got == size
+        # After the peer's FIN it goes on to the end of the stream (EPOLLRDHUP).
+        end.is_ready = got == size or (got > 0 and end.state == CLOSE_WAIT)
         return got
 
     def read_everything(self, reader: int) -> None:
@@ -352,6 +358,8 @@ class Connection:
             missed = self.ends[1 - number].said - end.heard
             if missed:
                 raise Broken(f"a reader never hears of {missed} messages")
+            if (self.membership(number) != OUT) != self.is_in_sockhash(number):
+                raise Broken("the programs and the kernel disagree on a membership")
             if self.rules.host_is_probing(number):
                 raise Broken("keepalive is not as the application has set it")
 

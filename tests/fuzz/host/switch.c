@@ -144,7 +144,8 @@ static struct tb_pod *no_pod(int index)
 }
 
 /* A paired connection just established; the first byte that end i says has number isn[i]. */
-void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 rcvbuf, __u32 sndbuf)
+void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count, __u32 rcvbuf,
+		  __u32 sndbuf)
 {
 	pods.get_local_storage = no_pod;
 	conns.sk_storage_get = storage_of;
@@ -188,6 +189,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 rcvbuf, __u
 		end->conn.me = (struct tb_end){.id = i + 1,
 					       .sk = (__u64)&end->sock,
 					       .conn = (__u64)&end->conn,
+					       .pod_id = pods_count == 2 ? i + 1 : 1,
 					       .is_proxy = is_proxy[i],
 					       .is_client = i == 0};
 		end->conn.half.client_isn = isn[0];
@@ -272,12 +274,16 @@ void host_control(__u32 flags)
 	switches.flags = flags;
 }
 
-/* enum tb_membership; -1 if the sockhash does not say the same. */
+/* enum tb_membership, as the programs know it. */
 int host_membership(int end)
 {
-	int membership = tb_membership(ends[end].conn.state);
+	return tb_membership(ends[end].conn.state);
+}
 
-	return (membership != TB_OUT) == ends[end].is_member ? membership : -1;
+/* Is it in the sockhash? */
+int host_is_member(int end)
+{
+	return ends[end].is_member;
 }
 
 /* How many new edges the programs have made. */
