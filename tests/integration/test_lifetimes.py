@@ -91,7 +91,7 @@ def test_conntrack_entries_outlive_bypassed_traffic(node: LightNode) -> None:
             exchange(app, taken, rounds=2)
             time.sleep(0.25)
         counted = pod.total()
-        assert set(counted.tcp_messages) == {"waiting", "refresh"}
+        assert set(counted.tcp_messages) == {"waiting", "order", "refresh"}
         assert counted.bypassed_messages > counted.tcp_messages["refresh"]
         app.shutdown(socket.SHUT_WR)
         assert taken.recv(1) == b""
