@@ -207,6 +207,7 @@ class Joiner:
         complete = {each.folder.name: each for each in Generations(self.bpffs).complete()}
         for name in [name for name in self._opened if name not in complete]:
             self._opened.pop(name).close()
+            self.runner.close()  # the fork that runs passes has what was open here, its maps too
         for name, generation in complete.items():
             if name not in self._opened and generation.is_whole():
                 with contextlib.suppress(FileNotFoundError):
