@@ -26,7 +26,7 @@ LASTING = 4  # connections that stay open all the time
 LONGEST = 5000  # bytes of a message
 PAUSE_S = 0.002
 TIMEOUT_S = 20
-BRIEF_ROUNDS = 20
+BRIEF_ROUNDS = 300  # long enough to join
 FOR_EVER_S = 86_400
 
 
