@@ -300,11 +300,6 @@ class LightNode:
         keys = _keys(self.programs.fds["halves"], HALF_KEY.size)
         return [HALF_KEY.unpack(key) for key in keys]
 
-    def forget_halves(self) -> None:
-        """As the LRU map does when there are many: no connection being set up is paired."""
-        for key in _keys(self.programs.fds["halves"], HALF_KEY.size):
-            bpfsys.map_delete(self.programs.fds["halves"], key)
-
     def sockets(self) -> int:
         """How many sockets are in the sockhash."""
         return len(_keys(self.programs.fds[names.SOCKHASH], 8))
