@@ -12,6 +12,7 @@ from ctypes import c_uint16, c_uint32, c_uint64
 
 MAX_IPS = 8
 MAX_PORT_RANGES = 16
+FIRST_COST = 500
 
 POD_PROXY_ONLY = 1
 POD_FORCED = 2

@@ -124,7 +124,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DTB_STRICT={int(is_strict(platform.release()))}",
         f"-DTB_VMSTATS_APART={int(memcg['MEMCG_VMSTATS_STATE'] is not None)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
-        f"-DTB_PAGE_SIZE={resource.getpagesize()}",
+        f"-DPAGE_SIZE={resource.getpagesize()}",  # bcc's ring buffers are made of pages, too
         f"-DBIT_SOCK_KEEPOPEN={btf.enumerator('sock_flags', 'SOCK_KEEPOPEN')}",
         f"-DBIT_SOCK_RCVTSTAMP={btf.enumerator('sock_flags', 'SOCK_RCVTSTAMP')}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
@@ -258,7 +258,6 @@ class Programs:
             f"-DTB_MAX_COUNTERS={limits.counters}",
             f"-DTB_MIN_EXCHANGES={limits.exchanges}",
             f"-DTB_MIN_AGE_MS={limits.age_ms}ULL",
-            f"-DPAGE_SIZE={resource.getpagesize()}",
             *extra_flags,
         ]
         try:

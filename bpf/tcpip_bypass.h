@@ -14,6 +14,7 @@
 
 #define TB_MAX_IPS 8
 #define TB_MAX_PORT_RANGES 16
+#define TB_FIRST_COST 500 /* what a first pass is taken to cost, in exchanges */
 
 /* An IPv6 address in network byte order; IPv4 a.b.c.d is ::ffff:a.b.c.d. */
 struct tb_addr {

@@ -25,7 +25,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cni_plugin import names
+from cni_plugin import names, netconf
+from cni_plugin.netconf import NetConf
+from cni_plugin.protocol import CniError
 from install import conflist
 from install.conflist import ConfError, Conflist, Entry, Json, NotValid
 
@@ -58,6 +60,14 @@ class Ours:
     network: str
     cni_version: str
     entry: Json
+
+
+def parsed(entry: Json, where: Path) -> NetConf:
+    """Our entry's keys, with the defaults. Raises ValueError, which names `where` it stands."""
+    try:
+        return netconf.parse(entry)
+    except (CniError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"our entry in {where} is not valid: {error}") from error
 
 
 @dataclass(frozen=True)

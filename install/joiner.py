@@ -30,7 +30,6 @@ from install.pods import attached_cgroups
 SHARE = 0.02  # of a CPU, for all passes
 BURST_NS = 50_000_000
 EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
-FIRST_COST = 500  # of a pass, in exchanges; data_path/due.h has the same
 LEAST_COST = 50
 LOOK_S = 2.0  # how often for new generations, and for events that were lost
 BEAT_S = 20.0  # how often, at least, its file is written: `check` looks how old that is
@@ -287,7 +286,7 @@ class Joiner:
         folder = self._folder(pod_id)
         if folder is None:
             return True
-        cost = self._costs.get(pod_id, FIRST_COST)
+        cost = self._costs.get(pod_id, abi.FIRST_COST)
         opened.begin(pod_id, cost)
         try:
             spent_ns = self.runner.run(opened.visit, folder)

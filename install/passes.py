@@ -15,8 +15,9 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +52,27 @@ def _processes(folder: Path) -> Iterator[int]:
     for procs in [folder / "cgroup.procs", *folder.glob("*/**/cgroup.procs")]:
         with contextlib.suppress(OSError):  # the cgroup has gone, or is a threaded one
             yield from (int(pid) for pid in procs.read_text().split() if pid != "0")
+
+
+@contextlib.contextmanager
+def repeated(
+    visit: Callable[[], object], pause_s: float, *ignored: type[OSError]
+) -> Iterator[None]:
+    """Visits by a thread of this process meanwhile, `pause_s` apart, over `ignored` errors."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(pause_s):
+            with contextlib.suppress(*ignored):
+                visit()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class PassTimeout(Exception):

@@ -16,18 +16,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bpf import abi, stats
 from bpf.loader import VISIT, Limits, LoadError, Programs
 from cni_plugin import bpfsys, cgroup, names
-from install.passes import visit_pod
+from install import passes
 from install.probes import PROBES
 
 POD_ID = 1
@@ -229,7 +229,6 @@ def _accelerated(programs: Programs, folder: Path) -> Iterator[None]:
 @contextmanager
 def _passes(visit: int, folder: Path) -> Iterator[None]:
     """Passes over the cgroup's processes, one after the other; raises LoadError if refused."""
-    ended = threading.Event()
     try:
         bpfsys.visit_files(visit, os.getpid())
     except OSError as error:
@@ -237,18 +236,8 @@ def _passes(visit: int, folder: Path) -> Iterator[None]:
             f"this kernel cannot visit the open files of one process: {error.strerror};"
             " Linux 6.1 is needed"
         ) from error
-
-    def run() -> None:
-        while not ended.wait(PASSES_S):
-            visit_pod(visit, folder)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
+    with passes.repeated(partial(passes.visit_pod, visit, folder), PASSES_S):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _counters(programs: Programs) -> stats.HopCounters:

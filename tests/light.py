@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +20,7 @@ from unittest import mock
 from bpf import abi, loader, stats
 from bpf.loader import Limits, Programs
 from cni_plugin import bpfsys, cgroup, names
-from install import passes
+from install.passes import repeated, visit_pod
 
 CLIENT_IP = "127.0.0.6"
 SERVER_IP = "127.0.0.1"
@@ -76,7 +75,7 @@ class LightPod:
 
     def visit(self) -> None:
         """One pass over its processes."""
-        passes.visit_pod(self.programs.fds[loader.VISIT], self.folder)
+        visit_pod(self.programs.fds[loader.VISIT], self.folder)
 
     def members(self) -> int:
         """How many of its sockets have joined and not left; those that have closed count still."""
@@ -140,25 +139,6 @@ def remove_cgroup(folder: Path) -> None:
 
 
 @contextmanager
-def _passes(pod: LightPod) -> Iterator[None]:
-    """Passes one after the other, by a thread of this process."""
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(PASSES_S):
-            with suppress(BlockingIOError):  # the test makes a pass by itself
-                pod.visit()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-@contextmanager
 def accelerated(programs: Programs | None = None, *, passes: bool = True) -> Iterator[LightPod]:
     """An accelerated cgroup, removed on leaving; its processes must have ended by then.
 
@@ -170,7 +150,8 @@ def accelerated(programs: Programs | None = None, *, passes: bool = True) -> Ite
     try:
         pod = LightPod(folder, programs or Programs(LIMITS))
         try:
-            with _passes(pod) if passes else nullcontext():
+            # BlockingIOError: the test makes a pass by itself.
+            with repeated(pod.visit, PASSES_S, BlockingIOError) if passes else nullcontext():
                 yield pod
         finally:
             pod.detach()

@@ -7,8 +7,6 @@
  * writes the cost, as it measures it. So the joiner never takes more of a CPU than it gives back.
  */
 
-/* What a first pass is taken to cost, in exchanges. */
-#define TB_FIRST_COST 500
 #define TB_EXCHANGE_BYTES 32768 /* so many bytes count as another exchange */
 
 static __always_inline void tb_expect_passes(__u64 pod_id)

@@ -19,9 +19,9 @@
  *      nothing into an empty queue.
  *   2. The second notes how many sends have begun on the bypass, and then finds no thread inside a
  *      call at either end: each psock has the sockhash's reference alone.
- *   3. The third finds both queues empty, again no thread inside a call, and then that number
- * again. So no redirect is on its way, none has begun since 2, and none can begin. If 3 finds
- * anything else, 2 is next.
+ *   3. The third finds both queues empty, again no thread inside a call, and then the same number.
+ *      So no redirect is on its way, none has begun since 2, and none can begin. If 3 finds
+ *      anything else, 2 is next.
  */
 
 /* So long after the handshake, at least, it may join. */

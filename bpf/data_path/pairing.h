@@ -2,13 +2,13 @@
 /*
  * Two sockets find out that they are the ends of one connection. Nothing joins a sockhash here.
  *
- * RULE (identity). Two sockets are one connection only if their initial sequence numbers mirror:
- * two 32-bit numbers that the kernel drew for this connection. Addresses do not decide. iptables
- * REDIRECT changes the server's, NAT the client's port, client ports are reused at once, and
- * 127.0.0.1:p -> 127.0.0.1:8080 is the same tuple in every pod. Nor do the numbers alone: they are
- * a hash of the tuple under one secret per boot, plus a clock (net/core/secure_seq.c), so the same
- * tuple draws the same numbers in two network namespaces at the same moment. Hence `netns` in the
- * key, and the rules on addresses in tb_client_established() and tb_half_fits().
+ * RULE (identity). Two sockets are one connection only if their initial sequence numbers mirror.
+ * The kernel drew these two 32-bit numbers for this connection. Addresses do not decide. iptables
+ * REDIRECT changes the server's, NAT the client's port, and client ports are reused at once.
+ * 127.0.0.1:p -> 127.0.0.1:8080 is the same tuple in every pod. Nor do the numbers alone decide.
+ * They are a hash of the tuple under one secret per boot, plus a clock (net/core/secure_seq.c). So
+ * the same tuple draws the same numbers in two network namespaces at the same moment. Hence `netns`
+ * in the key, and the rules on addresses in tb_client_established() and tb_half_fits().
  */
 
 /* So many exchanges an unpaired client is asked for its server. */

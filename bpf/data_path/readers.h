@@ -15,7 +15,7 @@
 /* Why the kernel or TCP needs this socket out of a sockhash, as an enum tb_outcome; 0: it does not.
  * MPTCP subflows in a sockhash crashed kernels. kTLS (a ULP) would have plaintext redirected. For a
  * bypassed MSG_ZEROCOPY no completion comes. */
-static __always_inline __u32 tb_is_ineligible(__u64 sk)
+static __always_inline __u32 tb_ineligibility(__u64 sk)
 {
 	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
 	    tb_read64(sk + OFF_ICSK_ULP_OPS) ||
@@ -47,7 +47,7 @@ static __always_inline int tb_is_nonblocking(__u64 file)
 static __always_inline __u32 tb_unfit(__u64 sk)
 {
 	__u64 file = tb_file(sk);
-	__u32 outcome = tb_is_ineligible(sk);
+	__u32 outcome = tb_ineligibility(sk);
 
 	if (outcome)
 		return outcome;

@@ -91,10 +91,9 @@ struct tb_tally {
 struct tb_conn {
 	/* The connection: pairing.h */
 	struct tb_end me;
-	struct tb_end peer; /* id 0: not paired yet */
-	struct tb_half_key
-		half;  /* the client: to be asked for its server while `peer` is unknown */
-	__u64 last_id; /* the newest id of this socket, kept over a disconnect */
+	struct tb_end peer;	 /* id 0: not paired yet */
+	struct tb_half_key half; /* a client finds its server by it */
+	__u64 last_id;		 /* the newest id of this socket, kept over a disconnect */
 	__u32 hop;
 	/* Whether it joins, and leaves: readers.h, joining.h */
 	__u32 refused;	 /* enum tb_outcome that keeps it out for good; 0: none */

@@ -23,7 +23,7 @@
  * part of what is free besides. So many cgroups above one another are looked at. */
 #define TB_RESERVE 16
 #define TB_SHARE 16
-#define TB_AMPLE (TB_SHARE * TB_MAX_BOUND / TB_PAGE_SIZE)
+#define TB_AMPLE (TB_SHARE * TB_MAX_BOUND / PAGE_SIZE)
 #define TB_LEVELS 4
 
 /* What a message takes of the node's memory. */
@@ -81,7 +81,7 @@ static __always_inline __u64 tb_free(__u64 counter)
 	limit -= reserve < TB_AMPLE ? reserve : TB_AMPLE;
 	if (used + TB_AMPLE > limit)
 		limit += tb_cached(counter - OFF_MEMCG_MEMORY);
-	return used < limit ? (limit - used) * TB_PAGE_SIZE : 0;
+	return used < limit ? (limit - used) * PAGE_SIZE : 0;
 }
 
 /* How many bytes a socket's container leaves one connection: RULE (memory). */

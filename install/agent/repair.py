@@ -22,9 +22,8 @@ from bpf import abi
 from cni_plugin import attachment, names, netconf, policy
 from cni_plugin.netconf import NetConf
 from cni_plugin.policy import Plan
-from cni_plugin.protocol import CniError
 from cni_plugin.state import Key
-from install import log
+from install import conf_dir, log
 from install.agent.cri import CriError, Network, Runtime, Sandbox, connected
 from install.commands import LOCK_PATIENCE_S, Node, NodeError
 from install.conf_dir import ConfDir
@@ -43,6 +42,7 @@ class Plugin:
     """Our plugin as it stands in the node's conflist."""
 
     program: Path
+    conflist: Path
     network: str
     cni_version: str
     entry: dict[str, Any]
@@ -65,7 +65,7 @@ def run(node: Node, places: Places, socket: Path, *, attach: bool) -> Tally:
     ours = ConfDir(places.conf_dir).ours()
     if ours is None:
         raise NodeError(f"our entry is in no network configuration in {places.conf_dir}; install")
-    plugin = Plugin(places.files.link, ours.network, ours.cni_version, ours.entry)
+    plugin = Plugin(places.files.link, ours.path, ours.network, ours.cni_version, ours.entry)
     tally = Tally()
     with connected(socket) as channel:
         runtime = Runtime(channel)
@@ -132,7 +132,7 @@ def adopt(
     if current not in node.generations.complete():
         return  # nothing is loaded, as the plugin would say for each of them
     program_id = current.sock_ops_id()
-    conf = _in_force(node, plugin.entry)
+    conf = _in_force(node, plugin)
     mode = node.state.node_mode() if conf.mode == "auto" else (conf.mode, "")
     for sandbox in sandboxes:
         # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
@@ -153,13 +153,10 @@ def adopt(
             log.info("pod_left_alone", said, **about)
 
 
-def _in_force(node: Node, entry: dict[str, Any]) -> NetConf:
+def _in_force(node: Node, plugin: Plugin) -> NetConf:
     """Our entry, with the cluster's switch on top."""
     try:
-        conf = netconf.parse(entry)
-    except (CniError, AssertionError, TypeError, ValueError) as error:
-        raise NodeError(f"our entry in the network configuration is not valid: {error}") from error
-    try:
+        conf = conf_dir.parsed(plugin.entry, plugin.conflist)
         return netconf.under_switch(conf, node.state.switch())
     except ValueError as error:
         raise NodeError(str(error)) from error

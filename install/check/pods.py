@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cni_plugin import netconf, policy
-from cni_plugin.protocol import CniError
+from cni_plugin import policy
+from install import conf_dir
 from install.conf_dir import Ours
 from install.report import Facts
 
@@ -72,10 +72,7 @@ def others(
     ``mode`` is the self-test's, and why it is; the configuration may force another one. Raises
     ValueError when our entry is not valid.
     """
-    try:
-        conf = netconf.parse(ours.entry)
-    except (CniError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"our entry in {ours.path} is not valid: {error}") from error
+    conf = conf_dir.parsed(ours.entry, ours.path)
     if conf.mode != "auto":
         mode = (conf.mode, "the configuration says so")
     recorded_ids = {each.container_id for each in known}

@@ -9,10 +9,9 @@ import platform
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cni_plugin import names, netconf
+from cni_plugin import names
 from cni_plugin.netconf import NetConf
-from cni_plugin.protocol import CniError
-from install import VERSION, installer, log, report
+from install import VERSION, conf_dir, installer, log, report
 from install.agent.command import sockets_of
 from install.commands import NodeError
 from install.conf_dir import ConfDir
@@ -50,9 +49,9 @@ def configuration(node: Node, places: Places, options: str | None) -> NetConf:
     elif ours := ConfDir(places.conf_dir).ours():
         entry = ours.entry
     try:
-        return netconf.parse(entry)
-    except (CniError, AssertionError, TypeError, ValueError) as error:
-        raise NodeError(f"our entry in {places.conf_dir} is not valid: {error}") from error
+        return conf_dir.parsed(entry, places.conf_dir)
+    except ValueError as error:
+        raise NodeError(str(error)) from error
 
 
 def pods_of(arguments: argparse.Namespace, conf: NetConf) -> list[Pod]:

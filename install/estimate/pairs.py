@@ -13,11 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from bpf.loader import Limits
 from install.estimate.pods import Pod
 from install.estimate.sockets import Address, Buffers, Dump, Socket
 
-# A connection is left alone until it has carried so much: docs/architecture.md, joining late.
-FEW_MESSAGES = 8
 _ULPS = {"mptcp": "MPTCP", "tls": "kernel TLS"}
 
 
@@ -164,8 +163,9 @@ def _of_addresses(connection: Connection) -> str:
 
 
 def _of_age(socket: Socket) -> str:
-    few = socket.segments + socket.segments_received < FEW_MESSAGES
-    return f"fewer than {FEW_MESSAGES} messages so far" if few else ""
+    """A socket joins late: docs/architecture.md. An exchange takes a segment each way at least."""
+    few = min(socket.segments, socket.segments_received) < Limits.exchanges
+    return f"fewer than {Limits.exchanges} exchanges so far" if few else ""
 
 
 def _has_excluded_port(connection: Connection) -> bool:

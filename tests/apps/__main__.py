@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,11 +19,11 @@ from tests.apps.application import Application, Figures
 from tests.apps.bed import AppNode
 from tests.apps.place import HOPS, HopName
 from tests.apps.registry import APPLICATIONS
-from tests.bed import cpus, pairs, signals
+from tests.bed import cpus, pairs
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
 from tests.bed.pairs import KINDS, Cost
-from tests.bench import machine
+from tests.bench import entry
 from tests.bench.bench import Bench
 from tests.bench.results import Results, Section, load
 
@@ -51,32 +50,22 @@ QUICK = Plan(3, 1.0, ("outbound", "mesh"))
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; `apps` holds names of APPLICATIONS."""
     parser = argparse.ArgumentParser(prog="python -m tests.apps", description=__doc__)
-    names = ", ".join(APPLICATIONS)
     parser.add_argument(
         "apps",
         nargs="?",
         default="",
         metavar="APPLICATION,...",
-        help=f"of {names}; the others' results stay as they are",
+        help=f"of {', '.join(APPLICATIONS)}; the others' results stay as they are",
     )
     parser.add_argument(
         "--mode", choices=("full", "auto"), default="full", help="as in the plugin's configuration"
     )
     parser.add_argument("--quick", action="store_true", help="two hops, fewer and shorter runs")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FOLDER")
-    parser.add_argument(
-        "--report",
-        nargs="?",
-        type=Path,
-        const=OUTPUT / "full.json",
-        metavar="RESULTS",
-        help=f"measure nothing, write {DOCUMENT.relative_to(REPOSITORY)} from results",
-    )
+    entry.add_report(parser, OUTPUT / "full.json", DOCUMENT)
     chosen = parser.parse_args(argv)
     chosen.apps = [name for name in chosen.apps.split(",") if name] or list(APPLICATIONS)
-    unknown = set(chosen.apps) - APPLICATIONS.keys()
-    if unknown:
-        parser.error(f"no application {', '.join(sorted(unknown))}; there are {names}")
+    entry.refuse_unknown(parser, "application", chosen.apps, APPLICATIONS)
     return chosen
 
 
@@ -123,24 +112,21 @@ def measure(
     node: AppNode, application: Application, plan: Plan, measuring: Cpus, console: Console
 ) -> Section:
     """Measure an application; one that fails says so and keeps what it has."""
-    section = Section(machine.facts(measuring))
-    section.machine["failures"] = failures = {}
-    console.print(f"[bold]{application.name}[/bold]")
-    stolen = machine.stolen_share(measuring)
-    for hop in application.hops:
-        if hop not in plan.hops:
-            continue
-        try:
-            bench = Bench("full", measuring, section, console)
-            measure_hop(bench, node, application, hop, plan)
-        except KeyboardInterrupt as interrupt:
-            section.machine["interrupted"] = str(interrupt)
-            break
-        except Exception as error:
-            console.print(traceback.format_exc())
-            lines = str(error).strip().splitlines() or [""]
-            failures[hop] = f"{type(error).__name__}: {lines[-1]}"
-    section.machine["stolen_share"] = stolen()
+    with entry.begun(application.name, measuring, console) as section:
+        section.machine["failures"] = failures = {}
+        for hop in application.hops:
+            if hop not in plan.hops:
+                continue
+            try:
+                bench = Bench("full", measuring, section, console)
+                measure_hop(bench, node, application, hop, plan)
+            except KeyboardInterrupt as interrupt:
+                section.machine["interrupted"] = str(interrupt)
+                break
+            except Exception as error:
+                console.print(traceback.format_exc())
+                lines = str(error).strip().splitlines() or [""]
+                failures[hop] = f"{type(error).__name__}: {lines[-1]}"
     return section
 
 
@@ -174,11 +160,7 @@ def main() -> int:
         report.write(results, DOCUMENT, PICTURE)
         console.print(f"{DOCUMENT} from {chosen.report}")
         return 0
-    if os.geteuid() != 0:
-        console.print("This makes network namespaces and loads BPF programs: run it as root.")
-        return 1
-    signals.stop_at_first()
-    return run(chosen, console)
+    return entry.as_root(partial(run, chosen, console), console)
 
 
 if __name__ == "__main__":

@@ -10,33 +10,12 @@ from tests.apps import tools
 from tests.apps.application import Application, Serve
 from tests.apps.place import TWO_HOPS, Link, Place
 from tests.apps.tools import SIZES, contract, wrk_of
+from tests.bed import nginx
 
-CONFIG = """
-daemon off;
-master_process off;
-worker_processes 1;
-pid {folder}/pid;
-error_log {folder}/error.log;
-events {{ worker_connections 1024; }}
-http {{
-    access_log off;
+HTTP = """
     default_type application/octet-stream;
     sendfile on;
-    tcp_nodelay on;
-    keepalive_timeout 1h;
-    keepalive_requests 1000000000;
     client_max_body_size 0;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/fastcgi;
-    scgi_temp_path {folder}/scgi;
-    uwsgi_temp_path {folder}/uwsgi;
-    {http}
-    server {{
-        listen {port}{switches};
-        {server}
-    }}
-}}
 """
 PROXY = """
         location / {{
@@ -53,15 +32,9 @@ UNBUFFERED = "proxy_buffering off; proxy_request_buffering off;"
 @contextmanager
 def running(link: Link, server: str, http: str = "", switches: str = "") -> Iterator[None]:
     """nginx on the link, with these parts of its configuration."""
-    folder = link.server.folder("nginx")
-    config = folder / "nginx.conf"
-    config.write_text(
-        CONFIG.format(
-            folder=folder, port=link.listen_port, switches=switches, server=server, http=http
-        )
-    )
-    config.chmod(0o644)
-    with link.serving(["nginx", "-c", config, "-e", folder / "error.log"]):
+    folder, listen = link.server.folder("nginx"), f"{link.listen_port}{switches}"
+    argv = nginx.configured(folder, listen=listen, http=f"{HTTP}    {http}", server=server)
+    with link.serving(argv):
         yield
 
 

@@ -29,7 +29,6 @@ error_log {folder}/error.log;
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
-    sendfile {sendfile};
     tcp_nodelay on;
     keepalive_timeout 1h;
     keepalive_requests 1000000000;
@@ -38,13 +37,28 @@ http {{
     fastcgi_temp_path {folder}/fastcgi;
     scgi_temp_path {folder}/scgi;
     uwsgi_temp_path {folder}/uwsgi;
+    {http}
     server {{
         listen {listen};
-        root {folder}/files;
-        location = /answer {{ default_type text/plain; return 200 "{answer}"; }}
+        {server}
     }}
 }}
 """
+SERVER = """
+        root {folder}/files;
+        location = /answer {{ default_type text/plain; return 200 "{answer}"; }}
+"""
+
+
+def configured(folder: Path, *, listen: str, http: str, server: str) -> list[str]:
+    """The command line, once nginx.conf is in `folder`; `http` and `server` go into these blocks.
+
+    `listen` is an address as nginx has it, with its switches.
+    """
+    config = folder / "nginx.conf"
+    config.write_text(CONFIG.format(folder=folder, listen=listen, http=http, server=server))
+    config.chmod(0o644)
+    return ["nginx", "-c", str(config), "-e", str(folder / "error.log")]
 
 
 @contextmanager
@@ -68,16 +82,15 @@ def running(
     for name, body in files.items():
         (folder / "files" / name).write_bytes(body)
         (folder / "files" / name).chmod(0o644)
-    config = folder / "nginx.conf"
-    switch = "on" if sendfile else "off"
     # One socket for both families, as Go, Java and Node listen.
     listen = f"[::]:{APP_PORT} ipv6only=off" if "v6" in pod.families else str(APP_PORT)
     if over is not None:
         listen = f"unix:{over}"
     if http2:
         listen += " http2"
-    config.write_text(CONFIG.format(folder=folder, listen=listen, sendfile=switch, answer=ANSWER))
-    argv = ["nginx", "-c", str(config), "-e", str(folder / "error.log")]
+    server = SERVER.format(folder=folder, answer=ANSWER)
+    switch = f"sendfile {'on' if sendfile else 'off'};"
+    argv = configured(folder, listen=listen, http=switch, server=server)
     process = pod.spawn(argv, cpus=cpus)
     try:
         _wait_listening(pod, process, over)

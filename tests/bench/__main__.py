@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,12 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.bed import cpus, signals
+from tests.bed import cpus
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
 from tests.bench import (
     answers,
     churn,
+    entry,
     hops,
     limits,
     machine,
@@ -59,37 +59,25 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few cases, few runs: two minutes")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=f"default: {OUTPUT}")
-    parser.add_argument(
-        "--report",
-        nargs="?",
-        type=Path,
-        const=OUTPUT / "results.json",
-        metavar="RESULTS",
-        help=f"measure nothing, write {DOCUMENT.relative_to(REPOSITORY)} from a results.json",
-    )
+    entry.add_report(parser, OUTPUT / "results.json", DOCUMENT)
     chosen = parser.parse_args(argv)
-    unknown = set(chosen.only or ()) - SECTIONS.keys()
-    if unknown:
-        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    entry.refuse_unknown(parser, "section", chosen.only or (), SECTIONS)
     return chosen
 
 
 def run_section(name: str, effort: Effort, measuring: Cpus, console: Console) -> Section:
     """Measure a section; one that fails or is interrupted says so and keeps what it has."""
-    section = Section(machine.facts(measuring))
-    console.print(f"[bold]{name}[/bold]")
-    warning = machine.disturbance(section.machine)
-    if warning is not None:
-        console.print(f"  [bold]Warning: {warning}.[/bold]")
-    stolen = machine.stolen_share(measuring)
-    try:
-        SECTIONS[name](Bench(effort, measuring, section, console))
-    except KeyboardInterrupt as interrupt:
-        section.machine["incomplete"] = f"interrupted ({interrupt})"
-    except Exception as error:
-        console.print(traceback.format_exc())
-        section.machine["incomplete"] = f"{type(error).__name__}: {error}".splitlines()[0]
-    section.machine["stolen_share"] = stolen()
+    with entry.begun(name, measuring, console) as section:
+        warning = machine.disturbance(section.machine)
+        if warning is not None:
+            console.print(f"  [bold]Warning: {warning}.[/bold]")
+        try:
+            SECTIONS[name](Bench(effort, measuring, section, console))
+        except KeyboardInterrupt as interrupt:
+            section.machine["incomplete"] = f"interrupted ({interrupt})"
+        except Exception as error:
+            console.print(traceback.format_exc())
+            section.machine["incomplete"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return section
 
 
@@ -131,11 +119,7 @@ def main() -> int:
         report.write(load(chosen.report), DOCUMENT, PICTURES, every_table)
         console.print(f"{DOCUMENT}, {PICTURES}/bench-*.png and {every_table}")
         return 0
-    if os.geteuid() != 0:
-        console.print("The benchmark makes network namespaces and loads BPF programs: run as root.")
-        return 1
-    signals.stop_at_first()
-    return measure(chosen, console)
+    return entry.as_root(partial(measure, chosen, console), console)
 
 
 if __name__ == "__main__":

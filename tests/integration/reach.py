@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bpf.loader import Limits
 from bpf.stats import HopCounters
 from cni_plugin import bpfsys, names
-from install import generations, report
+from install import generations, passes, report
 from install.commands import Node
 from tests.bed import Bed, Pod
 from tests.bed.pingpong import Hop
@@ -124,20 +123,9 @@ def visit(bed: Bed) -> None:
 @contextmanager
 def visiting(bed: Bed) -> Iterator[None]:
     """Passes over this process one after the other meanwhile, as over a pod's."""
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(PASSES_S):
-            with suppress(FileNotFoundError):  # a generation is being removed
-                visit(bed)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
+    # FileNotFoundError: a generation is being removed.
+    with passes.repeated(lambda: visit(bed), PASSES_S, FileNotFoundError):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def join(bed: Bed, *pairs: Ends) -> int:

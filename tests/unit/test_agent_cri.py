@@ -23,6 +23,7 @@ CONTAINERD = {"pid": 1, "runtimeSpec": SPEC, "config": {"linux": {"cgroup_parent
 CRI_O = {"pid": 1, "image": "pause", "runtimeSpec": SPEC}
 
 ANNOTATIONS = {"sidecar.istio.io/status": "{}"}
+CONFLIST = Path("/etc/cni/net.d/10-pods.conflist")
 SANDBOX = Sandbox("0123", True, "shop", "cart-7d9", "u-i-d", ANNOTATIONS)
 CAPABILITIES = {"cgroupPath": True, "io.kubernetes.cri.pod-annotations": True}
 
@@ -78,7 +79,7 @@ def test_a_sandbox_on_the_hosts_network() -> None:
 @pytest.mark.parametrize("version", ["0.3.0", "0.4.0", "1.0.0", "1.1.0"])
 def test_the_call_is_one_that_the_plugin_understands(version: str) -> None:
     entry = {"type": "tcpip-bypass", "capabilities": CAPABILITIES, "scope": "mesh"}
-    plugin = Plugin(Path("/opt/cni/bin/tcpip-bypass"), "pods", version, entry)
+    plugin = Plugin(Path("/opt/cni/bin/tcpip-bypass"), CONFLIST, "pods", version, entry)
     network = Network(True, False, ["10.0.0.2", "fd00::2"], NETNS, "/kubepods/pod-u-i-d")
     environment = repair.environment(plugin, SANDBOX, network)
     conf = json.dumps(repair.configuration(plugin, SANDBOX, network)).encode()
@@ -97,7 +98,7 @@ def test_the_call_is_one_that_the_plugin_understands(version: str) -> None:
 
 
 def test_the_runtime_config_is_what_the_entry_asks_for() -> None:
-    plugin = Plugin(Path("/p"), "pods", "1.0.0", {"capabilities": {"cgroupPath": True}})
+    plugin = Plugin(Path("/p"), CONFLIST, "pods", "1.0.0", {"capabilities": {"cgroupPath": True}})
     network = Network(True, False, ["10.0.0.2"], NETNS, "/kubepods/p")
     conf = repair.configuration(plugin, SANDBOX, network)
     assert conf["runtimeConfig"] == {"cgroupPath": "/kubepods/p"}

@@ -172,8 +172,8 @@ def test_a_blocking_reader_and_one_that_cannot_be_seen() -> None:
 
 
 def test_a_young_connection() -> None:
-    young = changed(mesh(), ("127.0.0.6", 42000), segments=3, segments_received=4)
-    assert reasons(young)["inbound"] == "fewer than 8 messages so far"
+    young = changed(mesh(), ("127.0.0.6", 42000), segments=9, segments_received=7)
+    assert reasons(young)["inbound"] == "fewer than 8 exchanges so far"
 
 
 def test_pods_that_opted_out() -> None:

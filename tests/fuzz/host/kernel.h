@@ -133,7 +133,7 @@ struct poll_wqueues {
 #define BIT_SOCK_KEEPOPEN 1
 #define BIT_SOCK_RCVTSTAMP 2
 #define TB_INACTIVE_FILE 0
-#define TB_PAGE_SIZE 4096
+#define PAGE_SIZE 4096
 #define TB_VMSTATS_APART 0
 
 #define bpf_htonl(x) __builtin_bswap32(x)

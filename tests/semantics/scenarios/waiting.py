@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import select
 import signal
 import socket
+from collections.abc import Callable
 
 from tests.semantics.scenario import (
     PATIENCE_S,
@@ -223,82 +225,77 @@ def signal_driven(io: Io) -> None:
     io.log("read", receiver.recv(100))
 
 
+def on_a_ring(
+    play: Callable[[Io, Ring, socket.socket, socket.socket], None],
+) -> Callable[[Io], None]:
+    """A scenario of sender and receiver with a ring; it says so where the kernel has none."""
+
+    @functools.wraps(play)
+    def played(io: Io) -> None:
+        sender, receiver = io.pair()
+        try:
+            ring = Ring()
+        except RingUnavailable as error:
+            io.log("io_uring", str(error))
+            return
+        with ring:
+            play(io, ring, sender, receiver)
+
+    return played
+
+
 @scenario()
-def io_uring_receive(io: Io) -> None:
+@on_a_ring
+def io_uring_receive(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: a receive that waits, one with data there, and MSG_WAITALL in two writes"""
-    sender, receiver = io.pair()
-    try:
-        ring = Ring()
-    except RingUnavailable as error:
-        io.log("io_uring", str(error))
-        return
-    with ring:
-        waiting = ring.recv(receiver.fileno(), 100)
-        io.log("before data", ring.completion(SETTLE_S))
-        sender.sendall(b"0123456789")
-        io.log("completion", ring.completion(PATIENCE_S))
-        io.log("bytes", waiting.raw[:10])
-        sender.sendall(b"abcde")
+    waiting = ring.recv(receiver.fileno(), 100)
+    io.log("before data", ring.completion(SETTLE_S))
+    sender.sendall(b"0123456789")
+    io.log("completion", ring.completion(PATIENCE_S))
+    io.log("bytes", waiting.raw[:10])
+    sender.sendall(b"abcde")
+    settle()
+    there = ring.recv(receiver.fileno(), 3)
+    io.log("data there", ring.completion(PATIENCE_S))
+    io.log("its bytes", there.raw[:3])
+    exactly(receiver, 2)
+    whole = ring.recv(receiver.fileno(), 10, socket.MSG_WAITALL)
+    for part in (b"01234", b"56789"):
+        sender.sendall(part)
         settle()
-        there = ring.recv(receiver.fileno(), 3)
-        io.log("data there", ring.completion(PATIENCE_S))
-        io.log("its bytes", there.raw[:3])
-        exactly(receiver, 2)
-        whole = ring.recv(receiver.fileno(), 10, socket.MSG_WAITALL)
-        for part in (b"01234", b"56789"):
-            sender.sendall(part)
-            settle()
-        io.log("MSG_WAITALL", ring.completion(PATIENCE_S))
-        io.log("its bytes then", whole.raw[:10])
+    io.log("MSG_WAITALL", ring.completion(PATIENCE_S))
+    io.log("its bytes then", whole.raw[:10])
 
 
 @scenario()
-def io_uring_worker(io: Io) -> None:
+@on_a_ring
+def io_uring_worker(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: receives made by a thread of the kernel (IOSQE_ASYNC), five times"""
-    sender, receiver = io.pair()
-    try:
-        ring = Ring()
-    except RingUnavailable as error:
-        io.log("io_uring", str(error))
-        return
-    with ring:
-        for number in range(5):
-            waiting = ring.recv(receiver.fileno(), 100, by_worker=True)
-            settle()
-            sender.sendall(b"message %d" % number)
-            result = ring.completion(PATIENCE_S)
-            io.log(f"completion {number}", result)
-            io.log(f"bytes {number}", waiting.raw[: max(result or 0, 0)])
+    for number in range(5):
+        waiting = ring.recv(receiver.fileno(), 100, by_worker=True)
+        settle()
+        sender.sendall(b"message %d" % number)
+        result = ring.completion(PATIENCE_S)
+        io.log(f"completion {number}", result)
+        io.log(f"bytes {number}", waiting.raw[: max(result or 0, 0)])
 
 
 @scenario()
-def io_uring_send(io: Io) -> None:
+@on_a_ring
+def io_uring_send(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: sends"""
-    sender, receiver = io.pair()
-    try:
-        ring = Ring()
-    except RingUnavailable as error:
-        io.log("io_uring", str(error))
-        return
-    with ring:
-        for number in range(3):
-            ring.send(sender.fileno(), b"message %d" % number)
-            io.log(f"completion {number}", ring.completion(PATIENCE_S))
+    for number in range(3):
+        ring.send(sender.fileno(), b"message %d" % number)
+        io.log(f"completion {number}", ring.completion(PATIENCE_S))
     io.log("received", exactly_by_poll(receiver, 27))
 
 
 @scenario()
-def io_uring_poll(io: Io) -> None:
+@on_a_ring
+def io_uring_poll(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: a poll that waits for data"""
-    sender, receiver = io.pair()
-    try:
-        ring = Ring()
-    except RingUnavailable as error:
-        io.log("io_uring", str(error))
-        return
-    with ring:
-        ring.poll(receiver.fileno(), select.POLLIN)
-        io.log("before data", ring.completion(SETTLE_S))
-        sender.sendall(b"data")
-        mask = ring.completion(PATIENCE_S)
-        io.log("completion", mask_names(mask & select.POLLIN) if mask is not None else None)
+    ring.poll(receiver.fileno(), select.POLLIN)
+    io.log("before data", ring.completion(SETTLE_S))
+    sender.sendall(b"data")
+    mask = ring.completion(PATIENCE_S)
+    io.log("completion", mask_names(mask & select.POLLIN) if mask is not None else None)
