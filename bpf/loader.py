@@ -125,7 +125,6 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DTB_VMSTATS_APART={int(memcg['MEMCG_VMSTATS_STATE'] is not None)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DPAGE_SIZE={resource.getpagesize()}",  # bcc's ring buffers are made of pages, too
-        f"-DBIT_SOCK_KEEPOPEN={btf.enumerator('sock_flags', 'SOCK_KEEPOPEN')}",
         f"-DBIT_SOCK_RCVTSTAMP={btf.enumerator('sock_flags', 'SOCK_RCVTSTAMP')}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]

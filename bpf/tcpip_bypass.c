@@ -23,7 +23,7 @@
  *   conntrack    one message in a second goes by TCP                                    order.h
  *   bound        a peer has unread only what its TCP finds room beside                 unread.h
  *   memory       and only a share of what its container has free                       unread.h
- *   edges        an edge-triggered reader gets a new edge for bytes behind others         edge.h
+ *   edges        an edge-triggered reader gets a new edge for bytes behind others       edge.h
  *   joining      only a socket that is known joins, while no call on it is under way  joining.h
  *   leaving      nothing unread, nothing on its way                                    joining.h
  *
@@ -57,7 +57,6 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 		sockhash.delete(&conn->me.id);
 	conn->me.id = 0;
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
-	tb_end_probes(skops, conn);
 	tb_call(skops, 0);
 }
 
@@ -93,7 +92,6 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 	}
 	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		return tb_use_again(skops, conn);
-	tb_refresh_edge(skops, conn);
 	if (tb_membership(conn->state) == TB_OUT)
 		tb_wait_to_join(skops, conn);
 }
@@ -149,7 +147,7 @@ int tb_sk_msg(struct sk_msg_md *msg)
 }
 
 /* The context of an iterator over the open files of a process (kernel/bpf/task_iter.c). */
-struct bpf_iter_meta;
+struct bpf_iter_meta; /* its first member: the struct seq_file that is written to */
 struct task_struct;
 struct file;
 struct bpf_iter__task_file {
@@ -159,9 +157,11 @@ struct bpf_iter__task_file {
 	struct file *file;
 };
 
+/* Writes the numbers, as __u32, of the files whose readers are to get a new edge: edge.h. */
 int tb_visit_file(struct bpf_iter__task_file *context)
 {
-	void *file = context->file, *socket;
+	void *file = context->file, *meta = context->meta, *socket;
+	__u32 fd = context->fd;
 
 	if (!file)
 		return 0;
@@ -171,7 +171,7 @@ int tb_visit_file(struct bpf_iter__task_file *context)
 	socket = *(void *volatile *)(socket + OFF_SOCKET_SK); /* its struct sock */
 	if (socket)
 		socket = bpf_skc_to_tcp_sock(socket); /* NULL for all but TCP's */
-	if (socket)
-		tb_visit(socket, (__u64)socket);
+	if (socket && tb_visit(socket, (__u64)socket))
+		bpf_seq_write(*(void *volatile *)meta, &fd, sizeof(fd));
 	return 0;
 }

@@ -112,7 +112,7 @@ enum tb_outcome {
 };
 
 /*
- * Map "due" (BPF_MAP_TYPE_LRU_HASH, by __u64 pod ID): when a pass over a pod's processes is worth
+ * Map "due" (BPF_MAP_TYPE_HASH, by __u64 pod ID): when a pass over a pod's processes is worth
  * its cost. Ring buffer "bell" gets the pod ID when `pending` is set.
  */
 struct tb_due {

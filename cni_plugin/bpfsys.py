@@ -180,8 +180,9 @@ def prog_query(cgroup_fd: int) -> list[int]:
     return list(ids[:count])
 
 
-def visit_files(prog_fd: int, pid: int) -> None:
-    """Run an iterator program (bpf_iter/task_file) over the open files of one process.
+def visit_files(prog_fd: int, pid: int) -> bytes:
+    """Run an iterator program (bpf_iter/task_file) over the open files of one process; returns what
+    it has written.
 
     ``pid`` is of the caller's PID namespace; ESRCH (ProcessLookupError) when there is no such
     process. Before Linux 6.1 an iterator cannot be limited to a process: E2BIG or EINVAL.
@@ -193,8 +194,10 @@ def visit_files(prog_fd: int, pid: int) -> None:
         closing(_bpf(_LINK_CREATE, attr)) as link,
         closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator,
     ):
-        while os.read(iterator, 4096):
-            pass
+        parts = []
+        while part := os.read(iterator, 4096):
+            parts.append(part)
+    return b"".join(parts)
 
 
 def prog_open(prog_id: int) -> int:

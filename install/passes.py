@@ -4,11 +4,15 @@
 A visit takes and drops a reference to each open file, as lsof does. When the process closes a file
 at that very moment, the visitor closes it: in rare cases (a network file system, SO_LINGER) that
 can take long. So passes run in a process of their own, which may be left behind.
+
+The visit names the files whose readers are to get a new edge: bpf/data_path/edge.h.
 """
 
 from __future__ import annotations
 
+import array
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -26,6 +30,9 @@ from cni_plugin import bpfsys, cgroup
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
 MOST_LEFT = 4  # so many at once; then no new pass until one has ended
 OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
+SYS_PIDFD_GETFD = 438
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def visit_pod(visit: int, folder: Path) -> int:
@@ -41,11 +48,34 @@ def visit_pod(visit: int, folder: Path) -> int:
         try:
             for pid in _processes(folder):
                 with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    bpfsys.visit_files(visit, pid)
+                    visit_process(visit, pid)
                     visited += 1
         finally:  # closing is not enough: a child forked meanwhile would keep the lock
             fcntl.flock(lock, fcntl.LOCK_UN)
     return visited
+
+
+def visit_process(visit: int, pid: int) -> None:
+    """One process of a pass, and the new edges that it asks for; raises as visit_pod() does."""
+    for fd in array.array("I", bpfsys.visit_files(visit, pid)):
+        with contextlib.suppress(OSError):  # closed meanwhile, or the process has ended
+            wake_reader(pid, fd)
+
+
+def wake_reader(pid: int, fd: int) -> None:
+    """Give a socket's reader a new edge: SO_RCVLOWAT's own value, written back, runs the kernel's
+    tcp_data_ready() (tcp_set_rcvlowat).
+
+    ``fd`` is the socket's number in process ``pid``. Raises OSError, PermissionError where the
+    kernel does not let this process have another's files (pidfd_getfd(2)).
+    """
+    with bpfsys.closing(os.pidfd_open(pid)) as process:
+        copy: int = _libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+    with socket.socket(fileno=copy) as reader:
+        lowat = reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
 
 
 def _processes(folder: Path) -> Iterator[int]:

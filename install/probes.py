@@ -12,6 +12,7 @@ namespace of its own, and prints one JSON object: probe name -> what it found.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -34,6 +35,7 @@ ORDER_CONNECTIONS = 5
 GREETINGS = 10
 GREETING_S = 0.006  # longer than it is from one pass of the self-test to the next
 STALL_LIMIT = 64 * 2**20
+PART = 4096  # bytes that an edge-triggered reader asks for
 
 Found = dict[str, object]
 
@@ -119,6 +121,25 @@ def backpressure() -> Found:
     return {"queued": sent, "stopped by": stopped_by, "lost": sent - received}
 
 
+def edge_behind() -> Found:
+    """An edge-triggered reader that rested hears of all, a short read being the end to it."""
+    with connected() as (client, server), select.epoll() as edges:
+        edges.register(server, select.EPOLLIN | select.EPOLLET)
+        for each in (client, server):
+            each.setblocking(False)
+        sent = heard = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < STALL_LIMIT:
+                sent += client.send(b"s" * 65000)  # no multiple of PART
+        while heard < sent and edges.poll(TIMEOUT_S):
+            got = PART
+            with contextlib.suppress(BlockingIOError):
+                while got == PART:
+                    got = len(server.recv(PART))
+                    heard += got
+    return {"heard": "all" if heard == sent else f"{heard} of {sent} bytes"}
+
+
 def fionread_bypassed() -> Found:
     """FIONREAD for bytes that came by bypass."""
     with connected() as (client, server):
@@ -187,6 +208,7 @@ PROBES: dict[str, Callable[[], Found]] = {
         close_after_data,
         level_triggered,
         edge_triggered,
+        edge_behind,
         fionread_bypassed,
         fionread_tcp,
     )

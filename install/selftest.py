@@ -39,10 +39,10 @@ PASSES_S = 0.004
 FULL, PROXY_ONLY, OFF = names.MODES
 
 # Without these right, only sidecars may be touched: they never ask for FIONREAD, applications
-# such as nginx and Java do. Without any other, nothing may.
+# such as nginx and Java do, and they read until there is nothing. Without any other, nothing may.
 TCP_ONLY = "fionread_tcp"
 SPLICE = "splice"
-APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY, SPLICE)
+APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY, SPLICE, "edge_behind")
 
 
 @dataclass(frozen=True)

@@ -4,57 +4,35 @@
  *
  * RULE (edges). While bypassed and TCP bytes both lie unread, recv returns the bypassed ones only.
  * epoll(7) lets an edge-triggered reader take such a short read for the end, and no edge may
- * follow. So while the sender notes that TCP bytes may lie behind bypassed ones (`is_behind`), and
- * TCP bytes lie unread, each packet that the reader sends makes a new edge. Writing SO_RCVLOWAT's
- * own value back runs tcp_data_ready() (tcp_set_rcvlowat, Linux 6.1).
- *
- * A reader at rest sends no packet. So its keepalive is set to a second meanwhile, and then back.
- * Not after the peer's FIN: its end of the stream is an edge, and a closed peer answers with RST.
+ * follow. So while a sender notes that its TCP bytes may lie behind bypassed ones (`is_behind`),
+ * passes visit the reader. Once it has read what was bypassed, the pass makes a new edge: it writes
+ * SO_RCVLOWAT's own value back, which runs tcp_data_ready() (tcp_set_rcvlowat). That is done from
+ * user space (install/passes.py). A packet of the reader's could carry its new window past a sender
+ * that drops the packet.
  */
 
-/* Longer than sooner probes are worth. */
-#define TB_PROBE_S 1
-
-static __always_inline void tb_probe(struct bpf_sock_ops *skops, struct tb_conn *conn)
+/* A visit to a reader: is it to get a new edge? Asks for another visit while it may be later. */
+static __always_inline int tb_visit_reader(const struct tb_conn *conn, __u64 sk)
 {
-	int seconds = 0, probe = TB_PROBE_S, on = 1;
+	int is_empty, has_more;
 
-	if (conn->own.idle_s)
-		return;
-	bpf_getsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &seconds, sizeof(seconds));
-	conn->own.is_on = (tb_read64(conn->me.sk + OFF_SOCK_FLAGS) >> BIT_SOCK_KEEPOPEN) & 1;
-	conn->own.idle_s = seconds;
-	bpf_setsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &probe, sizeof(probe));
-	bpf_setsockopt(skops, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
+	if (!tb_has_peer(conn) || !TB_PEERS(__u32, conn, is_behind))
+		return 0;
+	is_empty = tb_membership(conn->state) == TB_OUT || tb_is_empty(conn->at.psock);
+	has_more = tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) != tb_read32(sk + OFF_TCP_SOCK_RCV_NXT);
+	/* A thread inside a send may have a redirect on its way. */
+	if (is_empty && !has_more &&
+	    !(tb_is_peer_in(conn) && tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1))
+		return 0;
+	tb_ring(conn->me.pod_id);
+	return is_empty && has_more;
 }
 
-/* What the application has set meanwhile stays. */
-static __always_inline void tb_end_probes(struct bpf_sock_ops *skops, struct tb_conn *conn)
+/* A visit to a sender that has left: its peer has read on, so nothing lies behind any more. In the
+ * sockhash its sends find that out. */
+static __always_inline void tb_visit_sender(struct tb_conn *conn)
 {
-	int seconds = conn->own.idle_s, now = 0, off = 0;
-
-	if (!seconds)
-		return;
-	conn->own.idle_s = 0;
-	bpf_getsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &now, sizeof(now));
-	if (now == TB_PROBE_S)
-		bpf_setsockopt(skops, SOL_TCP, TCP_KEEPIDLE, &seconds, sizeof(seconds));
-	if (!conn->own.is_on)
-		bpf_setsockopt(skops, SOL_SOCKET, SO_KEEPALIVE, &off, sizeof(off));
-}
-
-/* The reader sends a packet. It may have left since its short read. */
-static __always_inline void tb_refresh_edge(struct bpf_sock_ops *skops, struct tb_conn *conn)
-{
-	int lowat;
-
-	if (!TB_PEERS(__u32, conn, is_behind) ||
-	    tb_read32(conn->me.sk + OFF_TCP_SOCK_COPIED_SEQ) == skops->rcv_nxt)
-		return tb_end_probes(skops, conn);
-	if (tb_tcp_state(conn->me.sk) < BPF_TCP_TIME_WAIT) /* no FIN has come */
-		tb_probe(skops, conn);
-	else
-		tb_end_probes(skops, conn);
-	lowat = tb_read32(conn->me.sk + OFF_SOCK_RCVLOWAT);
-	bpf_setsockopt(skops, SOL_SOCKET, SO_RCVLOWAT, &lowat, sizeof(lowat));
+	if (conn->is_behind && tb_membership(conn->state) == TB_OUT && tb_has_peer(conn) &&
+	    tb_has_read_on(conn))
+		conn->is_behind = 0;
 }

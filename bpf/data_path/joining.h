@@ -18,7 +18,7 @@
  *   1. The first writes TB_LEAVING. Sends at both ends that begin from then on see it, and bypass
  *      nothing into an empty queue.
  *   2. The second notes how many sends have begun on the bypass, and then finds no thread inside a
- *      call at either end: each psock has the sockhash's reference alone.
+ *      call at either end: each psock has the sockhash's reference alone, and those of sleepers.
  *   3. The third finds both queues empty, again no thread inside a call, and then the same number.
  *      So no redirect is on its way, none has begun since 2, and none can begin. If 3 finds
  *      anything else, 2 is next.
@@ -34,12 +34,6 @@ static __always_inline void tb_refuse(struct tb_conn *conn, __u32 outcome)
 {
 	conn->refused = outcome;
 	tb_count_outcome(conn->me.pod_id, conn->hop, outcome);
-}
-
-/* Is the peer's struct tb_conn still that of the peer? */
-static __always_inline int tb_has_peer(const struct tb_conn *conn)
-{
-	return TB_PEERS(__u64, conn, me.id) == conn->peer.id;
 }
 
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
@@ -112,8 +106,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	if (outcome && !conn->refused)
 		tb_refuse(conn, outcome);
 	if (outcome) {
-		if (!conn->own.idle_s) /* else a fresh edge is under way */
-			tb_call(skops, 0);
+		tb_call(skops, 0);
 		return;
 	}
 	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn))
@@ -128,7 +121,7 @@ static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u
 	return tb_is_known(conn, now) && !tb_is_paused(conn) && tb_has_peer(conn) &&
 	       tb_tcp_state(sk) == BPF_TCP_ESTABLISHED &&
 	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED && !tb_is_owned(sk) &&
-	       !tb_has_sleeper(sk) && tb_is_same_connection(conn, sk);
+	       !tb_sleepers(sk) && tb_is_same_connection(conn, sk);
 }
 
 /* `socket` lies at `sk`. */
@@ -160,6 +153,11 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);
 	conn->at.file = tb_file(sk);
 	tb_set_membership(conn, TB_MEMBER, now);
+	if (conn->me.id != id) { /* used again just now */
+		sockhash.delete(&id);
+		tb_set_membership(conn, TB_OUT, now);
+		return;
+	}
 	tb_count_membership(conn, 1);
 	if (conn->peer.pod_id != conn->me.pod_id &&
 	    tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT)
@@ -174,18 +172,21 @@ static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 no
 	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
-/* Has the peer a bypass queue, and threads that may redirect? Not once it has closed, or left. */
-static __always_inline int tb_is_peer_in(const struct tb_conn *conn)
+/* Is no thread inside a call on this socket, but for those that sleep? None of these is on its way
+ * to a redirect: such a thread does not sleep in the socket's own queue. */
+static __always_inline int tb_is_at_rest(__u64 sk, __u64 psock)
 {
-	return tb_has_peer(conn) && tb_membership(TB_PEERS(__u32, conn, state)) != TB_OUT &&
-	       tb_file(conn->peer.sk);
+	__u32 sleepers = tb_sleepers(sk), refs = tb_psock_refs(psock);
+
+	return refs == 1 || (refs == 1 + sleepers && tb_sleepers(sk) == sleepers);
 }
 
-/* Is no thread inside a call, at either end? */
+/* The same of both ends. */
 static __always_inline int tb_is_idle(const struct tb_conn *conn)
 {
-	return tb_psock_refs(conn->at.psock) == 1 &&
-	       (!tb_is_peer_in(conn) || tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) <= 1);
+	return tb_is_at_rest(conn->me.sk, conn->at.psock) &&
+	       (!tb_is_peer_in(conn) ||
+		tb_is_at_rest(conn->peer.sk, TB_PEERS(__u64, conn, at.psock)));
 }
 
 /* Do no bypassed bytes lie unread, at either end? */
@@ -230,6 +231,9 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 {
 	__u64 id = conn->me.id;
 
+	/* A thread that sleeps keeps the queue that goes now, and no later look would find it. */
+	if (tb_sleepers(conn->me.sk) && !conn->refused)
+		tb_refuse(conn, TB_OUTCOME_BLOCKING);
 	tb_flush_tally(conn);
 	sockhash.delete(&id);
 	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
@@ -249,6 +253,8 @@ static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u6
 		tb_refuse(conn, outcome);
 	if (tb_must_stay(conn, sk))
 		return;
+	if (!conn->at.psock) /* the socket was used again as it joined */
+		return tb_set_membership(conn, TB_OUT, now);
 	if (tb_membership(conn->state) == TB_LEAVING) {
 		if (tb_may_go(conn))
 			return tb_leave(conn, now);
@@ -262,19 +268,14 @@ static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u6
 	tb_ring(conn->me.pod_id); /* for the next step */
 }
 
-/* The TCP socket at `sk`, of an open file; `socket` is its verified pointer. */
-static __always_inline void tb_visit(void *socket, __u64 sk)
+/* `socket` lies at `sk`. */
+static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket, __u64 sk,
+					      __u64 now)
 {
-	struct tb_conn *conn = conns.sk_storage_get(socket, 0, 0);
-	__u64 now = bpf_ktime_get_ns();
 	__u32 outcome;
 
-	if (!conn || !conn->me.id)
-		return;
 	if (!tb_is_paired(conn))
 		tb_seek(conn);
-	if (tb_membership(conn->state) != TB_OUT)
-		return tb_visit_member(conn, sk, now);
 	if (conn->refused || !tb_may_join(conn, sk, now))
 		return;
 	outcome = tb_reason_to_refuse(conn, sk);
@@ -282,4 +283,23 @@ static __always_inline void tb_visit(void *socket, __u64 sk)
 		tb_refuse(conn, outcome);
 	else
 		tb_join(conn, socket, sk, now);
+}
+
+/* The TCP socket at `sk`, of an open file; `socket` is its verified pointer. Is its reader to get a
+ * new edge? */
+static __always_inline int tb_visit(void *socket, __u64 sk)
+{
+	struct tb_conn *conn = conns.sk_storage_get(socket, 0, 0);
+	__u64 now = bpf_ktime_get_ns();
+	int wants_edge;
+
+	if (!conn || !conn->me.id)
+		return 0;
+	wants_edge = tb_visit_reader(conn, sk);
+	tb_visit_sender(conn);
+	if (tb_membership(conn->state) != TB_OUT)
+		tb_visit_member(conn, sk, now);
+	else
+		tb_visit_outsider(conn, socket, sk, now);
+	return wants_edge;
 }

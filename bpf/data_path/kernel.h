@@ -27,11 +27,6 @@ static __u64 (*tb_tick_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 #define NS_PER_S 1000000000ULL
 #define AF_INET 2
 #define AF_INET6 10
-#define SOL_SOCKET 1
-#define SO_KEEPALIVE 9
-#define SO_RCVLOWAT 18
-#define SOL_TCP 6
-#define TCP_KEEPIDLE 4
 #define EBUSY 16
 #define O_NONBLOCK 04000
 

@@ -66,12 +66,12 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
 	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
 		return TB_REASON_LEAVING;
+	if (!tb_is_nonblocking(conn->there.file))
+		return TB_REASON_BLOCKING; /* it leaves, paused or not */
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
 	if (!tb_is_open(conn, tp))
 		return TB_REASON_HALF_CLOSED;
-	if (!tb_is_nonblocking(conn->there.file))
-		return TB_REASON_BLOCKING;
 	/* An application's lock, RULE (lock). */
 	if (!conn->peer.is_proxy && tb_is_owned(conn->peer.sk))
 		return TB_REASON_BUSY;
@@ -92,17 +92,21 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, const void *tp)
 {
 	__u64 sk = conn->peer.sk;
 
+	/* In this order: a reader that is about to sleep has the lock until its entry is queued. */
 	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) ==
 		       TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ) &&
-	       tb_is_empty(conn->there.psock) && !tb_has_sleeper(sk) &&
-	       tb_bound(&conn->peer) > TB_LOOK;
+	       !tb_is_owned(sk) && !tb_sleepers(sk) && tb_psock(sk) == conn->there.psock &&
+	       tb_is_empty(conn->there.psock) && tb_bound(&conn->peer) > TB_LOOK;
 }
 
-/* Is this the only thread inside a send or a read on this socket? One reference is the sockhash's,
- * one this call's. (The kernel lets go of the socket lock between verdict and redirect.) */
+/* Is no other thread of this socket on its way from verdict to redirect? (The kernel lets go of the
+ * socket lock between the two.) One reference is the sockhash's, one this call's, and one each
+ * thread's that sleeps. */
 static __always_inline int tb_is_alone(const struct tb_conn *conn)
 {
-	return tb_psock_refs(conn->at.psock) == 2;
+	__u32 refs = tb_psock_refs(conn->at.psock);
+
+	return refs == 2 || refs == 2 + tb_sleepers(conn->me.sk);
 }
 
 /* May a direction that is on the bypass go to TCP with this message, as it wishes to?
@@ -124,6 +128,12 @@ static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32
 		return 1;
 	}
 	return 0;
+}
+
+/* Has the peer read on to TCP bytes, past those that were bypassed before? */
+static __always_inline int tb_has_read_on(const struct tb_conn *conn)
+{
+	return (int)(tb_read32(conn->peer.sk + OFF_TCP_SOCK_COPIED_SEQ) - conn->tcp_seq) > 0;
 }
 
 /* Counts what the peer has answered, and what lies between its answers. */
@@ -162,6 +172,9 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 {
 	__u32 reason;
 
+	if (conn->is_behind && tb_has_read_on(conn) && tb_is_empty(conn->there.psock) &&
+	    tb_is_alone(conn))
+		conn->is_behind = 0;
 	/* A reader that was inside recv when the peer joined looks into TCP's queue only. So one
 	 * more message goes by TCP, and must be consumed. */
 	if (tb_meet_peer(conn, state))
@@ -208,6 +221,8 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 {
 	conn->tcp_at = now;
 	tb_count_tcp(conn, reason, size);
+	if (conn->is_behind)
+		tb_ring(conn->peer.pod_id); /* a pass makes an edge */
 	if (reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->peer.pod_id); /* a pass takes it out */
 	if (reason == TB_REASON_INELIGIBLE)

@@ -197,9 +197,14 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 {
 	struct tb_half *half = halves.lookup(&conn->half);
 
-	if (!half || half->client.id != conn->me.id || !half->server.id)
+	struct tb_end server;
+
+	if (!half)
 		return;
-	conn->peer = half->server;
+	server = half->server; /* before the look at the client: the map may use the entry again */
+	if (half->client.id != conn->me.id || !server.id)
+		return;
+	conn->peer = server;
 	conn->hop = tb_hop(&conn->me, &conn->peer);
 	halves.delete(&conn->half);
 	tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
@@ -208,6 +213,21 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 static __always_inline int tb_is_paired(const struct tb_conn *conn)
 {
 	return conn->peer.id != 0;
+}
+
+/* Is the peer's struct tb_conn still that of the peer? RULE (identity): the ends name each other.
+ */
+static __always_inline int tb_has_peer(const struct tb_conn *conn)
+{
+	return TB_PEERS(__u64, conn, me.id) == conn->peer.id &&
+	       TB_PEERS(__u64, conn, peer.id) == conn->me.id;
+}
+
+/* Has the peer a bypass queue, and threads that may redirect? Not once it has closed, or left. */
+static __always_inline int tb_is_peer_in(const struct tb_conn *conn)
+{
+	return tb_has_peer(conn) && tb_membership(TB_PEERS(__u32, conn, state)) != TB_OUT &&
+	       tb_file(conn->peer.sk);
 }
 
 /* Are these two still the sockets that were paired? The numbers are computed anew from what TCP has

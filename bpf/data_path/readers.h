@@ -8,8 +8,8 @@
  * packet that it sends, from the handshake on, and at each message that is bypassed to it.
  */
 
-/* A wait queue with more entries is not walked: a reader counts as asleep. */
 #define TB_MAX_WAITERS 8
+#define TB_MANY_SLEEPERS 0x10000
 #define TB_STACK_SIZE (32 * 1024) /* at least THREAD_SIZE */
 
 /* Why the kernel or TCP needs this socket out of a sockhash, as an enum tb_outcome; 0: it does not.
@@ -70,14 +70,15 @@ static __always_inline int tb_is_polling(__u64 private)
 }
 
 /*
- * Is any thread asleep in recv, or in another call on this socket? Its entry of the wait queue has
- * `private` set. epoll does not sleep there and leaves it NULL (init_waitqueue_func_entry). Errs
- * towards yes.
+ * How many threads are asleep in recv, or in another call on this socket? Their entries of the wait
+ * queue have `private` set. epoll does not sleep there and leaves it NULL
+ * (init_waitqueue_func_entry). TB_MANY_SLEEPERS when the queue is too long to be walked.
  */
-static __always_inline int tb_has_sleeper(__u64 sk)
+static __always_inline __u32 tb_sleepers(__u64 sk)
 {
 	__u64 wq = tb_read64(sk + OFF_SOCK_WQ);
 	__u64 head, entry, private;
+	__u32 count = 0;
 	int i;
 
 	if (!wq)
@@ -87,13 +88,12 @@ static __always_inline int tb_has_sleeper(__u64 sk)
 #pragma unroll
 	for (i = 0; i < TB_MAX_WAITERS; i++) {
 		if (entry == head)
-			return 0;
+			return count;
 		private = entry ? tb_read64(entry - OFF_WAIT_ENTRY + OFF_WAIT_PRIVATE) : 1;
-		if (private && !tb_is_polling(private))
-			return 1;
+		count += private && !tb_is_polling(private);
 		entry = tb_read64(entry);
 	}
-	return 1;
+	return TB_MANY_SLEEPERS;
 }
 
 /* Does a thread inside a call hold this socket's lock? */

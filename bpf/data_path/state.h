@@ -74,12 +74,6 @@ struct tb_moved {
 	__u32 sent;	/* write_seq */
 };
 
-/* An application's keepalive, while a shorter one is set for it: edge.h. */
-struct tb_keepalive {
-	__u32 idle_s; /* its TCP_KEEPIDLE; 0: it has its own */
-	__u32 is_on;
-};
-
 /* Bypassed messages that are not in the counters yet. */
 struct tb_tally {
 	__u64 messages;
@@ -117,8 +111,6 @@ struct tb_conn {
 	__u32 wasted;	  /* a score: messages on TCP in the sockhash, less those that gained */
 	__u64 tcp_at;	  /* when a message last went by TCP */
 	struct tb_place there;
-	/* Fresh edges: edge.h */
-	struct tb_keepalive own;
 	/* Not yet in the counters */
 	struct tb_tally tally;
 };
@@ -153,7 +145,7 @@ BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, 
 BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros, too many for the stack */
 BPF_ARRAY(control, struct tb_control, 1);
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
-BPF_F_TABLE("lru_hash", __u64, struct tb_due, due, TB_MAX_PODS, 0);
+BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_RINGBUF_OUTPUT(bell, 1);
 
 static __always_inline __u32 tb_membership(__u32 state)

@@ -117,6 +117,8 @@ static __always_inline __u32 tb_too_much(struct tb_conn *conn, __u32 size)
 {
 	__u32 unread = conn->queued + tb_cost(size);
 
+	if (tb_is_under_pressure(conn->there.prot))
+		return TB_REASON_MEMORY;
 	if (unread <= TB_LOOK)
 		return TB_REASON_NONE;
 	if (conn->queued && tb_is_empty(conn->there.psock)) {
@@ -125,7 +127,7 @@ static __always_inline __u32 tb_too_much(struct tb_conn *conn, __u32 size)
 	}
 	if (unread > tb_bound(&conn->peer))
 		return TB_REASON_BACKLOG;
-	if (tb_is_under_pressure(conn->there.prot) || unread > tb_room(conn->peer.sk))
+	if (unread > tb_room(conn->peer.sk))
 		return TB_REASON_MEMORY;
 	return TB_REASON_NONE;
 }

@@ -54,7 +54,7 @@ ORDER = _mutant(
 )
 WAKE_UP = _mutant(
     "one queue: to the bypass although a reader sleeps on the TCP queue",
-    (r"!tb_has_sleeper\(sk\) &&\n", "1 &&\n"),
+    (r"!tb_sleepers\(sk\) && tb_psock", "tb_psock"),
 )
 OPTIONS = _mutant(
     "readers: to the bypass although the peer has set options",
@@ -66,7 +66,11 @@ RETURN = _mutant(
 )
 OVERTAKING = _mutant(
     "one queue: a message by TCP overtakes another thread's redirect",
-    (r"return tb_psock_refs\(conn->at\.psock\) == 2;", "return 1;"),
+    (r"return refs == 2 \|\| refs == 2 \+ [^;]+;", "return 1;"),
+)
+SLEEPERS = _mutant(
+    "one queue: a thread asleep in recv keeps its end's messages on the bypass",
+    (r"return refs == 2 \|\| refs == 2 \+ [^;]+;", "return refs == 2;"),
 )
 PAUSE = _mutant(
     "pause: the bypass goes on",
@@ -116,19 +120,30 @@ BOUND = _mutant(
 )
 FRESH_EDGE = _mutant(
     "edges: no fresh edge",
-    (r"\tbpf_setsockopt\(skops, SOL_SOCKET, SO_RCVLOWAT, [^;]+;", "\t(void)lowat;"),
+    (r"return is_empty && has_more;", "return 0;"),
 )
-PROBES = _mutant(
-    "edges: a sender without more to say does not probe",
-    (r"\t\ttb_probe\(skops, conn\);", "\t\t;"),
+EDGE_UNASKED = _mutant(
+    "edges: a sender does not ask for a pass",
+    (r"\ttb_ring\(conn->peer\.pod_id\); /\* a pass makes an edge \*/", "\t;"),
 )
-PROBES_UNREAD = _mutant(
-    "edges: it probes only while bypassed bytes lie unread",
-    (r"tb_tcp_state\(conn->me\.sk\) < BPF_TCP_TIME_WAIT", "!tb_is_empty(conn->at.psock)"),
+EDGE_ONCE = _mutant(
+    "edges: the pass does not ask for another one",
+    (r"\ttb_ring\(conn->me\.pod_id\);\n\treturn is_empty", "\treturn is_empty"),
+)
+EDGE_TOO_EARLY = _mutant(
+    "edges: nor while a redirect is on its way",
+    (r"!\(tb_is_peer_in\(conn\) && [^;]+ > 1\)\)", "1)"),
 )
 EDGE_AFTER_LEAVING = _mutant(
     "edges: none for a reader that has left",
-    (r"\ttb_refresh_edge\(skops, conn\);\n\tif \(tb_membership", "\tif (tb_membership"),
+    (
+        r"tb_visit_reader\(conn, sk\);",
+        "tb_membership(conn->state) != TB_OUT && tb_visit_reader(conn, sk);",
+    ),
+)
+EDGE_FORGOTTEN = _mutant(
+    "edges: the sender forgets before its peer has read on",
+    (r"return \(int\)\(tb_read32\([^;]+> 0;", "return 1;"),
 )
 
 # ---- Joining ----
@@ -138,10 +153,14 @@ JOINS_OWNED = _mutant(
 )
 JOINS_SLEEPER = _mutant(
     "joining: while a reader sleeps",
-    (r"!tb_has_sleeper\(sk\) && tb_is_same_connection", "tb_is_same_connection"),
+    (r"!tb_sleepers\(sk\) && tb_is_same_connection", "tb_is_same_connection"),
 )
 JOINS_STRANGER = _mutant(
     "identity: the numbers are not looked at again", (r" && tb_is_same_connection\(conn, sk\)", "")
+)
+JOINS_ALONE = _mutant(
+    "identity: the ends need not name each other",
+    (r" &&\n\t       TB_PEERS\(__u64, conn, peer\.id\) == conn->me\.id;", ";"),
 )
 JOINS_OCCUPIED = _mutant(
     "joining: beside another program's sockmap",
@@ -173,11 +192,19 @@ LEAVES_UNHEARD = _mutant(
 )
 LEAVES_BLINDLY = _mutant(
     "leaving: while a thread of the peer's is inside a call",
-    (r"\(!tb_is_peer_in\(conn\) \|\| tb_psock_refs\([^;]+;", "1;"),
+    (r"tb_is_at_rest\(conn->peer\.sk, [^;]+;", "1);"),
 )
 LEAVES_OWN = _mutant(
     "leaving: while a thread of its own is inside a call",
-    (r"return tb_psock_refs\(conn->at\.psock\) == 1 &&", "return"),
+    (r"return tb_is_at_rest\(conn->me\.sk, conn->at\.psock\) &&", "return"),
+)
+LEAVES_AWAKE = _mutant(
+    "leaving: only when no thread sleeps",
+    (r"return refs == 1 \|\| \([^;]+;", "return refs == 1;"),
+)
+LEAVES_FOR_A_WHILE = _mutant(
+    "leaving: it comes back with a thread asleep on its former queue",
+    (r"if \(tb_sleepers\(conn->me\.sk\) && !conn->refused\)", "if (0)"),
 )
 LEAVES_AT_ONCE = _mutant(
     "leaving: in one visit after the first",
@@ -196,17 +223,19 @@ LEAVES_OWN_UNCOUNTED = _mutant(
 # ---- Identity ----
 
 # Addresses alone are not enough to go wrong: the numbers are looked at once more at the join, and a
-# stranger's do not fit when a direction goes to the bypass. So those walls go, too.
+# stranger's do not fit when a direction goes to the bypass, and it does not name this end. So those
+# walls go, too.
 IDENTITY = Mutant(
     "identity: paired by addresses, not by sequence numbers",
     (
         *ORDER.edits,
         *JOINS_STRANGER.edits,
+        *JOINS_ALONE.edits,
         Edit(r"(?<!dial\.)client_isn = [^;]+;", "client_isn = 0;", 3),
         Edit(r"server_isn = [^;]+;", "server_isn = 0;", 3),
         Edit(r"if \(found->client\.id \|\| ", "if ("),
         Edit(r"half->server\.id \|\| half->server_netns != netns", "0"),
-        Edit(r" \|\| half->client\.id != conn->me\.id \|\|", " ||"),
+        Edit(r"half->client\.id != conn->me\.id \|\| ", ""),
     ),
 )
 REUSED_SOCKET = _mutant(

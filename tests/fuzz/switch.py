@@ -110,6 +110,7 @@ class End:
     is_ready: bool = False  # as the event loop thinks
     owes_ack: bool = False
     is_asleep: bool = False  # a thread, inside tcp_recvmsg since before it joined
+    is_waiting: bool = False  # a thread, inside tcp_bpf_recvmsg
     is_owned: bool = False  # its socket lock
     is_nonblocking: bool = True
     is_corked: bool = False
@@ -149,9 +150,11 @@ class Connection:
         for number, end in enumerate(self.ends):
             view = View(
                 *(end.write_seq, self.ends[1 - number].write_seq, end.copied_seq),
-                *(end.is_owned, end.is_asleep, end.is_nonblocking, end.is_corked),
+                *(end.is_owned, end.is_asleep or end.is_waiting),
+                *(end.is_nonblocking, end.is_corked),
                 *(end.has_options, end.has_ulp, end.state),
-                *(end.deciding + len(end.redirects), bool(end.bypass_queue)),
+                end.deciding + len(end.redirects) + end.is_waiting,
+                bool(end.bypass_queue),
             )
             self.rules.host_set(number, ctypes.byref(view))
 
@@ -217,14 +220,18 @@ class Connection:
 
     # ---- Sending ----
 
-    def begin(self, sender: int, size: int) -> bool:
-        """A thread's message, until it is queued by TCP, or its redirect decided upon: True."""
+    def begin(self, sender: int, size: int, meanwhile: Step = lambda: None) -> bool:
+        """A thread's message, until it is queued by TCP, or its redirect decided upon: True.
+
+        ``meanwhile`` comes between the verdict and TCP's queue.
+        """
         end = self.ends[sender]
         message = Message(end.said, size, size, frozenset(end.ended))
         end.said += 1
         if self._decide(sender, size):
             end.redirects.append(message)
         else:
+            meanwhile()
             self._send_by_tcp(sender, message)
         return end.went_by_bypass
 
@@ -351,8 +358,11 @@ class Connection:
             for number, end in enumerate(self.ends):
                 end.is_asleep = False
                 self.read_everything(number)
-                if end.owes_ack or self.rules.host_is_probing(number):
+                if end.owes_ack:
                     self.packet(number)
+                if self.rules.host_begin_pass(number):  # of a pod that both may be in
+                    self.visit(0)
+                    self.visit(1)
                 self.read_everything(number)
         for number, end in enumerate(self.ends):
             missed = self.ends[1 - number].said - end.heard
@@ -360,8 +370,6 @@ class Connection:
                 raise Broken(f"a reader never hears of {missed} messages")
             if (self.membership(number) != OUT) != self.is_in_sockhash(number):
                 raise Broken("the programs and the kernel disagree on a membership")
-            if self.rules.host_is_probing(number):
-                raise Broken("keepalive is not as the application has set it")
 
     def part(self) -> None:
         """Both leave and go on by TCP. Raises Broken if they cannot, or an option stays changed."""
@@ -382,6 +390,7 @@ class Connection:
         self.packet(1)
         for number in range(2):
             self.visit(number)
+            self.rules.host_begin_pass(number)
         assert [self.membership(number) for number in range(2)] == [MEMBER, MEMBER]
         for sender in (0, 1):  # the first message after the peer has joined goes by TCP
             self.send(sender, 1)

@@ -355,31 +355,55 @@ def rests_behind_the_bound(make: Make) -> None:
     connection = make()
     while connection.send(0, 65_536):
         pass
-    connection.packet(1)
     connection.settle()
+
+
+def rests_on(make: Make) -> None:
+    """The same, after a pass that has come too early."""
+    connection = make()
+    while connection.send(0, 65_536):
+        pass
+    due_pass(connection, 1)
+    connection.settle()
+
+
+def leaves_behind_the_bound(make: Make) -> None:
+    """Its sender has left before the reader gets its new edge."""
+    connection = make(pods=2)
+    while connection.send(0, 65_536):
+        pass
+    connection.read_everything(1)
+    assert leaves(connection, 0, 4)
+    connection.settle()
+
+
+def due_pass(connection: Connection, number: int) -> None:
+    """A pass over an end's pod, if one is due."""
+    if connection.rules.host_begin_pass(number):
+        connection.visit(number)
 
 
 def overtaken_by_tcp(make: Make) -> None:
     """One thread's redirect rests on its way while the other's message goes by TCP: another pod's
-    application is inside a call. Its acknowledgement is sent before the redirect arrives."""
+    application is inside a call. A pass comes before either arrives."""
     connection = make(pods=2)
     connection.begin(0, 10)
     connection.ends[1].is_owned = True
-    connection.begin(0, 10)
+    connection.begin(0, 10, meanwhile=lambda: due_pass(connection, 1))
     connection.ends[1].is_owned = False
-    connection.packet(1)
     connection.arrive(0)
     connection.settle()
 
 
-def leaves_after_its_short_read(make: Make) -> None:
-    """The same, and it leaves before it sends another packet."""
-    connection = make()
-    while connection.send(0, 65_536):
-        pass
-    connection.packet(1)
-    connection.read_everything(1)
-    if leaves(connection, 1):
+def leaves_as_it_reads(make: Make) -> None:
+    """The same, and its short read is within the visit in which it leaves."""
+    for look in LOOKS:
+        connection = make()
+        while connection.send(0, 65_536):
+            pass
+        leaves(connection, 1, 2)
+        with connection.meanwhile(look, partial(connection.read_everything, 1)):
+            connection.visit(1)
         connection.settle()
 
 
@@ -420,12 +444,50 @@ def joins_as_another_connection(make: Make) -> None:
     joins(connection)
 
 
+def joins_a_stranger(make: Make) -> None:
+    connection = out(make)
+    connection.rules.host_estrange(1)
+    joins(connection)
+
+
 def joins_beside_another_sockmap(make: Make) -> None:
     connection = out(make)
     connection.rules.host_occupy(0)
     connection.visit(0)
     if connection.rules.host_membership(0) == MEMBER:
         raise Broken("two sockmaps have one socket")
+
+
+def sleeps_as_it_leaves(make: Make) -> None:
+    """A member has turned blocking, and a thread sleeps in recv: it leaves for good."""
+    connection = make()
+    connection.ends[1].is_nonblocking = False
+    connection.ends[1].is_waiting = True
+    if not leaves(connection, 1):
+        raise Broken("it stays as long as the thread sleeps")
+
+
+def comes_back_with_a_sleeper(make: Make) -> None:
+    connection = make()
+    connection.ends[1].is_waiting = True
+    assert leaves(connection, 1)
+    assert leaves(connection, 0)
+    connection.ends[1].is_waiting = False
+    connection.flags = 0
+    for sender in (0, 1) * 3:
+        echo(connection, sender)
+    connection.packet(0)
+    connection.visit(1)
+    if connection.membership(1) != OUT:
+        raise Broken("it joins again")
+
+
+def paused_with_a_sleeper(make: Make) -> None:
+    connection = make()
+    assert echo(connection)
+    connection.ends[0].is_waiting = True
+    connection.flags = abi.CONTROL_PAUSED
+    echo(connection)
 
 
 def leaves_with_bytes_unread(make: Make) -> None:
@@ -515,6 +577,7 @@ BREAKS = [
     (mutants.RETURN, left_when_it_has_not_read),
     (mutants.OVERTAKING, overtakes_another_thread),
     (mutants.PAUSE, paused),
+    (mutants.SLEEPERS, paused_with_a_sleeper),
     (mutants.LOCK, with_end(1, is_owned=True)),
     (mutants.HALF_CLOSED, with_end(1, state=switch.FIN_WAIT2)),
     (mutants.HALF_CLOSED, with_end(0, state=switch.CLOSE_WAIT)),
@@ -527,12 +590,15 @@ BREAKS = [
     (mutants.READERS, reader_refuses),
     (mutants.BOUND, never_read),
     (mutants.FRESH_EDGE, rests_behind_the_bound),
-    (mutants.PROBES, rests_behind_the_bound),
-    (mutants.PROBES_UNREAD, overtaken_by_tcp),
-    (mutants.EDGE_AFTER_LEAVING, leaves_after_its_short_read),
+    (mutants.EDGE_UNASKED, rests_behind_the_bound),
+    (mutants.EDGE_ONCE, rests_on),
+    (mutants.EDGE_TOO_EARLY, overtaken_by_tcp),
+    (mutants.EDGE_AFTER_LEAVING, leaves_as_it_reads),
+    (mutants.EDGE_FORGOTTEN, leaves_behind_the_bound),
     (mutants.JOINS_OWNED, joins_inside_a_call),
     (mutants.JOINS_SLEEPER, joins_with_a_sleeper),
     (mutants.JOINS_STRANGER, joins_as_another_connection),
+    (mutants.JOINS_ALONE, joins_a_stranger),
     (mutants.JOINS_OCCUPIED, joins_beside_another_sockmap),
     (mutants.LEAVES_OPENLY, redirects_to_the_leaving),
     (mutants.LEAVES_PAUSED, redirects_to_the_leaving),
@@ -540,6 +606,8 @@ BREAKS = [
     (mutants.LEAVES_UNHEARD, leaves_before_it_was_read),
     (mutants.LEAVES_BLINDLY, leaves_with_a_redirect_on_its_way),
     (mutants.LEAVES_OWN, leaves_with_its_own_on_its_way),
+    (mutants.LEAVES_AWAKE, sleeps_as_it_leaves),
+    (mutants.LEAVES_FOR_A_WHILE, comes_back_with_a_sleeper),
     (mutants.LEAVES_AT_ONCE, leaves_as_a_redirect_arrives),
     (mutants.LEAVES_UNCOUNTED, leaves_as_a_redirect_begins),
     (mutants.LEAVES_OWN_UNCOUNTED, leaves_as_its_own_redirect_begins),

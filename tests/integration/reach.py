@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from bpf.loader import Limits
 from bpf.stats import HopCounters
-from cni_plugin import bpfsys, names
+from cni_plugin import names
 from install import generations, passes, report
 from install.commands import Node
 from tests.bed import Bed, Pod
@@ -117,7 +117,7 @@ def visit(bed: Bed) -> None:
     """A pass over this process, which has the tests' sockets open; the joiner visits pods only."""
     for generation in in_process(bed).generations.complete():
         with generations.opened(generation.folder / names.VISIT) as program:
-            bpfsys.visit_files(program, os.getpid())
+            passes.visit_process(program, os.getpid())
 
 
 @contextmanager

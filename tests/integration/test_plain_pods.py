@@ -84,7 +84,7 @@ def test_a_service_leads_to_whichever_pod_it_chose(settings: dict[str, Plain]) -
         traffic_pods.talk_all(ends, rounds=20)
     change = reach.total(bed, client, first, second).since(before)
     assert (change.connections["paired"], change.joined) == (4, 4)
-    assert set(change.tcp_messages) == {"waiting"}
+    assert set(change.tcp_messages) == {"waiting", "order"}
     assert change.bypassed_messages == 20 * 4
 
 

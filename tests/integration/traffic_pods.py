@@ -291,7 +291,7 @@ class LightNode:
 
     def visit(self, *pods: LightPod) -> None:
         """A pass over this process, which has the tests' sockets open, and over those of pods."""
-        bpfsys.visit_files(self.programs.fds[VISIT], os.getpid())
+        passes.visit_process(self.programs.fds[VISIT], os.getpid())
         for pod in pods:
             passes.visit_pod(self.programs.fds[VISIT], pod.cgroup)
 

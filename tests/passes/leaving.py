@@ -26,7 +26,8 @@ from typing import Any
 
 from bpf import abi
 from bpf.loader import VISIT
-from cni_plugin import bpfsys, cgroup
+from cni_plugin import cgroup
+from install import passes
 from tests.light import LIMITS, SERVER_IP, LightPod, accelerated, edited, remove_cgroup
 
 PAIRS = 4
@@ -142,7 +143,7 @@ def visit(pod: LightPod, pids: list[int]) -> None:
     """Three visits of each process, as many as leaving takes, in less time than a verdict."""
     for pid in pids:
         for _ in range(3):
-            bpfsys.visit_files(pod.programs.fds[VISIT], pid)
+            passes.visit_process(pod.programs.fds[VISIT], pid)
 
 
 def flip(pod: LightPod, pids: list[int], leaves: int, has_failed: Callable[[], bool]) -> None:

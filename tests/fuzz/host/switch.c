@@ -22,45 +22,16 @@ struct host_end {
 	struct host_file file;
 	struct list unread; /* stands for what is in the bypass queue */
 	struct tb_conn conn;
-	__u32 callbacks, keepidle, edges, redirected, is_member;
+	__u32 callbacks, edges, redirected, is_member;
 };
-
-#define OWN_KEEPIDLE 7200
 
 static struct host_end ends[2];
 static struct proto tcp_prot, member_prot, tls_prot;
 static struct tb_control switches;
-static struct tb_due pass;
+static struct tb_due passes[2]; /* by pod */
 static struct memcg container, pod;
 static __u64 under_pressure;
 static struct host_net net = {{4096, 131072, 6 << 20}};
-
-static struct host_end *end_of(struct bpf_sock_ops *context)
-{
-	return (struct host_end *)context->sk;
-}
-
-static int bpf_setsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size)
-{
-	struct host_end *end = end_of(context);
-
-	(void)size;
-	if (level == SOL_TCP && name == TCP_KEEPIDLE)
-		end->keepidle = *value;
-	else if (level == SOL_SOCKET && name == SO_KEEPALIVE)
-		end->sock.flags = *value ? end->sock.flags | 1 << BIT_SOCK_KEEPOPEN
-					 : end->sock.flags & ~(1ULL << BIT_SOCK_KEEPOPEN);
-	else if (level == SOL_SOCKET && name == SO_RCVLOWAT)
-		end->edges += end->sock.rcv_nxt != end->sock.copied_seq; /* tcp_data_ready() */
-	return 0;
-}
-
-static int bpf_getsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size)
-{
-	(void)level, (void)name, (void)size;
-	*value = end_of(context)->keepidle;
-	return 0;
-}
 
 static struct tb_conn *storage_of(void *sk, void *value, int flags)
 {
@@ -114,8 +85,7 @@ static struct tb_control *control_of(int *index)
 
 static struct tb_due *due_of(__u64 *pod_id)
 {
-	(void)pod_id;
-	return &pass;
+	return &passes[*pod_id - 1];
 }
 
 static int ring(void *event, int size, int flags)
@@ -159,7 +129,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 	no_counters.lookup = no_zeros;
 	memset(ends, 0, sizeof(ends));
 	memset(&switches, 0, sizeof(switches));
-	memset(&pass, 0, sizeof(pass));
+	memset(passes, 0, sizeof(passes));
 	under_pressure = 0;
 	member_prot.memory_pressure = (__u64)&under_pressure;
 	container = pod = (struct memcg){.memory = {.max = ~0ULL >> 13}};
@@ -170,7 +140,6 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 		end->queue.head.next = &end->queue.head;
 		end->psock.ingress.next = &end->psock.ingress;
 		end->socket.file = (__u64)&end->file;
-		end->keepidle = OWN_KEEPIDLE;
 		end->callbacks = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
 		end->sock = (struct host_sock){
 			.wq = (__u64)&end->queue,
@@ -266,7 +235,20 @@ void host_packet(int end)
 
 void host_visit(int end)
 {
-	tb_visit(&ends[end].sock, (__u64)&ends[end].sock);
+	struct host_sock *sock = &ends[end].sock;
+
+	if (tb_visit(sock, (__u64)sock))
+		ends[end].edges += sock->rcv_nxt != sock->copied_seq; /* tcp_data_ready() */
+}
+
+/* Is a pass over this end's pod due? It will be begun. */
+int host_begin_pass(int end)
+{
+	struct tb_due *due = &passes[ends[end].conn.me.pod_id - 1];
+	int pending = due->pending;
+
+	due->pending = 0;
+	return pending;
 }
 
 void host_control(__u32 flags)
@@ -286,22 +268,22 @@ int host_is_member(int end)
 	return ends[end].is_member;
 }
 
-/* How many new edges the programs have made. */
+/* How many new edges passes have made. */
 int host_edges(int end)
 {
 	return ends[end].edges;
-}
-
-/* Does TCP probe this end's peer once a second? */
-int host_is_probing(int end)
-{
-	return ends[end].keepidle != OWN_KEEPIDLE || ends[end].sock.flags != 0;
 }
 
 /* Another connection's numbers: what a socket has that was used again behind our backs. */
 void host_renumber(int end)
 {
 	ends[end].sock.snd_una++;
+}
+
+/* An end's peer is another one, as it says. */
+void host_estrange(int end)
+{
+	ends[end].conn.peer.id = 99;
 }
 
 /* Another program's sockmap takes the socket. */

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Callable
 
 from tests.semantics.scenario import (
@@ -147,17 +148,24 @@ def edge_reader_that_rested(io: Io) -> None:
     sent = 0
     while isinstance(done := attempt(sender.send, b"s" * 5000), int) and sent < LARGE:
         sent += done
-    received = 0
+    received, longest_s = 0, 0.0
     with select.epoll() as poller:
         poller.register(receiver, select.EPOLLIN | select.EPOLLET)
-        while received < sent and poller.poll(PATIENCE_S):
+        has_more = bool(poller.poll(PATIENCE_S))
+        time.sleep(REST_S)
+        while has_more:
             while len(data := receiver.recv(70_000)) == 70_000:
                 received += len(data)
             received += len(data)
+            began = time.monotonic()
+            has_more = received < sent and bool(poller.poll(PATIENCE_S))
+            longest_s = max(longest_s, time.monotonic() - began)
     io.log("missing", sent - received)
+    io.log("later than 1.5 s", longest_s > 1.5)
 
 
 LARGE = 64 << 20
+REST_S = 3.0
 
 
 @scenario()
