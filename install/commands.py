@@ -213,7 +213,9 @@ def unload(node: Node) -> None:
         generations = node.generations
         ours = generations.program_ids()
         generations.withdraw()
-        leaving.empty_all(generations.complete(), _folders(generations))
+        folders = list(_folders(generations))
+        for generation in leaving.empty_all(generations.complete(), folders):
+            leaving.stay_behind(generation, folders)
         for pod in attached_cgroups(ours):
             pod.take_out()
         generations.remove_all()

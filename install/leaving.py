@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from cni_plugin import names
-from install import log
+from cni_plugin import bpfsys, names
+from install import log, passes
 from install.generations import Generation, opened
 from install.passes import PassTimeout, Runner
 
 PATIENCE_S = 5.0
 _PAUSE_S = 0.01  # between passes: a socket leaves in three of them
+_LONGEST_PAUSE_S, _KEEP_S = 1.0, 24 * 3600.0  # of a process that is left behind
 
 
 def empty(generation: Generation, folders: Iterable[Path], patience_s: float = PATIENCE_S) -> bool:
@@ -46,14 +49,62 @@ def empty(generation: Generation, folders: Iterable[Path], patience_s: float = P
     return True
 
 
-def empty_all(generations: Iterable[Generation], folders: Iterable[Path]) -> None:
-    """The same for several; says which of them have not come to their end."""
-    pods = list(folders)
+def empty_all(generations: Iterable[Generation], folders: Iterable[Path]) -> list[Generation]:
+    """The same for several; says which of them have not come to their end, and returns them."""
+    pods, left = list(folders), []
     for generation in generations:
         if not empty(generation, pods):
+            left.append(generation)
             log.warning(
                 "sockets_left",
                 f"sockets of {generation.folder.name} have unread bypassed bytes, or cannot be"
                 " reached; they go on by TCP",
                 generation=generation.folder.name,
             )
+    return left
+
+
+def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
+    """Leave a process behind that goes on with the passes until its sockets have left.
+
+    For generations whose pins are about to be removed. Readers that rest past the bound are given
+    their new edge, and then nothing of ours is in them any more. It ends after a day at most.
+    """
+    if not generation.is_whole():
+        return
+    with (
+        opened(generation.folder / names.VISIT) as visit,
+        opened(generation.folder / names.SOCKHASH) as sockhash,
+    ):
+        child = os.fork()
+        if not child:
+            try:
+                passes.leave_container()
+                if not os.fork():
+                    _let_go(visit, sockhash)
+                    _keep_on(visit, sockhash, list(folders))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+
+
+def _let_go(*kept: int) -> None:
+    """Closes all files but these: locks among them, and what a caller of this program reads."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(nothing, fd)
+    for fd in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(fd)
+
+
+def _keep_on(visit: int, sockhash: int, folders: list[Path]) -> None:
+    deadline, pause_s = time.monotonic() + _KEEP_S, _PAUSE_S
+    while not bpfsys.map_is_empty(sockhash) and time.monotonic() < deadline:
+        for folder in folders:
+            with contextlib.suppress(OSError):  # gone
+                passes.visit_pod(visit, folder)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

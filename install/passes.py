@@ -170,7 +170,7 @@ class _Worker:
         if not child:
             try:
                 ours.close()
-                _leave_container()
+                leave_container()
                 pid = os.fork()
                 if not pid:
                     _serve(theirs)
@@ -215,7 +215,7 @@ class _Worker:
             self.line.shutdown(socket.SHUT_WR)
 
 
-def _leave_container() -> None:
+def leave_container() -> None:
     """Into a cgroup of its own, so that the container can end before this process does."""
     mount = cgroup.mount()
     if mount is not None:

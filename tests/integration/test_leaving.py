@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A generation is removed while a reader rests with bytes of both kinds unread."""
+
+from __future__ import annotations
+
+import os
+import select
+from pathlib import Path
+
+from bpf.loader import Programs
+from cni_plugin import cgroup
+from install import leaving
+from install.generations import Generations
+from install.passes import OWN_CGROUP, repeated
+from tests.bed import open_bed
+from tests.fuzz.cases import PART, Ends, edges_of, heard_by_edges
+from tests.integration.traffic_pods import eventually
+from tests.light import LIMITS, LightPod, accelerated
+
+MESSAGE = 65_000  # bytes, no multiple of PART
+
+
+def rest(pod: LightPod, ready: int, go: int) -> bool:
+    """Lets a sender go on until it is stopped; reads once told to. Whether it heard of all."""
+    ends = Ends(pod)
+    edges = edges_of(ends.server)
+    sent = 0
+    try:
+        while True:
+            sent += ends.client.send(bytes(MESSAGE))
+    except BlockingIOError:
+        edges.poll()  # its edge is taken
+    os.write(ready, b"!")
+    os.read(go, 1)
+    heard = got = len(ends.server.recv(PART))
+    while got == PART:
+        got = len(ends.server.recv(PART))
+        heard += got
+    return heard < sent and heard + heard_by_edges(edges, ends.server, sent - heard) == sent
+
+
+def left_behind() -> set[str]:
+    """Processes for passes."""
+    mount = cgroup.mount()
+    assert mount is not None
+    procs: Path = mount / OWN_CGROUP / "cgroup.procs"
+    return set(procs.read_text().split()) if procs.exists() else set()
+
+
+def test_a_reader_that_rests_outlives_the_pins() -> None:
+    before = left_behind()
+    with open_bed() as bed:
+        programs = Programs(LIMITS)
+        generation = Generations(bed.node.bpffs).publish(programs)
+        with accelerated(programs, passes=False) as pod:
+            (ready, is_ready), (go, going) = os.pipe(), os.pipe()
+            child = os.fork()
+            if not child:
+                try:
+                    pod.enter()
+                    os._exit(0 if rest(pod, is_ready, go) else 1)
+                finally:
+                    os._exit(2)
+            with repeated(pod.visit, 0.004):
+                assert select.select([ready], [], [], 20)[0]
+            assert not leaving.empty(generation, [pod.folder], patience_s=0.3)
+            leaving.stay_behind(generation, [pod.folder])
+            generation.remove()
+            os.write(going, b"!")
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == 0
+            for fd in (ready, is_ready, go, going):
+                os.close(fd)
+    assert eventually(lambda: left_behind() <= before)
