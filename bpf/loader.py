@@ -31,7 +31,7 @@ PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG, VISIT:
 MAP_PINS = (
     *("conns", "halves"),
     *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
-    *(names.DUE, names.BELL),
+    *(names.DUE, names.BELL, names.BEAT),
 )
 PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
 # What every version has pinned, so that a later one can take over its pods.

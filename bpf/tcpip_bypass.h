@@ -78,18 +78,19 @@ enum tb_hop {
 
 /* Why a message went by TCP after all. */
 enum tb_reason {
-	TB_REASON_NONE,	       /* it did not */
-	TB_REASON_WAITING,     /* its socket, or the peer, has not joined the sockhash yet */
-	TB_REASON_LEAVING,     /* its socket, or the peer, is not in the sockhash any more */
-	TB_REASON_ORDER,       /* the peer has not consumed all earlier TCP bytes */
-	TB_REASON_BACKLOG,     /* the peer would have more unread than tb_bound() */
-	TB_REASON_BLOCKING,    /* the peer's file is blocking: its reader may sleep in recv */
-	TB_REASON_BUSY,	       /* a thread of the peer's is inside a call on its socket */
-	TB_REASON_MEMORY,      /* the kernel is short of memory for TCP, or the peer's container */
-	TB_REASON_CORKED,      /* TCP_CORK: the sender wants it held back */
-	TB_REASON_STREAM,      /* much was sent without an answer */
-	TB_REASON_REFRESH,     /* one message in a second: conntrack */
-	TB_REASON_PAUSED,      /* the operator paused the bypass */
+	TB_REASON_NONE,	    /* it did not */
+	TB_REASON_WAITING,  /* its socket, or the peer, has not joined yet, or the joiner is silent
+			     */
+	TB_REASON_LEAVING,  /* its socket, or the peer, is not in the sockhash any more */
+	TB_REASON_ORDER,    /* the peer has not consumed all earlier TCP bytes */
+	TB_REASON_BACKLOG,  /* the peer would have more unread than tb_bound() */
+	TB_REASON_BLOCKING, /* the peer's file is blocking: its reader may sleep in recv */
+	TB_REASON_BUSY,	    /* a thread of the peer's is inside a call on its socket */
+	TB_REASON_MEMORY,   /* the kernel is short of memory for TCP, or the peer's container */
+	TB_REASON_CORKED,   /* TCP_CORK: the sender wants it held back */
+	TB_REASON_STREAM,   /* much was sent without an answer */
+	TB_REASON_REFRESH,  /* one message in a second: conntrack */
+	TB_REASON_PAUSED,   /* the operator paused the bypass */
 	TB_REASON_HALF_CLOSED, /* one end has shut down or closed */
 	TB_REASON_INELIGIBLE,  /* an end got a ULP or an option after it joined */
 	TB_REASONS,

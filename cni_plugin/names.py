@@ -27,6 +27,7 @@ SOCKHASH = "sockhash"
 CONTROL = "control"
 PAUSED_PODS = "paused_pods"
 DUE = "due"
+BEAT = "beat"
 BELL = "bell"
 SPLICE_WATCH = "splice_watch"  # a link, where the kernel allows it
 VISIT = "visit"  # the iterator over the open files of a process

@@ -38,6 +38,7 @@ FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 FORGET_S = 60.0  # how often pods that are no more are forgotten
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
+_PINS = (names.VISIT, names.DUE, names.BEAT)
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
@@ -72,13 +73,19 @@ class Opened:
     generation: Generation
     visit: int
     due: int
+    beat: int
     bell: Bell
 
     @staticmethod
     def of(generation: Generation) -> Opened:
-        fds = [bpfsys.obj_get(str(generation.folder / pin)) for pin in (names.VISIT, names.DUE)]
+        visit, due, beat = (bpfsys.obj_get(str(generation.folder / pin)) for pin in _PINS)
         with bpfsys.closing(bpfsys.obj_get(str(generation.folder / names.BELL))) as bell:
-            return Opened(generation, fds[0], fds[1], Bell(bell))
+            return Opened(generation, visit, due, beat, Bell(bell))
+
+    def show_life(self) -> None:
+        """Tells the programs that there is a joiner; else all goes by TCP after 10 s."""
+        now = time.monotonic_ns().to_bytes(8, sys.byteorder)
+        bpfsys.map_update(self.beat, bytes(4), now)
 
     def pods(self) -> list[int]:
         """All that have an entry, pending or not."""
@@ -106,8 +113,8 @@ class Opened:
 
     def close(self) -> None:
         self.bell.close()
-        os.close(self.visit)
-        os.close(self.due)
+        for fd in (self.visit, self.due, self.beat):
+            os.close(fd)
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,8 @@ class Joiner:
     def _serve(self) -> float:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
         self._earn()
+        for each in self._opened.values():
+            each.show_life()
         due = [
             (waiting, each, pod_id)
             for each in self._opened.values()

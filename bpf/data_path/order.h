@@ -82,6 +82,8 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) ||
 	    (TB_OWN(__u32, tp, OFF_SOCK_TSFLAGS) & TB_TSFLAGS) || tb_has_options(conn->peer.sk))
 		return TB_REASON_INELIGIBLE;
+	if (tb_is_joiner_silent(now))
+		return TB_REASON_WAITING;
 	if (tb_has_passed(NS_PER_S, conn->tcp_at, now))
 		return TB_REASON_REFRESH;
 	return conn->run > TB_STREAM ? TB_REASON_STREAM : TB_REASON_NONE;

@@ -130,9 +130,10 @@ struct tb_secret {
  * secret       0                       drawn anew by each load
  * counters     struct tb_counter_key   struct tb_counters, on each CPU
  * control      0                       struct tb_control, written by the node program
- * paused_pods  pod id                  1
- * due          pod id                  struct tb_due: what its connections miss without a pass
- * bell         -                       pod ids whose pass has become due
+ * beat         0                       when the joiner last looked, in nanoseconds; 0: no joiner
+ * yet paused_pods  pod id                  1 due          pod id                  struct tb_due:
+ * what its connections miss without a pass bell         -                       pod ids whose pass
+ * has become due
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
@@ -144,6 +145,7 @@ BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, 
 	    BPF_F_NO_PREALLOC);
 BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros, too many for the stack */
 BPF_ARRAY(control, struct tb_control, 1);
+BPF_ARRAY(beat, __u64, 1);
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_RINGBUF_OUTPUT(bell, 1);
@@ -167,6 +169,17 @@ static __always_inline __u32 tb_control_flags(void)
 	struct tb_control *node = control.lookup(&zero);
 
 	return node ? node->flags : TB_CONTROL_PAUSED;
+}
+
+/* Without a joiner no reader gets a fresh edge (edge.h). So once it is silent, all goes by TCP. */
+#define TB_SILENCE (10 * NS_PER_S)
+
+static __always_inline int tb_is_joiner_silent(__u64 now)
+{
+	int zero = 0;
+	__u64 *last = beat.lookup(&zero);
+
+	return last && *last && tb_has_passed(TB_SILENCE, *last, now);
 }
 
 static __always_inline int tb_is_paused(const struct tb_conn *conn)

@@ -68,6 +68,10 @@ OVERTAKING = _mutant(
     "one queue: a message by TCP overtakes another thread's redirect",
     (r"return refs == 2 \|\| refs == 2 \+ [^;]+;", "return 1;"),
 )
+SILENCE = _mutant(
+    "edges: without a joiner the bypass goes on",
+    (r"if \(tb_is_joiner_silent\(now\)\)\n\t\treturn TB_REASON_WAITING;", ""),
+)
 SLEEPERS = _mutant(
     "one queue: a thread asleep in recv keeps its end's messages on the bypass",
     (r"return refs == 2 \|\| refs == 2 \+ [^;]+;", "return refs == 2;"),

@@ -317,6 +317,18 @@ def paused(make: Make) -> None:
     echo(connection)
 
 
+def silent_joiner(make: Make) -> None:
+    """It has died. While it lives, messages bypass."""
+    connection = make()
+    connection.rules.host_beat()
+    assert echo(connection)
+    for _ in range(11):
+        connection.now += REFRESH_NS
+        bypassed = any(echo(connection) for _ in range(2))
+    if bypassed:
+        raise Broken("a message is bypassed to a reader that would get no fresh edge")
+
+
 def never_by_tcp(make: Make) -> None:
     """Conntrack sees nothing for two seconds."""
     connection = make()
@@ -581,6 +593,7 @@ BREAKS = [
     (mutants.LOCK, with_end(1, is_owned=True)),
     (mutants.HALF_CLOSED, with_end(1, state=switch.FIN_WAIT2)),
     (mutants.HALF_CLOSED, with_end(0, state=switch.CLOSE_WAIT)),
+    (mutants.SILENCE, silent_joiner),
     (mutants.CONNTRACK, never_by_tcp),
     (mutants.CORK, with_end(0, is_corked=True)),
     (mutants.BLOCKING, with_end(1, is_nonblocking=False)),

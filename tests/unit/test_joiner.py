@@ -23,6 +23,7 @@ class Opened:
     def __init__(self, *pods: int) -> None:
         self.left = list(pods)
         self.rung: list[int] = []
+        self.beats = 0
         self.visit = 0
 
     def pods(self) -> list[int]:
@@ -33,6 +34,9 @@ class Opened:
 
     def forget(self, pod_id: int) -> None:
         self.left.remove(pod_id)
+
+    def show_life(self) -> None:
+        self.beats += 1
 
     def begin(self, pod_id: int, _cost: int, pending: int = 0) -> None:
         self.rung = [pod_id] if pending else []
@@ -50,7 +54,7 @@ def test_pods_that_are_no_more_are_forgotten(made: Joiner) -> None:
     opened = Opened(1, 2, 3)
     made._opened["gen-1"] = opened  # type: ignore[assignment]
     made._serve()
-    assert opened.left == [1, 2, 3]
+    assert (opened.left, opened.beats) == ([1, 2, 3], 1)
     made._forgot_at -= FORGET_S
     made._serve()
     assert opened.left == [1]

@@ -28,6 +28,7 @@ struct host_end {
 static struct host_end ends[2];
 static struct proto tcp_prot, member_prot, tls_prot;
 static struct tb_control switches;
+static __u64 last_beat;
 static struct tb_due passes[2]; /* by pod */
 static struct memcg container, pod;
 static __u64 under_pressure;
@@ -77,6 +78,12 @@ static int remove_from_sockhash(__u64 *id)
 	return 0;
 }
 
+static __u64 *beat_of(int *index)
+{
+	(void)index;
+	return &last_beat;
+}
+
 static struct tb_control *control_of(int *index)
 {
 	(void)index;
@@ -123,12 +130,14 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 	sockhash.msg_redirect_hash = redirect;
 	sockhash.delete = remove_from_sockhash;
 	control.lookup = control_of;
+	beat.lookup = beat_of;
 	due.lookup = due_of;
 	bell.ringbuf_output = ring;
 	counters.lookup = not_counted;
 	no_counters.lookup = no_zeros;
 	memset(ends, 0, sizeof(ends));
 	memset(&switches, 0, sizeof(switches));
+	last_beat = 0;
 	memset(passes, 0, sizeof(passes));
 	under_pressure = 0;
 	member_prot.memory_pressure = (__u64)&under_pressure;
@@ -206,6 +215,12 @@ void host_interrupt(int reads, void (*meanwhile)(void))
 void host_clock(__u64 now)
 {
 	host_now = now;
+}
+
+/* A joiner looks now. */
+void host_beat(void)
+{
+	last_beat = host_now;
 }
 
 /* One message; 1: it goes by bypass. The caller moves the sequence numbers on. */
