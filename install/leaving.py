@@ -68,7 +68,7 @@ def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
     """Leave a process behind that goes on with the passes until its sockets have left.
 
     For generations whose pins are about to be removed. Readers that rest past the bound are given
-    their new edge, and then nothing of ours is in them any more. It ends after a day at most.
+    their new edge, and leave. It ends after a day at most.
     """
     if not generation.is_whole():
         return
@@ -91,9 +91,9 @@ def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
 def _let_go(*kept: int) -> None:
     """Closes all files but these: locks among them, and what a caller of this program reads."""
     os.setsid()
-    nothing = os.open(os.devnull, os.O_RDWR)
+    devnull = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):
-        os.dup2(nothing, fd)
+        os.dup2(devnull, fd)
     for fd in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
         if fd > 2 and fd not in kept:
             with contextlib.suppress(OSError):  # the listing's own

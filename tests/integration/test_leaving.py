@@ -21,7 +21,7 @@ MESSAGE = 8_000  # bytes, no multiple of PART
 
 
 def rest(pod: LightPod, ready: int, go: int) -> bool:
-    """Sends until some bytes go by TCP behind others; reads once told to. Was all heard of?"""
+    """Sends until bytes go by TCP behind others, and reads once told to. Was each byte heard?"""
     ends = Ends(pod)
     edges = edges_of(ends.server)
     sent = 0
