@@ -21,6 +21,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "tb_pod": abi.Pod,
     "tb_control": abi.Control,
     "tb_due": abi.Due,
+    "tb_fionread": abi.Fionread,
     "tb_counter_key": abi.CounterKey,
     "tb_counters": abi.Counters,
 }
@@ -31,6 +32,8 @@ CONSTANTS = {
     "TB_POD_PROXY_ONLY": abi.POD_PROXY_ONLY,
     "TB_POD_FORCED": abi.POD_FORCED,
     "TB_CONTROL_PAUSED": abi.CONTROL_PAUSED,
+    "TB_CANARY": abi.CANARY,
+    "TB_CANARY_ANSWER": abi.CANARY_ANSWER,
 }
 
 
