@@ -80,7 +80,8 @@ def _selftest(printed: dict[str, Any]) -> Finding:
     failed = [check["name"] for check in printed["checks"] if not check["ok"]]
     summary = f"{printed['mode']} ({', '.join(failed)} wrong)" if failed else printed["mode"]
     summary += ", FIONREAD mended" if printed.get("mended") else ""
-    return Finding(summary, frozenset({printed["mode"]}))
+    # Its exit status says no more than the mode: install/exits.py.
+    return Finding(summary, frozenset({printed["mode"]}), known=tuple(failed))
 
 
 def _probe(printed: dict[str, Any]) -> Finding:
