@@ -20,6 +20,8 @@ POD_SERVICES = 4
 CONTROL_PAUSED = 1
 CONTROL_PODS_PAUSED = 2
 CONTROL_LEAVE = 4
+CANARY = 0x7FFFFFFFFFFFFFFF
+CANARY_ANSWER = 20263
 
 HOPS = ("none", "inbound", "outbound", "sidecars", "local", "direct")
 REASONS = (
@@ -105,6 +107,12 @@ class Due(ctypes.Structure):
         ("pending", c_uint32),
         ("reserved", c_uint32),
     ]
+
+
+class Fionread(ctypes.Structure):
+    """The only element of map ``fionread``."""
+
+    _fields_ = [("lost", c_uint64)]
 
 
 class CounterKey(ctypes.Structure):

@@ -27,9 +27,11 @@ _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 # Names in the C file, and what they are pinned as.
 VISIT = "tb_visit_file"
 WATCH = "tb_watch_splice"
+MEND = "tb_mend"  # after each of these kernel functions; the links are pinned under these names
+MENDED = dict(zip(names.MENDS, ("inet_ioctl", "inet6_ioctl"), strict=True))
 PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG, VISIT: names.VISIT}
 MAP_PINS = (
-    *("conns", "halves"),
+    *(names.CONNS, "halves"),
     *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
     *(names.DUE, names.BELL, names.BEAT),
 )
@@ -51,6 +53,8 @@ _OFFSETS: dict[str, _Place | None] = {
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
     "REQUEST_SOCK_LISTENER": ("request_sock", "__req_common.skc_listener"),
+    "SK_MSG_LIST": ("sk_msg", "list"),
+    "SK_MSG_SIZE": ("sk_msg", "sg.size"),
     "SOCKET_FILE": ("socket", "file"),
     "SOCKET_SK": ("socket", "sk"),
     "SOCKET_WQ_HEAD": ("socket_wq", "wait.head"),
@@ -62,6 +66,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "SOCK_PROT": ("sock", "__sk_common.skc_prot"),
     "SOCK_RCVBUF": ("sock", "sk_rcvbuf"),
     "SOCK_RCVLOWAT": ("sock", "sk_rcvlowat"),
+    "SOCK_SPINLOCK": ("sock", "sk_lock.slock"),
     "SOCK_SNDBUF": ("sock", "sk_sndbuf"),
     "SOCK_STATE": ("sock", "__sk_common.skc_state"),
     "SOCK_SOCKET": ("sock", "sk_socket"),
@@ -78,6 +83,8 @@ _OFFSETS: dict[str, _Place | None] = {
     "TCP_SOCK_RCV_NXT": ("tcp_sock", "rcv_nxt"),
     "TCP_SOCK_RCV_WND": ("tcp_sock", "rcv_wnd"),
     "TCP_SOCK_SND_UNA": ("tcp_sock", "snd_una"),
+    "TCP_SOCK_URG_DATA": ("tcp_sock", "urg_data"),
+    "TCP_SOCK_URG_SEQ": ("tcp_sock", "urg_seq"),
     "TCP_SOCK_WRITE_SEQ": ("tcp_sock", "write_seq"),
     "WAIT_ENTRY": ("wait_queue_entry", "entry"),
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),
@@ -105,8 +112,11 @@ class Limits:
 def kernel_flags(btf: KernelBTF) -> list[str]:
     """The compiler flags that specialise the programs to this kernel's struct layouts."""
     shrinks = ("net", "ipv4.sysctl_tcp_shrink_window")  # since Linux 6.5
-    can_shrink = btf.has_member(*shrinks)
-    optional = {"NET_TCP_SHRINK_WINDOW": shrinks if can_shrink else None}
+    total = ("sk_psock", "msg_tot_len")  # since FIONREAD counts bypassed bytes, and TCP's no more
+    optional = {
+        "NET_TCP_SHRINK_WINDOW": shrinks if btf.has_member(*shrinks) else None,
+        "PSOCK_MSG_TOT_LEN": total if btf.has_member(*total) else None,
+    }
     memcg = _memcg_members(btf)
     flags = _offsets(btf, _OFFSETS | optional | memcg)
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
@@ -125,7 +135,9 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DTB_VMSTATS_APART={int(memcg['MEMCG_VMSTATS_STATE'] is not None)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DPAGE_SIZE={resource.getpagesize()}",  # bcc's ring buffers are made of pages, too
+        f"-DBIT_SOCK_DONE={btf.enumerator('sock_flags', 'SOCK_DONE')}",
         f"-DBIT_SOCK_RCVTSTAMP={btf.enumerator('sock_flags', 'SOCK_RCVTSTAMP')}",
+        f"-DBIT_SOCK_URGINLINE={btf.enumerator('sock_flags', 'SOCK_URGINLINE')}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
     return flags
@@ -277,7 +289,7 @@ class Programs:
         more = cast.flags if cast else []
         self._bpf = self._bcc(text=source_text().encode(), cflags=flags + more)
         if cast:
-            for name in (*PROGRAM_PINS, WATCH):
+            for name in (*PROGRAM_PINS, WATCH, MEND):
                 cast.link(self._instructions(name))
         try:
             self.fds = {
@@ -313,20 +325,34 @@ class Programs:
             error, log = ctypes.get_errno(), ctypes.create_string_buffer(1 << 24)
             load(1, log, len(log))
             said = " | ".join(log.value.decode(errors="replace").splitlines()[-3:])
-            raise OSError(error, f"{function}: {os.strerror(error)} {said}")
+            raise OSError(error, f"{function}: {os.strerror(error)} {said}".strip())
         return fd
 
     def _watch_splice(self) -> str:
         """Why readers that splice will not be seen; empty when they will."""
+        return self._trace(WATCH, "kfunc__tcp_splice_read", names.SPLICE_WATCH)
+
+    def mend_fionread(self) -> str:
+        """Why FIONREAD stays as this kernel has it; empty when it now says what TCP would."""
+        for pin, function in MENDED.items():
+            if why := self._trace(MEND, f"kretfunc__{function}", pin):
+                for attached in MENDED.keys() & self.fds:
+                    os.close(self.fds.pop(attached))
+                return f"{function}: {why}"
+        self.fds[names.FIONREAD] = self._map_fd(names.FIONREAD)
+        return ""
+
+    def _trace(self, function: str, attached_as: str, pin: str) -> str:
+        """Attaches a program to a function of the kernel; what the kernel said if it refuses."""
         try:
-            program = self._load(WATCH, self._bcc.TRACING, "kfunc__tcp_splice_read")
+            program = self._load(function, self._bcc.TRACING, attached_as)
         except OSError as error:
             return f"the kernel refuses the program: {error.strerror}"
         with bpfsys.closing(program):
             link: int = self._lib.bpf_attach_kfunc(program)
         if link < 0:
             return f"the kernel refuses to attach it: {os.strerror(ctypes.get_errno())}"
-        self.fds[names.SPLICE_WATCH] = link
+        self.fds[pin] = link
         return ""
 
     def _instructions(self, program: str) -> Instructions:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The data path. Four programs share the maps of data_path/state.h:
+ * The data path. Five programs share the maps of data_path/state.h:
  *
  *   tb_sock_ops     runs for the TCP sockets of an accelerated pod's cgroup. It finds the two
  *                   sockets that are one connection, and counts what they exchange.
@@ -9,6 +9,7 @@
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes
  *                   to the peer's socket (bypass), or lets them go by TCP.
  *   tb_watch_splice runs when splice(2) takes bytes from a TCP socket, where it can be attached.
+ *   tb_mend         runs after ioctl(FIONREAD), where the kernel's own answer is wrong.
  *
  * The rules that keep the bytes right, each where it is applied:
  *
@@ -26,6 +27,7 @@
  *   edges        an edge-triggered reader gets a new edge for bytes behind others       edge.h
  *   joining      only a socket that is known joins, while no call on it is under way  joining.h
  *   leaving      nothing unread, nothing on its way                                    joining.h
+ *   fionread     FIONREAD says what TCP would                                         fionread.h
  *
  * Compiled on the node by bcc, as one text with the headers (bpf/loader.py).
  */
@@ -44,6 +46,7 @@
 #include "data_path/edge.h"
 #include "data_path/joining.h"
 #include "data_path/splice.h"
+#include "data_path/fionread.h"
 
 /*
  * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its

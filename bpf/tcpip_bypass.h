@@ -123,6 +123,16 @@ struct tb_due {
 	__u32 reserved;
 };
 
+/* Map "fionread" (BPF_MAP_TYPE_ARRAY, one element): how the mend of FIONREAD fares. */
+struct tb_fionread {
+	__u64 lost; /* answers that could not be written */
+};
+
+/* A value of map "conns" begins with an id. This one is of a socket by which the joiner sees
+ * whether FIONREAD is mended: the mend gives it this answer. */
+#define TB_CANARY 0x7fffffffffffffffULL
+#define TB_CANARY_ANSWER 20263
+
 /* Map "counters" (BPF_MAP_TYPE_PERCPU_HASH). */
 struct tb_counter_key {
 	__u64 pod_id;

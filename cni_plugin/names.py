@@ -30,6 +30,9 @@ DUE = "due"
 BEAT = "beat"
 BELL = "bell"
 SPLICE_WATCH = "splice_watch"  # a link, where the kernel allows it
+MENDS = ("mend_inet_ioctl", "mend_inet6_ioctl")  # links, where the kernel gets FIONREAD wrong
+CONNS = "conns"
+FIONREAD = "fionread"
 VISIT = "visit"  # the iterator over the open files of a process
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.
@@ -46,6 +49,7 @@ SWITCH_JSON = "switch.json"  # what holds for the whole cluster, as the agent ha
 AGENT_LOGS = ("agent.log.1", "agent.log")  # older lines, newer ones
 
 MODES = ("full", "proxy-only", "off")
+FIONREAD_CHOICES = ("mend", "leave")  # of the configuration key ``fionread``, the default first
 
 # On the pod.
 SIDECAR_STATUS = "sidecar.istio.io/status"

@@ -126,6 +126,10 @@ def write(parts: list[Part], file: BinaryIO) -> None:
             archive.addfile(entry, io.BytesIO(text))
 
 
+def _selftest(node: Node) -> str:
+    return _json(selftest.run(mends=node.mends_fionread).as_json())
+
+
 def _parts(asked: Asked) -> Iterator[Part]:
     node = asked.node
     yield Part("versions.json", "what runs here", lambda: _json(_versions(node)))
@@ -133,7 +137,7 @@ def _parts(asked: Asked) -> Iterator[Part]:
     yield Part(
         "status.json", "what `status` says, with counters", lambda: _json(report.report(node))
     )
-    yield Part("selftest.json", "the kernel, tried now", lambda: _json(selftest.run().as_json()))
+    yield Part("selftest.json", "the kernel, tried now", lambda: _selftest(node))
     yield Part(
         "node.json", "what the last load has found", _reader(node.state_dir / names.NODE_JSON)
     )

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOCK_PATIENCE_S = 30.0
+MENDED = "FIONREAD, which this kernel gets wrong, is mended (docs/security.md)"
 
 
 class NodeError(Exception):
@@ -46,6 +47,7 @@ class Node:
     bpffs: Path
     state_dir: Path
     conf_dir: Path | None = None  # the network configurations; None: the mode is never forced
+    fionread: str | None = None  # of names.FIONREAD_CHOICES; None: the configuration says
 
     @property
     def generations(self) -> Generations:
@@ -61,6 +63,12 @@ class Node:
         self.state.make()
         with self.state.locked(LOCK_PATIENCE_S):
             yield
+
+    @property
+    def mends_fionread(self) -> bool:
+        """Whether FIONREAD is to be mended where the kernel has it wrong."""
+        mend = names.FIONREAD_CHOICES[0]
+        return (self.fionread or report.configured(self).get("fionread", mend)) == mend
 
     @property
     def plugin_problem(self) -> str:
@@ -86,12 +94,12 @@ class Node:
         return [record for record in records if record is not None]
 
 
-def selftest(_node: Node, *, as_json: bool) -> int:
+def selftest(node: Node, *, as_json: bool) -> int:
     """Tries this kernel and prints what was found; changes nothing on the node.
 
     Returns the exit status, of install/exits.py.
     """
-    verdict = selftests.run()
+    verdict = selftests.run(mends=node.mends_fionread)
     if as_json:
         print(json.dumps(verdict.as_json(), indent=1))
         return exits.of_mode(verdict.mode)
@@ -103,6 +111,8 @@ def selftest(_node: Node, *, as_json: bool) -> int:
     console = _console()
     console.print(table)
     console.print(f"Mode on kernel {platform.release()}: {verdict.mode}")
+    if verdict.is_mended:
+        console.print(f"  {MENDED}")
     for reason in verdict.reasons:
         console.print(f"  because of {reason}")
     return exits.of_mode(verdict.mode)
@@ -111,11 +121,13 @@ def selftest(_node: Node, *, as_json: bool) -> int:
 def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
     """Tries the kernel, then makes a new generation current; attached pods move over to it."""
     _mount_bpffs(node, host_proc)
-    verdict = selftests.run()
+    verdict = selftests.run(mends=node.mends_fionread)
     for reason in verdict.reasons:
         log.warning("mode", f"mode {verdict.mode} because of {reason}", mode=verdict.mode)
     try:
         programs = Programs()
+        if verdict.is_mended and (why_not := programs.mend_fionread()):
+            raise LoadError(f"FIONREAD is not mended, though it was for the self-test: {why_not}")
     except LoadError:
         with node.locked():
             _write_node_json(node, verdict)
@@ -140,8 +152,10 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
             # Version 0.1's, which can only be paused: after this one took the pauses over.
             leaving.empty_all([each for each in before if not each.is_whole()], [])
             generations.remove_idle(_attached_ids(generations))
+        if verdict.is_mended:
+            log.info("fionread_mended", MENDED)
         if verdict.is_final:
-            _write_node_json(node, verdict, freshness.mark(generation))
+            _write_node_json(node, verdict, freshness.mark(node, generation))
 
 
 def _mount_bpffs(node: Node, host_proc: Path) -> None:

@@ -29,9 +29,13 @@ def version() -> str:
     return total.hexdigest()
 
 
-def mark(generation: Generation) -> dict[str, Any]:
+def mark(node: Node, generation: Generation) -> dict[str, Any]:
     """What a load that went well leaves in node.json."""
-    return {"programs": version(), "generation": generation.folder.name}
+    return {
+        "programs": version(),
+        "generation": generation.folder.name,
+        "mends_fionread": node.mends_fionread,
+    }
 
 
 def reason_to_load(node: Node) -> str | None:
@@ -45,8 +49,10 @@ def reason_to_load(node: Node) -> str | None:
     path = node.state_dir / names.NODE_JSON
     try:
         found = json.loads(path.read_bytes())
-        if mark(current).items() <= found.items():
+        if found.get("mended") and not current.is_mended():
+            return f"FIONREAD is mended no more: pins in {current.folder} are gone"
+        if mark(node, current).items() <= found.items():
             return None
     except (OSError, ValueError, AttributeError) as error:
         return f"{path} cannot be read: {error}"
-    return f"{current.folder.name} is of another version, or its load was broken off"
+    return f"{current.folder.name} is of another version or setting, or its load was broken off"

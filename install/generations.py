@@ -89,6 +89,16 @@ class Generation:
             for pod_id in before - pod_ids:
                 bpfsys.map_delete(fd, pod_id.to_bytes(8, sys.byteorder))
 
+    def is_mended(self) -> bool:
+        """Whether FIONREAD of its sockets is mended: the links are pinned."""
+        return all((self.folder / pin).exists() for pin in names.MENDS)
+
+    def lost_answers(self) -> int:
+        """How many answers to FIONREAD the mend could not write."""
+        with opened(self.folder / names.FIONREAD) as fd:
+            raw = bpfsys.map_lookup(fd, bytes(4), ctypes.sizeof(abi.Fionread))
+        return int(abi.Fionread.from_buffer_copy(raw).lost)
+
     def has_sockets(self) -> bool:
         """Whether any open connection still lives in this generation's sockhash."""
         with opened(self.folder / names.SOCKHASH) as fd:
@@ -161,10 +171,16 @@ class Generations:
                 generation.remove()
 
     def remove_all(self) -> None:
-        """Unpins everything; what is not ours in the folder stays, and so does the folder."""
+        """Unpins everything; what is not ours in the folder stays, and so does the folder.
+
+        A generation that mends FIONREAD stays as long as sockets are in its sockhash.
+        """
         self.withdraw()
+        complete = self.complete()
         for generation in self.all():
-            generation.remove()
+            is_needed = generation in complete and generation.is_mended()
+            if not (is_needed and generation.has_sockets()):
+                generation.remove()
         (self.root / _STAGED).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.root.rmdir()

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from bpf import abi
 from cni_plugin import bpfsys, names
-from install import log, whole_file
+from install import canary, log, whole_file
+from install.canary import Canary
 from install.generations import Generation, Generations
 from install.passes import PassTimeout, Runner
 from install.pods import attached_cgroups
@@ -75,17 +76,30 @@ class Opened:
     due: int
     beat: int
     bell: Bell
+    canary: Canary | None
 
     @staticmethod
     def of(generation: Generation) -> Opened:
         visit, due, beat = (bpfsys.obj_get(str(generation.folder / pin)) for pin in _PINS)
         with bpfsys.closing(bpfsys.obj_get(str(generation.folder / names.BELL))) as bell:
-            return Opened(generation, visit, due, beat, Bell(bell))
+            return Opened(generation, visit, due, beat, Bell(bell), Canary.of(generation))
 
     def show_life(self) -> None:
         """Tells the programs that there is a joiner; else all goes by TCP after 10 s."""
         now = time.monotonic_ns().to_bytes(8, sys.byteorder)
         bpfsys.map_update(self.beat, bytes(4), now)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether its sockets may stay; not when FIONREAD has become wrong for them."""
+        return self.canary is None or self.canary.is_well
+
+    def is_needed(self) -> bool:
+        """Whether it is to be served even without its pins: sockets must leave."""
+        return self.canary is not None and self.canary.has_sockets()
+
+    def has_sockets(self) -> bool:
+        return self.canary.has_sockets() if self.canary else self.generation.has_sockets()
 
     def pods(self) -> list[int]:
         """All that have an entry, pending or not."""
@@ -113,6 +127,8 @@ class Opened:
 
     def close(self) -> None:
         self.bell.close()
+        if self.canary:
+            self.canary.close()
         for fd in (self.visit, self.due, self.beat):
             os.close(fd)
 
@@ -192,6 +208,7 @@ class Joiner:
             while not stop():
                 before = self.done
                 self._look_for_generations()
+                self._look_at_canaries()
                 wait_s = self._serve()
                 self.done = replace(self.done, left=self.runner.left())
                 is_silent = self._opened and time.monotonic() - self._written_at >= BEAT_S
@@ -212,12 +229,18 @@ class Joiner:
     def _look_for_generations(self) -> None:
         complete = {each.folder.name: each for each in Generations(self.bpffs).complete()}
         for name in [name for name in self._opened if name not in complete]:
-            self._opened.pop(name).close()
-            self.runner.close()  # the fork that runs passes has what was open here, its maps too
+            if not self._opened[name].is_needed():
+                self._opened.pop(name).close()
+                self.runner.close()  # the fork that runs passes has all that was open here
         for name, generation in complete.items():
             if name not in self._opened and generation.is_whole():
                 with contextlib.suppress(FileNotFoundError):
                     self._opened[name] = Opened.of(generation)
+
+    def _look_at_canaries(self) -> None:
+        for each in self._opened.values():
+            if each.canary:
+                each.canary.look()
 
     def _serve(self) -> float:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
@@ -229,7 +252,8 @@ class Joiner:
             for each in self._opened.values()
             for pod_id, waiting in each.pending().items()
         ]
-        wait_s = LOOK_S
+        has_canary = any(each.canary for each in self._opened.values())
+        wait_s = canary.LOOK_S if has_canary else LOOK_S
         for waiting, each, pod_id in sorted(due, key=lambda one: one[0].missed, reverse=True):
             if self._credit_ns <= 0:
                 break
@@ -246,7 +270,7 @@ class Joiner:
         self._forget_gone()
         if self._credit_ns > 0:
             return wait_s
-        return min(LOOK_S, -self._credit_ns / 1e9 / SHARE + 0.001)
+        return min(wait_s, -self._credit_ns / 1e9 / SHARE + 0.001)
 
     def _earn(self) -> None:
         """What this process itself takes is paid like the passes."""
@@ -275,12 +299,15 @@ class Joiner:
         self._troubled.discard(pod_id)
 
     def _retire(self) -> None:
-        """Old generations: what a load could not take out of them leaves when it can."""
+        """Old generations: what a load could not take out of them leaves when it can. So it does
+        from one whose canary has found FIONREAD wrong."""
         if self._retiring.left_s() > 0:
             return
         current = Generations(self.bpffs).current()
-        old = [each for each in self._opened.values() if each.generation != current]
-        if not any(each.generation.has_sockets() for each in old):
+        old = [
+            each for each in self._opened.values() if each.generation != current or not each.is_well
+        ]
+        if not any(each.has_sockets() for each in old):
             return
         self._retiring.take(again=True)
         self._scan()
@@ -332,6 +359,7 @@ class Joiner:
     def _scan(self) -> None:
         self._scanned_at = time.monotonic()
         ours = Generations(self.bpffs).program_ids()
+        ours |= {each.canary.programs_id for each in self._opened.values() if each.canary}
         self._folders = {
             pod.record.id: pod.path for pod in attached_cgroups(ours) if pod.record is not None
         }

@@ -84,6 +84,18 @@ def _measuring_options(parser: argparse.ArgumentParser, seconds: float, seconds_
     parser.add_argument("--json", action="store_true", help="for machines")
 
 
+def _mending() -> argparse.ArgumentParser:
+    """The options of commands that try the kernel: a parent of theirs."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _folder_option(parser, "--cni-conf-dir", paths.CNI_CONF_DIR, "the network configurations")
+    parser.add_argument(
+        "--fionread",
+        choices=names.FIONREAD_CHOICES,
+        help="what to do where the kernel gets FIONREAD wrong; default: as our entry says, or mend",
+    )
+    return parser
+
+
 def _agent_options(parser: argparse.ArgumentParser) -> None:
     _cri_option(parser)
     parser.add_argument("--conf-json", metavar="FILE|JSON", help=_CONF_JSON_HELP)
@@ -143,7 +155,9 @@ def build_parser() -> argparse.ArgumentParser:
         )
 
     load = command(
-        "load", "Compile the programs for this kernel and pin them; running pods move over."
+        "load",
+        "Compile the programs for this kernel and pin them; running pods move over.",
+        _mending(),
     )
     _host_proc_option(load)
     command("unload", "Send all connections back to TCP, detach every pod and unpin everything.")
@@ -159,7 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="live, with what is counted per second; anew every SECONDS, default 2",
     )
-    selftest = command("selftest", "Try this kernel and say what may be switched on here.")
+    selftest = command(
+        "selftest", "Try this kernel and say what may be switched on here.", _mending()
+    )
     selftest.add_argument("--json", action="store_true", help="for machines")
     places = _places()
     checking = command("check", "Say whether this node is well, and what to do if not.", places)
@@ -220,7 +236,8 @@ def main() -> int:
     arguments.log_format = arguments.log_format or ("logfmt" if is_agent else "plain")
     log.setup(arguments.log_format, arguments.log_level)
     conf_dir = getattr(arguments, "cni_conf_dir", None)
-    node = commands.Node(arguments.bpffs, arguments.state_dir, conf_dir)
+    fionread = getattr(arguments, "fionread", None)
+    node = commands.Node(arguments.bpffs, arguments.state_dir, conf_dir, fionread)
     try:
         return _run(node, arguments)
     except (commands.NodeError, InstallError, LoadError, NotLoaded, OSError) as error:

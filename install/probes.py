@@ -36,25 +36,30 @@ GREETINGS = 10
 GREETING_S = 0.006  # longer than it is from one pass of the self-test to the next
 STALL_LIMIT = 64 * 2**20
 PART = 4096  # bytes that an edge-triggered reader asks for
+ADDRESSES = {socket.AF_INET: ("127.0.0.6", "127.0.0.1"), socket.AF_INET6: ("::1", "::1")}
 
 Found = dict[str, object]
 
 
 @contextmanager
 def connected(
-    *, defer_accept: bool = False, greet: bool = True
+    family: socket.AddressFamily = socket.AF_INET,
+    *,
+    defer_accept: bool = False,
+    greet: bool = True,
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """(client, server) from 127.0.0.6, as Envoy connects to its application.
+    """(client, server) from 127.0.0.6, as Envoy connects to its application; or over IPv6.
 
     Their files are non-blocking, as an event loop's are. With `greet`, bytes have gone each way for
     long enough that both ends have joined.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    source, target = ADDRESSES[family]
+    with socket.create_server((target, 0), family=family) as listener:
         if defer_accept:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
-        with socket.socket() as client:
+        with socket.socket(family) as client:
             client.settimeout(TIMEOUT_S)
-            client.bind(("127.0.0.6", 0))
+            client.bind((source, 0))
             client.connect(listener.getsockname())
             if defer_accept:
                 client.sendall(b"0")
@@ -150,11 +155,30 @@ def fionread_bypassed() -> Found:
 def fionread_tcp() -> Found:
     """FIONREAD for bytes that came by TCP to a socket in the sockhash."""
     with connected() as (client, server):
-        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # what is corked goes by TCP
-        server.sendall(b"x" * 1000)
-        server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+        _send_by_tcp(server, b"x" * 1000)
         select.select([client], [], [], TIMEOUT_S)
         return {"FIONREAD": unread_bytes(client)}
+
+
+def fionread_ipv6() -> Found:
+    """FIONREAD over IPv6, for bytes that came either way."""
+    try:
+        with socket.create_server((ADDRESSES[socket.AF_INET6][1], 0), family=socket.AF_INET6):
+            pass
+    except OSError:
+        return {"FIONREAD": "no IPv6"}
+    with connected(socket.AF_INET6) as (client, server):
+        _send_by_tcp(server, b"x" * 1000)
+        client.sendall(b"x" * 500)
+        select.select([client], [], [], TIMEOUT_S)
+        return {"FIONREAD": unread_bytes(client), "the other end": unread_bytes(server)}
+
+
+def _send_by_tcp(sock: socket.socket, data: bytes) -> None:
+    """As when the bypass is paused: what is corked goes by TCP."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    sock.sendall(data)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
 
 def half_close() -> Found:
@@ -211,6 +235,7 @@ PROBES: dict[str, Callable[[], Found]] = {
         edge_behind,
         fionread_bypassed,
         fionread_tcp,
+        fionread_ipv6,
     )
 }
 

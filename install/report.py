@@ -58,6 +58,7 @@ class Facts:
     plugin_problem: str = ""  # why the node cannot run the plugin; empty when it can
     switch: Kept = field(default_factory=Kept)  # the cluster's
     forced: str | None = None  # the mode that the network configuration forces, if it does
+    lost_answers: int | None = None  # that the mend of FIONREAD could not write; None: no mend
 
     @property
     def mode_in_force(self) -> str:
@@ -95,18 +96,31 @@ def facts(node: Node) -> Facts:
         plugin_problem=node.plugin_problem,
         switch=switches.kept(node.state) or Kept(),
         forced=forced_mode(node),
+        lost_answers=_lost_answers(complete),
     )
+
+
+def configured(node: Node) -> dict[str, Any]:
+    """Our entry in the node's network configuration, if it is of this node's folders."""
+    ours = ConfDir(node.conf_dir).ours() if node.conf_dir is not None else None
+    if ours is None or ours.entry.get("stateDir", names.STATE_DIR) != str(node.state_dir):
+        return {}
+    return ours.entry
 
 
 def forced_mode(node: Node) -> str | None:
     """The mode that the node's network configuration forces; None when it leaves it to us."""
-    if node.conf_dir is None:
-        return None
-    ours = ConfDir(node.conf_dir).ours()
-    if ours is None or ours.entry.get("stateDir", names.STATE_DIR) != str(node.state_dir):
-        return None
-    mode = ours.entry.get("mode")
+    mode = configured(node).get("mode")
     return mode if mode in names.MODES else None
+
+
+def _lost_answers(generations: Iterable[Generation]) -> int | None:
+    """Of all generations that mend FIONREAD; None when none does."""
+    lost = []
+    for each in generations:
+        with contextlib.suppress(FileNotFoundError):  # it has just been removed
+            lost += [each.lost_answers()] if each.is_mended() else []
+    return sum(lost) if lost else None
 
 
 def node_name() -> str:
@@ -203,6 +217,7 @@ def as_json(found: Facts) -> dict[str, Any]:
         "forced_mode": found.forced,
         "mode_in_force": found.mode_in_force,
         "reason": found.reason,
+        "fionread": {"mended": found.lost_answers is not None, "lost": found.lost_answers or 0},
         "plugin_problem": found.plugin_problem or None,
         "pods": [_pod(record, found, pods.get(record.pod_id, {})) for record in found.attachments],
         "failures": [asdict(failure) for failure in found.failures],

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ FULL, PROXY_ONLY, OFF = names.MODES
 
 # Without these right, only sidecars may be touched: they never ask for FIONREAD, applications
 # such as nginx and Java do, and they read until there is nothing. Without any other, nothing may.
-TCP_ONLY = "fionread_tcp"
+FIONREAD = ("fionread_bypassed", "fionread_tcp", "fionread_ipv6")
 SPLICE = "splice"
-APPLICATION_ONLY = ("fionread_bypassed", TCP_ONLY, SPLICE, "edge_behind")
+APPLICATION_ONLY = (*FIONREAD, SPLICE, "edge_behind")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Verdict:
     mode: str
     reasons: list[str]
     checks: list[Check]
+    is_mended: bool = False  # FIONREAD is right only as mended (bpf/data_path/fionread.h)
 
     @property
     def is_final(self) -> bool:
@@ -74,18 +75,22 @@ class Verdict:
             "mode": self.mode,
             "reasons": self.reasons,
             "checks": [asdict(check) for check in self.checks],
+            "mended": self.is_mended,
         }
 
 
-def run() -> Verdict:
-    """Runs the whole self-test; takes a few seconds and leaves nothing behind."""
+def run(*, mends: bool = True) -> Verdict:
+    """Runs the whole self-test; takes a few seconds and leaves nothing behind.
+
+    With `mends`, FIONREAD is mended where the kernel has it wrong, as far as the kernel lets it.
+    """
     try:
         sweep()
-        checks = _behaviour()
+        found = _behaviour(mends)
     except LoadError as error:
         loads = Check("load", "The programs load", "both load", str(error), False)
         return Verdict(OFF, [f"load: {error}"], [loads])
-    return decide(checks)
+    return replace(decide(found.checks), is_mended=found.is_mended)
 
 
 def decide(checks: list[Check]) -> Verdict:
@@ -97,12 +102,26 @@ def decide(checks: list[Check]) -> Verdict:
     return Verdict(PROXY_ONLY if failed else FULL, reasons, checks)
 
 
-def _behaviour() -> list[Check]:
+@dataclass(frozen=True)
+class _Found:
+    """What became of the probes, and whether FIONREAD was mended for it."""
+
+    checks: list[Check]
+    is_mended: bool
+
+
+def _behaviour(mends: bool) -> _Found:
     plain = _probe(None)
+    why_not = "the configuration says leave"
     with _scratch_cgroup() as folder:
         programs = Programs(LIMITS)
         with _accelerated(programs, folder):
             bypassed = _probe(folder)
+            is_wrong = any(bypassed[name] != plain[name] for name in FIONREAD)
+            if is_wrong and mends:
+                why_not = programs.mend_fionread()
+            if is_wrong and not why_not:
+                bypassed |= _probe(folder, *FIONREAD)
             counters = _counters(programs)
     share = Check(
         "bypass",
@@ -118,7 +137,18 @@ def _behaviour() -> list[Check]:
         programs.blind_to_splice or "seen",
         not programs.blind_to_splice,
     )
-    return [share, splice, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+    checks = [share, splice, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+    if is_wrong:
+        remark = f"not mended: {why_not}" if why_not else "mended"
+        checks = [_remarked(check, remark) for check in checks]
+    return _Found(checks, is_wrong and not why_not)
+
+
+def _remarked(check: Check, remark: str) -> Check:
+    """A line on FIONREAD with what became of the mend; not where it was right without."""
+    if check.name not in FIONREAD or (check.ok and remark != "mended"):
+        return check
+    return replace(check, found=f"{check.found} ({remark})")
 
 
 def compare(name: str, plain: dict[str, Any], bypassed: dict[str, Any]) -> Check:

@@ -81,6 +81,9 @@ def _head(found: Facts) -> Iterator[RenderableType]:
         yield Text("Half unloaded: run tcpip-bypass-node unload again, or load.", "red")
     else:
         yield "Not loaded: pods on this node use plain TCP. Run tcpip-bypass-node load."
+    if found.lost_answers is not None:
+        lost = f"; {found.lost_answers} answers could not be written" if found.lost_answers else ""
+        yield f"FIONREAD, which this kernel gets wrong, is mended{lost}."
     if found.plugin_problem:
         yield Text(f"No new pod is accelerated: {found.plugin_problem}", "red")
     if found.switch.switch.is_stop:

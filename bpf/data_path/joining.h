@@ -138,7 +138,9 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	conn->path = TB_PATH_TCP;
 	conn->wasted = 0;
 	conn->tcp_at = now;
+	conn->at.psock = TB_JOINING;
 	if (sockhash.update(&id, socket)) {
+		conn->at.psock = 0;
 		conn->exchanges = 0; /* the map is full, or memory short: another time */
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;

@@ -24,7 +24,8 @@ static __always_inline __u32 tb_ineligibility(__u64 sk)
 	return 0;
 }
 
-/* sk_tsflags has 16 bits before Linux 6.5. All of SO_TIMESTAMPING but details are among them. */
+/* sk_tsflags has 16 bits before Linux 6.5, and the verifier lets a program load no more there. All
+ * of SO_TIMESTAMPING but details are among them. */
 #define TB_TSFLAGS 0xffff
 
 /* Has the application set an option that changes what its reads return, or when? Time stamps come

@@ -21,9 +21,12 @@ struct tb_end {
 	__u32 is_client;
 };
 
+/* In place of a struct sk_psock *, while the kernel puts the socket into the sockhash. */
+#define TB_JOINING 1ULL
+
 /* Where a socket in the sockhash has what its peer looks at. Written when it joins. */
 struct tb_place {
-	__u64 psock; /* struct sk_psock * */
+	__u64 psock; /* struct sk_psock *; 0: it never joined */
 	__u64 prot;  /* struct proto *, the one it has in the sockhash */
 	__u64 file;  /* struct file * */
 };
@@ -130,10 +133,11 @@ struct tb_secret {
  * secret       0                       drawn anew by each load
  * counters     struct tb_counter_key   struct tb_counters, on each CPU
  * control      0                       struct tb_control, written by the node program
- * beat         0                       when the joiner last looked, in nanoseconds; 0: no joiner
- * yet paused_pods  pod id                  1 due          pod id                  struct tb_due:
- * what its connections miss without a pass bell         -                       pod ids whose pass
- * has become due
+ * beat         0                       nanoseconds: when the joiner last looked; 0: none has
+ * paused_pods  pod id                  1
+ * due          pod id                  struct tb_due: what its connections miss without a pass
+ * bell         -                       pod ids whose pass has become due
+ * fionread     0                       struct tb_fionread
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
@@ -149,6 +153,9 @@ BPF_ARRAY(beat, __u64, 1);
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_RINGBUF_OUTPUT(bell, 1);
+BPF_ARRAY(fionread, struct tb_fionread, 1);
+
+_Static_assert(offsetof(struct tb_conn, me.id) == 0, "user space writes TB_CANARY there");
 
 static __always_inline __u32 tb_membership(__u32 state)
 {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cni_plugin import names
@@ -50,13 +50,15 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     from install.agent.metrics import Metrics  # noqa: PLC0415
 
     options = arguments.conf_json and installer.parse_options(arguments.conf_json)
+    if options is not None:  # these replace what is configured
+        node = replace(node, fionread=options.get("fionread", names.FIONREAD_CHOICES[0]))
     log.keep(node.state_dir, names.AGENT_LOGS)
     try:
         daemonset = arguments.daemonset and kubernetes.DaemonSet.parse(arguments.daemonset)
         settings = Settings(
             places=places,
             entry=installer.entry(node.bpffs, node.state_dir, options),
-            load_options=_common(arguments),
+            load_options=[*_common(arguments), *_fionread_options(node, arguments)],
             gc_options=[*_common(arguments), *_places_options(arguments)],
             join_options=[
                 *_common(arguments),
@@ -92,6 +94,11 @@ def _common(arguments: argparse.Namespace) -> list[str]:
         *("--bpffs", str(arguments.bpffs)),
         *("--state-dir", str(arguments.state_dir)),
     ]
+
+
+def _fionread_options(node: Node, arguments: argparse.Namespace) -> list[str]:
+    chosen = [] if node.fionread is None else ["--fionread", node.fionread]
+    return ["--cni-conf-dir", str(arguments.cni_conf_dir), *chosen]
 
 
 def _places_options(arguments: argparse.Namespace) -> list[str]:

@@ -45,7 +45,7 @@ def before_install(asked: Asked) -> Iterator[Finding]:
     yield _runtime(asked)
     yield _conflist(asked)
     yield _runs(asked)
-    verdict = selftest.run()
+    verdict = selftest.run(mends=asked.node.mends_fionread)
     yield _mode("mode", verdict.mode, "; ".join(verdict.reasons), None)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,18 +48,27 @@ def built(
     folder: Path, edit: Callable[[str], str] = lambda source: source, *, strict: bool = False
 ) -> Rules:
     """The rules from the source as edited; `strict`: for kernels as bpf/loader.py: is_strict()."""
+    numbers = [f"-DTB_STRICT={int(strict)}"]
+    library = compiled(folder, "switch.c", edit, numbers)
+    return Rules(library, STRICT_BOUND if strict else BOUND)
+
+
+def compiled(
+    folder: Path, host: str, edit: Callable[[str], str], more: Sequence[str]
+) -> ctypes.CDLL:
+    """A file of tests/fuzz/host around the source as edited; `more` are flags."""
     program = folder / "program.c"
     program.write_text(edit(loader.source_text()))
-    library = folder / "switch.so"
+    library = folder / Path(host).with_suffix(".so")
     limits = [f"-DTB_MAX_{name}=1" for name in ("SOCKETS", "PENDING", "COUNTERS")]
-    numbers = ["-DTB_MIN_EXCHANGES=1", "-DTB_MIN_AGE_MS=0ULL", f"-DTB_STRICT={int(strict)}"]
+    numbers = ["-DTB_MIN_EXCHANGES=1", "-DTB_MIN_AGE_MS=0ULL"]
     warnings = ["-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas"]
     folders = [f"-I{HOST}", f"-I{loader.SOURCE.parent}"]
-    source = [f'-DPROGRAM="{program}"', str(HOST / "switch.c")]
+    source = [f'-DPROGRAM="{program}"', str(HOST / host)]
     output = ["-O0", "-g", "-shared", "-fPIC", "-o", str(library)]
-    flags = [*warnings, *folders, *limits, *numbers]
+    flags = [*warnings, *folders, *limits, *numbers, *more]
     subprocess.run(["gcc", *output, *flags, *source], check=True)
-    return Rules(ctypes.CDLL(str(library)), STRICT_BOUND if strict else BOUND)
+    return ctypes.CDLL(str(library))
 
 
 class Broken(AssertionError):

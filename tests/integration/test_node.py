@@ -99,7 +99,7 @@ def test_a_new_verdict_holds_for_running_pods_too(
     changed = Sandbox(**{**vars(pod), "conf": conf})
     must(changed, "ADD")
     verdict = Verdict(mode, ["a bug was found"], [])
-    monkeypatch.setattr(selftest, "run", lambda: verdict)
+    monkeypatch.setattr(selftest, "run", lambda **_: verdict)
     commands.load(in_process(bed))
     if mode == "off" and not forced:
         assert changed.owners() == []

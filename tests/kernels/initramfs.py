@@ -113,6 +113,7 @@ def _add_python(closure: Closure) -> None:
     standard_library = Path(sysconfig.get_path("stdlib"))
     static_library = {folder.name for folder in standard_library.glob("config-*")}
     closure.add(standard_library, _UNUSED_STANDARD_LIBRARY | static_library)
+    closure.paths.add(PROJECT / ".venv")  # in a work tree of its own perhaps a link to another's
     closure.add(PROJECT / ".venv/bin/python")
     closure.add(PROJECT / ".venv/pyvenv.cfg")
     for distribution in _required(_DISTRIBUTIONS):

@@ -143,6 +143,11 @@ def test_a_suite_that_fails_is_a_problem(failed: Outcome, said: str) -> None:
     assert any(said in problem for problem in problems(failed))
 
 
+def test_a_kernel_that_allows_less_has_an_exit_status_of_its_own() -> None:
+    printed = {"mode": "proxy-only", "checks": [{"name": "fionread_tcp", "ok": False}]}
+    assert problems(outcome("selftest", printed, exit_code=1)) == []
+
+
 def test_a_kernel_that_goes_down_is_a_problem() -> None:
     run = Run(Kernel("1.2", Path("1.2.3")), [selftest("full")])
     found = report.judge(run, [SUITES["selftest"], SUITES["probe"]])

@@ -92,6 +92,7 @@ def run_all(
     """
     wanted = [SCENARIOS[name] for name in (only or SCENARIOS)]
     programs = programs or Programs(LIMITS)
+    programs.mend_fionread()  # where the kernel lets it: as on a node
     allow_paused_pods(programs)
     work = [
         (one, direction, mode, None if mode in {PLAIN, BLOCKING_PLAIN} else programs)

@@ -21,6 +21,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "tb_pod": abi.Pod,
     "tb_control": abi.Control,
     "tb_due": abi.Due,
+    "tb_fionread": abi.Fionread,
     "tb_counter_key": abi.CounterKey,
     "tb_counters": abi.Counters,
 }
@@ -35,6 +36,8 @@ CONSTANTS = {
     "TB_CONTROL_PAUSED": abi.CONTROL_PAUSED,
     "TB_CONTROL_PODS_PAUSED": abi.CONTROL_PODS_PAUSED,
     "TB_CONTROL_LEAVE": abi.CONTROL_LEAVE,
+    "TB_CANARY": abi.CANARY,
+    "TB_CANARY_ANSWER": abi.CANARY_ANSWER,
 }
 
 

@@ -79,8 +79,8 @@ def test_configuration_and_switch_are_the_plugins_own() -> None:
     assert SCHEMA["definitions"]["namespaces"] == plugin["definitions"]["namespaces"]
     for key, value in ours["conf"]["properties"].items():
         assert value == plugin["properties"][key]
-    documented = ("scope", "mode", "includeNamespaces", "excludeNamespaces", "excludePorts")
-    assert ours["conf"]["properties"].keys() == {*documented, "proxyUID"}
+    documented = ("scope", "mode", "fionread", "includeNamespaces", "excludeNamespaces")
+    assert ours["conf"]["properties"].keys() == {*documented, "excludePorts", "proxyUID"}
     assert ours["switch"]["properties"].keys() == switch.Switch().as_json().keys()
 
 

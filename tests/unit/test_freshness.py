@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def node(tmp_path: Path) -> Node:
     made.state_dir.mkdir()
     current = made.generations.current()
     assert current is not None
-    write(made, {"mode": "full", **freshness.mark(current)})
+    write(made, {"mode": "full", **freshness.mark(made, current)})
     return made
 
 
@@ -61,6 +62,19 @@ def test_a_pin_is_lost(node: Node, pin: str) -> None:
 def test_it_is_not_known_to_be_ours(node: Node, document: object) -> None:
     write(node, document)
     assert "gen-3" in (reason_to_load(node) or "")
+
+
+def test_fionread_is_to_be_left_from_now_on(node: Node) -> None:
+    assert "setting" in (reason_to_load(replace(node, fionread="leave")) or "")
+
+
+def test_the_mend_is_lost(node: Node) -> None:
+    path = node.state_dir / names.NODE_JSON
+    write(node, {**json.loads(path.read_text()), "mended": True})
+    assert "mended no more" in (reason_to_load(node) or "")
+    for pin in names.MENDS:
+        (node.bpffs / "gen-3" / pin).touch()
+    assert reason_to_load(node) is None
 
 
 def test_the_record_is_lost_or_torn(node: Node) -> None:

@@ -19,12 +19,15 @@ class Opened:
     """A generation with these pods in its map `due`, none of them pending."""
 
     generation = None
+    canary = None
+    is_well = True
 
     def __init__(self, *pods: int) -> None:
         self.left = list(pods)
         self.rung: list[int] = []
         self.beats = 0
         self.visit = 0
+        self.needed = True
 
     def pods(self) -> list[int]:
         return self.left
@@ -37,6 +40,15 @@ class Opened:
 
     def show_life(self) -> None:
         self.beats += 1
+
+    def has_sockets(self) -> bool:
+        return True
+
+    def is_needed(self) -> bool:
+        return self.needed
+
+    def close(self) -> None:
+        self.needed = False
 
     def begin(self, pod_id: int, _cost: int, pending: int = 0) -> None:
         self.rung = [pod_id] if pending else []
@@ -81,3 +93,31 @@ def test_a_pod_that_another_process_visits_has_its_turn_later(
     opened: Any = Opened(1)
     assert made._pass(opened, 1)
     assert (opened.rung, made.done.failed) == ([1], 0)
+
+
+@pytest.mark.parametrize("is_well", [True, False])
+def test_sockets_leave_where_fionread_has_become_wrong(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch, is_well: bool
+) -> None:
+    visited = []
+
+    def run(visit: int, folder: Path) -> int:
+        visited.append((visit, folder))
+        return 0
+
+    monkeypatch.setattr(made.runner, "run", run)
+    opened: Any = Opened(1)
+    opened.is_well = is_well
+    made._opened["gen-1"] = opened
+    made._retire()
+    assert bool(visited) is not is_well
+
+
+def test_a_generation_whose_pins_are_gone_is_served_while_sockets_must_leave(made: Joiner) -> None:
+    opened: Any = Opened(1)
+    made._opened["gen-1"] = opened
+    made._look_for_generations()
+    assert "gen-1" in made._opened
+    opened.needed = False
+    made._look_for_generations()
+    assert made._opened == {}

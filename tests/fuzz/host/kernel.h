@@ -17,6 +17,12 @@ struct list {
 	struct list *next;
 };
 
+/* As much of a struct sk_msg as is read. */
+struct host_message {
+	__u32 size;
+	struct list list;
+};
+
 struct waiter {
 	void *private;
 	struct list entry;
@@ -28,16 +34,17 @@ struct wait_queue {
 
 struct psock {
 	struct list ingress;
-	__u32 refcnt;
+	__u32 refcnt, msg_tot_len;
 };
 
 struct host_sock {
 	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg;
 	__u32 rcvbuf, sndbuf, rcvlowat, uid, copied_seq, write_seq, rcv_nxt, snd_una, owned,
-		rcv_wnd;
+		rcv_wnd, spinlock, urg_seq;
 	__u32 bytes_acked, bytes_received;
 	__s32 peek_off;
 	__u32 tsflags;
+	__u16 urg_data;
 	__u8 is_mptcp, nonagle, userlocks, state;
 };
 
@@ -90,8 +97,13 @@ struct poll_wqueues {
 #define OFF_POLL_WQUEUES_TASK offsetof(struct poll_wqueues, task)
 #define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
 #define OFF_PSOCK_INGRESS_MSG offsetof(struct psock, ingress)
+#ifndef OFF_PSOCK_MSG_TOT_LEN /* of newer kernels: then with its place */
+#define OFF_PSOCK_MSG_TOT_LEN 0
+#endif
 #define OFF_PSOCK_REFCNT offsetof(struct psock, refcnt)
 #define OFF_REQUEST_SOCK_LISTENER offsetof(struct request, listener)
+#define OFF_SK_MSG_LIST offsetof(struct host_message, list)
+#define OFF_SK_MSG_SIZE offsetof(struct host_message, size)
 #define OFF_SOCKET_FILE offsetof(struct host_socket, file)
 #define OFF_SOCKET_SK offsetof(struct host_socket, sk)
 #define OFF_SOCKET_WQ_HEAD offsetof(struct wait_queue, head)
@@ -106,6 +118,7 @@ struct poll_wqueues {
 #define OFF_SOCK_RCVLOWAT offsetof(struct host_sock, rcvlowat)
 #define OFF_SOCK_SNDBUF offsetof(struct host_sock, sndbuf)
 #define OFF_SOCK_SOCKET offsetof(struct host_sock, socket)
+#define OFF_SOCK_SPINLOCK offsetof(struct host_sock, spinlock)
 #define OFF_SOCK_STATE offsetof(struct host_sock, state)
 #define OFF_SOCK_TSFLAGS offsetof(struct host_sock, tsflags)
 #define OFF_SOCK_UID offsetof(struct host_sock, uid)
@@ -123,6 +136,8 @@ struct poll_wqueues {
 #define OFF_TCP_SOCK_RCV_NXT offsetof(struct host_sock, rcv_nxt)
 #define OFF_TCP_SOCK_RCV_WND offsetof(struct host_sock, rcv_wnd)
 #define OFF_TCP_SOCK_SND_UNA offsetof(struct host_sock, snd_una)
+#define OFF_TCP_SOCK_URG_DATA offsetof(struct host_sock, urg_data)
+#define OFF_TCP_SOCK_URG_SEQ offsetof(struct host_sock, urg_seq)
 #define OFF_TCP_SOCK_WRITE_SEQ offsetof(struct host_sock, write_seq)
 #define OFF_WAIT_ENTRY offsetof(struct waiter, entry)
 #define OFF_WAIT_PRIVATE offsetof(struct waiter, private)
@@ -131,6 +146,8 @@ struct poll_wqueues {
 #define MASK_SOCK_RCVBUF_LOCK 2
 #define BIT_SOCK_ZEROCOPY 0
 #define BIT_SOCK_RCVTSTAMP 2
+#define BIT_SOCK_DONE 3
+#define BIT_SOCK_URGINLINE 4
 #define TB_INACTIVE_FILE 0
 #define PAGE_SIZE 4096
 #define TB_VMSTATS_APART 0
@@ -170,11 +187,13 @@ struct poll_wqueues {
 	} map
 
 #define BPF_FUNC_probe_read_kernel host_probe_read_kernel
+#define BPF_FUNC_probe_write_user host_probe_write_user
 #define BPF_FUNC_get_socket_cookie host_socket_cookie
 #define BPF_FUNC_sock_from_file host_sock_from_file
 #define BPF_FUNC_ktime_get_coarse_ns bpf_ktime_get_ns
 
 #define HOST_LOWEST 4096 /* where memory begins; what a null pointer leads to reads as zero */
+#define HOST_HIGHEST (1ULL << 47)
 
 static __u64 host_now;
 static int host_reads_left; /* before the read that reaches 0, `host_meanwhile` runs */
@@ -186,8 +205,14 @@ static inline int host_probe_read_kernel(void *to, __u32 size, const void *from)
 	if (host_reads_left && !--host_reads_left)
 		host_meanwhile();
 	memset(to, 0, size);
-	if ((__u64)from >= HOST_LOWEST)
+	if ((__u64)from >= HOST_LOWEST && (__u64)from < HOST_HIGHEST)
 		memcpy(to, from, size);
+	return 0;
+}
+
+static inline long host_probe_write_user(void *to, const void *from, __u32 size)
+{
+	memcpy(to, from, size);
 	return 0;
 }
 

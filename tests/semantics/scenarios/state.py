@@ -24,7 +24,7 @@ def ioctl_int(sock: socket.socket, request: int) -> int:
 
 @scenario(
     Limit(
-        "FIONREAD (SIOCINQ) says 0 although bytes are there, on kernels without the mend: for "
+        "FIONREAD (SIOCINQ) says 0 although bytes are there, where it cannot be mended: for "
         "bypassed bytes, or for TCP bytes of a socket in a sockhash. nginx and Java may stall; the "
         "self-test finds it and allows only proxy-only",
         "let the node stay proxy-only, or exclude the port",

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite: how long FIONREAD stays mended, and what becomes of sockets when it no longer is.
+
+A connection of a pod joins by the real joiner. Then the joiner is killed, tracing is silenced
+(`kernel.ftrace_enabled`) and switched on again, the pins are removed, and the whole bpffs is
+unmounted. Its reader asks all the time how much is unread.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from bpf import abi
+from bpf.loader import Programs
+from cni_plugin import bpfsys, names
+from install.generations import Generations
+from install.probes import connected, enter, unread_bytes
+from tests.light import LIMITS, LightPod, accelerated
+
+BPFFS = Path("/sys/fs/bpf/life")
+STATE = Path("/run/life")
+SYSCTL = Path("/proc/sys/kernel/ftrace_enabled")
+PATIENCE_S = 60.0
+# Of an emulated CPU it needs more than a fiftieth.
+JOINER = "import sys; from install import joiner, node; joiner.SHARE = 0.5; sys.exit(node.main())"
+_Fork = multiprocessing.get_context("fork")
+
+
+def reader(pod: LightPod, line: Connection) -> None:
+    """Answers: "exchange" makes one; "unread" sends 700 bytes by TCP, asks and reads them."""
+    enter(pod.folder)
+    with connected(greet=False) as (client, server):
+        line.send("connected")
+        while (told := line.recv()) != "end":
+            client.sendall(b"x" * (700 if told == "unread" else 1))
+            deadline = time.monotonic() + 1
+            while (found := unread_bytes(server)) == 0 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            while len(server.recv(700, socket.MSG_PEEK)) < (700 if told == "unread" else 1):
+                time.sleep(0.01)
+            server.recv(700)
+            server.sendall(b"y")
+            client.recv(1)
+            line.send(found)
+
+
+def until(what: Callable[[], object], patience_s: float = PATIENCE_S) -> float:
+    """How long it took; that much and no more when it did not come."""
+    start = time.monotonic()
+    while not what() and time.monotonic() < start + patience_s:
+        time.sleep(0.05)
+    return round(time.monotonic() - start, 1)
+
+
+class Life:
+    """The node, its one pod, and the pod's connection."""
+
+    def __init__(self, pod: LightPod, line: Connection) -> None:
+        self._pod, self._line = pod, line
+        self.joiner = self.start_joiner()
+
+    def start_joiner(self) -> subprocess.Popen[bytes]:
+        options = ["--bpffs", str(BPFFS), "--state-dir", str(STATE)]
+        return subprocess.Popen([sys.executable, "-c", JOINER, "join", *options])
+
+    def ask(self, what: str) -> int:
+        self._line.send(what)
+        return int(self._line.recv())
+
+    def unread_by_tcp(self) -> int:
+        """What FIONREAD says of 700 bytes that came by TCP, as when the bypass is paused."""
+        flags = self.flags()
+        self._pod.control(flags | abi.CONTROL_PAUSED)
+        found = self.ask("unread")
+        self._pod.control(self.flags() & ~abi.CONTROL_PAUSED)
+        return found
+
+    def flags(self) -> int:
+        raw = bpfsys.map_lookup(self._pod.programs.fds[names.CONTROL], bytes(4), 8)
+        return int(abi.Control.from_buffer_copy(raw).flags)
+
+    def leaves(self) -> bool:
+        return bool(self.flags() & abi.CONTROL_LEAVE)
+
+    def join(self) -> float:
+        """How long it took. Raises TimeoutError."""
+
+        def has_joined() -> bool:
+            for _ in range(20):
+                self.ask("exchange")
+            return self._pod.members() == 2
+
+        seconds = until(has_joined)
+        if self._pod.members() != 2:
+            raise TimeoutError(f"{self._pod.total()}, flags {self.flags()}")
+        return seconds
+
+    def lose(self, how: Callable[[], object]) -> dict[str, Any]:
+        """How soon it is noticed, how soon all have left, and FIONREAD from then on."""
+
+        def have_left() -> bool:
+            self.ask("exchange")
+            return self._pod.members() == 0
+
+        how()
+        noticed, left = until(self.leaves), until(have_left)
+        return {"noticed_s": noticed, "left_s": left, "then": self.unread_by_tcp()}
+
+
+@contextmanager
+def alive() -> Iterator[Life]:
+    programs = Programs(LIMITS)
+    if why_not := programs.mend_fionread():
+        raise SystemExit(why_not)
+    Generations(BPFFS).publish(programs)
+    STATE.mkdir(exist_ok=True)
+    with accelerated(programs, passes=False) as pod:
+        ours, theirs = _Fork.Pipe()
+        child = _Fork.Process(target=reader, args=(pod, theirs))
+        child.start()
+        ours.recv()
+        life = Life(pod, ours)
+        try:
+            yield life
+        finally:
+            life.joiner.terminate()
+            life.joiner.wait()
+            ours.send("end")
+            child.join()
+    shutil.rmtree(BPFFS, ignore_errors=True)
+
+
+def main() -> int:
+    found: dict[str, Any] = {}
+    with alive() as life:
+        found["joined_s"] = life.join()
+        found["member"] = life.unread_by_tcp()
+        life.joiner.kill()
+        life.joiner.wait()
+        found["joiner killed"] = life.unread_by_tcp()
+        life.joiner = life.start_joiner()
+        time.sleep(3)
+        found["silenced"] = life.lose(lambda: SYSCTL.write_text("0"))
+        SYSCTL.write_text("1")
+        found["recovered_s"] = until(lambda: not life.leaves())
+        found["joined_again_s"] = life.join()
+        found["member again"] = life.unread_by_tcp()
+        found["unpinned"] = life.lose((BPFFS / "gen-1" / names.MENDS[0]).unlink)
+    with alive() as life:
+        life.join()
+        time.sleep(3)
+        found["unmounted"] = life.lose(lambda: os.system("umount -l /sys/fs/bpf"))
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether FIONREAD is mended on a node: what says so, what the self-test makes of it, and how long
+the pins stay."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bpf.loader import PINS
+from cni_plugin import names
+from install import node as program
+from install import selftest
+from install.agent import command
+from install.commands import Node
+from install.generations import Generation, Generations
+from install.selftest import Check
+
+
+def node(tmp_path: Path, entry: dict[str, str] | None) -> Node:
+    """One with this in our entry of the network configuration."""
+    conf_dir = tmp_path / "net.d"
+    conf_dir.mkdir()
+    state = tmp_path / "state"
+    if entry is not None:
+        ours = {"type": names.PLUGIN, "stateDir": str(state), **entry}
+        conflist = {"cniVersion": "1.0.0", "name": "any", "plugins": [{"type": "first"}, ours]}
+        (conf_dir / "10-any.conflist").write_text(json.dumps(conflist))
+    return Node(tmp_path / "bpffs", state, conf_dir)
+
+
+@pytest.mark.parametrize(
+    ("entry", "option", "mends"),
+    [
+        (None, None, True),
+        ({}, None, True),
+        ({"fionread": "mend"}, None, True),
+        ({"fionread": "leave"}, None, False),
+        ({"fionread": "leave"}, "mend", True),
+        ({}, "leave", False),
+    ],
+)
+def test_what_says_so(
+    tmp_path: Path, entry: dict[str, str] | None, option: str | None, mends: bool
+) -> None:
+    assert replace(node(tmp_path, entry), fionread=option).mends_fionread is mends
+
+
+@pytest.mark.parametrize("choice", names.FIONREAD_CHOICES)
+def test_the_agent_hands_it_on(tmp_path: Path, choice: str) -> None:
+    arguments = argparse.Namespace(cni_conf_dir=tmp_path)
+    told = replace(node(tmp_path, None), fionread=choice)
+    options = command._fionread_options(told, arguments)
+    parsed = program.build_parser().parse_args(["load", *options])
+    assert (parsed.fionread, parsed.cni_conf_dir) == (choice, tmp_path)
+
+
+def check(name: str, *, ok: bool) -> Check:
+    return Check(name, "", "FIONREAD 1000", "FIONREAD 0", ok)
+
+
+def test_what_the_selftest_says_of_it() -> None:
+    wrong, right = check("fionread_tcp", ok=False), check("fionread_bypassed", ok=True)
+    assert selftest._remarked(wrong, "not mended: x").found == "FIONREAD 0 (not mended: x)"
+    assert selftest._remarked(right, "not mended: x") == right
+    assert selftest._remarked(right, "mended").found == "FIONREAD 0 (mended)"
+    other = check("order", ok=True)
+    assert selftest._remarked(other, "mended") == other
+    assert selftest.decide([wrong, right]).mode == "proxy-only"
+    assert selftest.decide([right]).mode == "full"
+
+
+@pytest.mark.parametrize(
+    ("is_mended", "has_sockets", "stays"),
+    [(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_the_pins_stay_while_sockets_need_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_mended: bool,
+    has_sockets: bool,
+    stays: bool,
+) -> None:
+    folder = tmp_path / "bpffs" / "gen-1"
+    folder.mkdir(parents=True)
+    for pin in (*PINS, *(names.MENDS if is_mended else ())):
+        (folder / pin).touch()
+    monkeypatch.setattr(Generation, "has_sockets", lambda _self: has_sockets)
+    Generations(folder.parent).remove_all()
+    assert folder.exists() is stays
