@@ -138,7 +138,8 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
         ours = generations.program_ids()
         # While the old programs are attached: they mend what their sockets leave behind (edge.h).
         before = generations.complete()
-        leaving.empty_all([each for each in before if each.is_whole()], _folders(generations))
+        folders = list(_folders(generations))
+        left = leaving.empty_all([each for each in before if each.is_whole()], folders)
         try:
             generation = generations.publish(programs)
         except BaseException:
@@ -148,6 +149,8 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
         pauses.settle(node)  # ADD waits for the lock: no pod sees programs that should be paused
         try:
             _move_pods(node, generation, ours, verdict.mode)
+            for older in left if verdict.mode == names.MODES[-1] else ():
+                leaving.stay_behind(older, folders)  # the joiner finds no pods any more
         finally:
             # Version 0.1's, which can only be paused: after this one took the pauses over.
             leaving.empty_all([each for each in before if not each.is_whole()], [])
@@ -229,7 +232,8 @@ def unload(node: Node) -> None:
         generations.withdraw()
         folders = list(_folders(generations))
         for generation in leaving.empty_all(generations.complete(), folders):
-            leaving.stay_behind(generation, folders)
+            with contextlib.suppress(OSError):  # what is ours goes all the same
+                leaving.stay_behind(generation, folders)
         for pod in attached_cgroups(ours):
             pod.take_out()
         generations.remove_all()

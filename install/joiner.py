@@ -25,16 +25,17 @@ from cni_plugin import bpfsys, names
 from install import canary, log, whole_file
 from install.canary import Canary
 from install.generations import Generation, Generations
-from install.passes import PassTimeout, Runner
+from install.passes import MOST_LEFT, PassTimeout, Runner
 from install.pods import attached_cgroups
 
 SHARE = 0.02  # of a CPU, for all passes
 BURST_NS = 50_000_000
 EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 LEAST_COST = 50
-LOOK_S = 2.0  # how often for new generations, and for events that were lost
+LOOK_S = 1.0  # how often for new generations, and for events that were lost
 BEAT_S = 20.0  # how often, at least, its file is written: `check` looks how old that is
-HELD_S = 60.0  # how long a pod is left out after a pass that did not end, or failed
+# How long a pod is left out after a pass that did not end, or failed: at first, and at most.
+FIRST_HELD_S, HELD_S = 1.0, 60.0
 FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 FORGET_S = 60.0  # how often pods that are no more are forgotten
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
@@ -171,9 +172,15 @@ class Step:
     pause_s: float = FIRST_STEP_S
     not_before: float = 0.0
     held: bool = False  # the last pass did not end, or failed
+    held_s: float = FIRST_HELD_S
 
     def left_s(self) -> float:
         return self.not_before - time.monotonic()
+
+    def hold(self) -> None:
+        """After a pass that did not end, or failed."""
+        self.not_before += self.held_s
+        self.held_s = min(2 * self.held_s, HELD_S)
 
     def take(self, *, again: bool) -> None:
         self.pause_s = min(2 * self.pause_s, LONGEST_STEP_S) if again else FIRST_STEP_S
@@ -190,7 +197,7 @@ class Joiner:
     done: Passes = Passes()
     _opened: dict[str, Opened] = field(default_factory=dict)
     _folders: dict[int, Path] = field(default_factory=dict)
-    _steps: dict[int, Step] = field(default_factory=dict)  # by pod
+    _steps: dict[tuple[Generation, int], Step] = field(default_factory=dict)  # by pod in each
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
     _written_at: float = -math.inf
@@ -236,6 +243,9 @@ class Joiner:
             if name not in self._opened and generation.is_whole():
                 with contextlib.suppress(FileNotFoundError):
                     self._opened[name] = Opened.of(generation)
+                    # A joiner that was killed may have begun passes that did not come.
+                    for pod_id in self._opened[name].pods():
+                        self._opened[name].begin(pod_id, abi.FIRST_COST, pending=1)
 
     def _look_at_canaries(self) -> None:
         for each in self._opened.values():
@@ -246,7 +256,8 @@ class Joiner:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
         self._earn()
         for each in self._opened.values():
-            each.show_life()
+            if self.runner.left() < MOST_LEFT:
+                each.show_life()
         due = [
             (waiting, each, pod_id)
             for each in self._opened.values()
@@ -254,10 +265,10 @@ class Joiner:
         ]
         has_canary = any(each.canary for each in self._opened.values())
         wait_s = canary.LOOK_S if has_canary else LOOK_S
-        for waiting, each, pod_id in sorted(due, key=lambda one: one[0].missed, reverse=True):
+        for waiting, each, pod_id in sorted(due, key=self._last_pass):
             if self._credit_ns <= 0:
                 break
-            step = self._steps.setdefault(pod_id, Step())
+            step = self._steps.setdefault((each.generation, pod_id), Step())
             is_step = waiting.missed < waiting.cost or step.held
             if is_step and step.left_s() > 0:
                 wait_s = min(wait_s, step.left_s())
@@ -265,12 +276,19 @@ class Joiner:
             step.take(again=is_step)
             step.held = not self._pass(each, pod_id)
             if step.held:
-                step.not_before += HELD_S
+                step.hold()
+            else:
+                step.held_s = FIRST_HELD_S
         self._retire()
         self._forget_gone()
         if self._credit_ns > 0:
             return wait_s
         return min(wait_s, -self._credit_ns / 1e9 / SHARE + 0.001)
+
+    def _last_pass(self, due: tuple[abi.Due, Opened, int]) -> float:
+        """When it may have had one, so that every pod has its turn."""
+        step = self._steps.get((due[1].generation, due[2]))
+        return step.not_before if step else 0.0
 
     def _earn(self) -> None:
         """What this process itself takes is paid like the passes."""
@@ -294,7 +312,7 @@ class Joiner:
     def _forget(self, opened: Opened, pod_id: int) -> None:
         opened.forget(pod_id)
         self._costs.pop(pod_id, None)
-        self._steps.pop(pod_id, None)
+        self._steps.pop((opened.generation, pod_id), None)
         self._retired_at.pop(pod_id, None)
         self._troubled.discard(pod_id)
 
@@ -334,6 +352,7 @@ class Joiner:
                 log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)
             self._troubled.add(pod_id)
             self.done = replace(self.done, failed=self.done.failed + 1)
+            opened.begin(pod_id, cost, pending=1)
             return False
         self._troubled.discard(pod_id)
         self._credit_ns -= spent_ns

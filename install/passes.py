@@ -73,7 +73,12 @@ def wake_reader(pid: int, fd: int) -> None:
         copy: int = _libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
     if copy < 0:
         raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
-    with socket.socket(fileno=copy) as reader:
+    try:
+        reader = socket.socket(fileno=copy)
+    except OSError:  # the number is another file's by now
+        os.close(copy)
+        raise
+    with reader:
         lowat = reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
 

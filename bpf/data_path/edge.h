@@ -11,21 +11,28 @@
  * that drops the packet.
  */
 
-/* A visit to a reader: is it to get a new edge? Asks for another visit while it may be later. */
-static __always_inline int tb_visit_reader(const struct tb_conn *conn, __u64 sk)
+/* May the peer's TCP bytes lie behind bypassed ones? A peer that has closed does not say. */
+static __always_inline int tb_may_be_behind(const struct tb_conn *conn)
 {
-	int is_empty, has_more;
+	if (tb_has_peer(conn))
+		return TB_PEERS(__u32, conn, is_behind) != 0;
+	return tb_membership(conn->state) != TB_OUT;
+}
 
-	if (!tb_has_peer(conn) || !TB_PEERS(__u32, conn, is_behind))
-		return 0;
-	is_empty = tb_membership(conn->state) == TB_OUT || tb_is_empty(conn->at.psock);
-	has_more = tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) != tb_read32(sk + OFF_TCP_SOCK_RCV_NXT);
-	/* A thread inside a send may have a redirect on its way. */
-	if (is_empty && !has_more &&
-	    !(tb_is_peer_in(conn) && tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1))
-		return 0;
-	tb_ring(conn->me.pod_id);
-	return is_empty && has_more;
+/* Is a reader whose peer's bytes may be behind to get a new edge? Not while a thread owns its lock:
+ * the pass would wait. Asks for another visit while the edge would come too early. */
+static __always_inline int tb_wants_edge(const struct tb_conn *conn, __u64 sk)
+{
+	/* In this order: a thread lets go of its queue after its redirect has arrived. */
+	int may_come = tb_is_peer_in(conn) && tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1;
+	int is_empty = tb_membership(conn->state) == TB_OUT || tb_is_empty(conn->at.psock);
+	int has_more =
+		tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) != tb_read32(sk + OFF_TCP_SOCK_RCV_NXT);
+	int is_owned = tb_is_owned(sk);
+
+	if (!is_empty || may_come || (has_more && is_owned))
+		tb_ring(conn->me.pod_id);
+	return is_empty && has_more && !is_owned;
 }
 
 /* A visit to a sender that has left: its peer has read on, so nothing lies behind any more. In the

@@ -293,15 +293,15 @@ static __always_inline int tb_visit(void *socket, __u64 sk)
 {
 	struct tb_conn *conn = conns.sk_storage_get(socket, 0, 0);
 	__u64 now = bpf_ktime_get_ns();
-	int wants_edge;
+	int may_be_behind;
 
 	if (!conn || !conn->me.id)
 		return 0;
-	wants_edge = tb_visit_reader(conn, sk);
+	may_be_behind = tb_may_be_behind(conn); /* as a member it may still know */
 	tb_visit_sender(conn);
 	if (tb_membership(conn->state) != TB_OUT)
 		tb_visit_member(conn, sk, now);
 	else
 		tb_visit_outsider(conn, socket, sk, now);
-	return wants_edge;
+	return may_be_behind && tb_wants_edge(conn, sk);
 }

@@ -57,6 +57,14 @@ static __always_inline __u32 tb_unfit(__u64 sk)
 	return tb_has_options(sk) ? TB_OUTCOME_OPTIONS : 0;
 }
 
+/* Is an address on the stack of a thread, by its struct task_struct? */
+static __always_inline int tb_is_on_stack(__u64 task, __u64 address)
+{
+	__u64 stack = tb_read64(task + OFF_TASK_STACK);
+
+	return stack && address >= stack && address < stack + TB_STACK_SIZE;
+}
+
 /*
  * Does this entry of a socket's wait queue belong to a thread in poll(2) or select(2)? Its
  * `private` is then the struct poll_wqueues on that thread's own kernel stack. That of a thread in
@@ -65,15 +73,15 @@ static __always_inline __u32 tb_unfit(__u64 sk)
 static __always_inline int tb_is_polling(__u64 private)
 {
 	__u64 task = tb_read64(private + OFF_POLL_WQUEUES_TASK);
-	__u64 stack = task ? tb_read64(task + OFF_TASK_STACK) : 0;
 
-	return stack && private >= stack && private < stack + TB_STACK_SIZE;
+	return task && tb_is_on_stack(task, private);
 }
 
 /*
  * How many threads are asleep in recv, or in another call on this socket? Their entries of the wait
  * queue have `private` set. epoll does not sleep there and leaves it NULL
- * (init_waitqueue_func_entry). TB_MANY_SLEEPERS when the queue is too long to be walked.
+ * (init_waitqueue_func_entry). A thread's entry is on its own stack. TB_MANY_SLEEPERS when there
+ * are others, as io_uring has, or the queue is too long to be walked.
  */
 static __always_inline __u32 tb_sleepers(__u64 sk)
 {
@@ -91,7 +99,10 @@ static __always_inline __u32 tb_sleepers(__u64 sk)
 		if (entry == head)
 			return count;
 		private = entry ? tb_read64(entry - OFF_WAIT_ENTRY + OFF_WAIT_PRIVATE) : 1;
-		count += private && !tb_is_polling(private);
+		if (private && tb_is_on_stack(private, entry))
+			count++;
+		else if (private && !tb_is_polling(private))
+			return TB_MANY_SLEEPERS;
 		entry = tb_read64(entry);
 	}
 	return TB_MANY_SLEEPERS;

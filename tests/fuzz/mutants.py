@@ -124,7 +124,7 @@ BOUND = _mutant(
 )
 FRESH_EDGE = _mutant(
     "edges: no fresh edge",
-    (r"return is_empty && has_more;", "return 0;"),
+    (r"return is_empty && has_more && !is_owned;", "return 0;"),
 )
 EDGE_UNASKED = _mutant(
     "edges: a sender does not ask for a pass",
@@ -132,17 +132,24 @@ EDGE_UNASKED = _mutant(
 )
 EDGE_ONCE = _mutant(
     "edges: the pass does not ask for another one",
-    (r"\ttb_ring\(conn->me\.pod_id\);\n\treturn is_empty", "\treturn is_empty"),
+    (r"\ttb_ring\(conn->me\.pod_id\);\n\treturn is_empty", "\t\t;\n\treturn is_empty"),
 )
 EDGE_TOO_EARLY = _mutant(
     "edges: nor while a redirect is on its way",
-    (r"!\(tb_is_peer_in\(conn\) && [^;]+ > 1\)\)", "1)"),
+    (r"may_come = [^;]+;", "may_come = 0;"),
 )
 EDGE_AFTER_LEAVING = _mutant(
     "edges: none for a reader that has left",
     (
-        r"tb_visit_reader\(conn, sk\);",
-        "tb_membership(conn->state) != TB_OUT && tb_visit_reader(conn, sk);",
+        r"return may_be_behind && tb_wants_edge\(conn, sk\);",
+        "return tb_membership(conn->state) != TB_OUT && tb_wants_edge(conn, sk);",
+    ),
+)
+EDGE_OF_THE_CLOSED = _mutant(
+    "edges: none behind a sender that has closed",
+    (
+        r"return tb_membership\(conn->state\) != TB_OUT;\n\}\n\n/\* Is a reader",
+        "return 0;\n}\n\n/* Is a reader",
     ),
 )
 EDGE_FORGOTTEN = _mutant(

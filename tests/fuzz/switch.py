@@ -365,7 +365,7 @@ class Connection:
                 self.arrive(number)
         for _ in range(3):
             for number, end in enumerate(self.ends):
-                end.is_asleep = False
+                end.is_asleep = end.is_owned = False
                 self.read_everything(number)
                 if end.owes_ack:
                     self.packet(number)

@@ -389,6 +389,15 @@ def leaves_behind_the_bound(make: Make) -> None:
     connection.settle()
 
 
+def closes_behind_the_bound(make: Make) -> None:
+    """Its sender has closed before the reader reads."""
+    connection = make(pods=2)
+    while connection.send(0, 65_536):
+        pass
+    connection.rules.host_close(0)
+    connection.settle()
+
+
 def due_pass(connection: Connection, number: int) -> None:
     """A pass over an end's pod, if one is due."""
     if connection.rules.host_begin_pass(number):
@@ -607,6 +616,7 @@ BREAKS = [
     (mutants.EDGE_ONCE, rests_on),
     (mutants.EDGE_TOO_EARLY, overtaken_by_tcp),
     (mutants.EDGE_AFTER_LEAVING, leaves_as_it_reads),
+    (mutants.EDGE_OF_THE_CLOSED, closes_behind_the_bound),
     (mutants.EDGE_FORGOTTEN, leaves_behind_the_bound),
     (mutants.JOINS_OWNED, joins_inside_a_call),
     (mutants.JOINS_SLEEPER, joins_with_a_sleeper),

@@ -18,6 +18,7 @@ struct host_end {
 	struct psock psock;
 	struct wait_queue queue;
 	struct waiter sleeper;
+	__u64 sleeping; /* stands for its thread: where the stack is */
 	struct host_socket socket;
 	struct host_file file;
 	struct list unread; /* stands for what is in the bypass queue */
@@ -199,7 +200,8 @@ void host_set(int number, const struct host_view *view)
 	end->file.flags = view->is_nonblocking ? O_NONBLOCK : 0;
 	end->psock.refcnt = view->inside + end->is_member;
 	end->psock.ingress.next = view->has_unread ? &end->unread : &end->psock.ingress;
-	end->sleeper.private = end;
+	end->sleeping = (__u64)&end->sleeper;
+	end->sleeper.private = &end->sleeping;
 	end->sleeper.entry.next = &end->queue.head;
 	end->queue.head.next = view->is_asleep ? &end->sleeper.entry : &end->queue.head;
 }
@@ -293,6 +295,12 @@ int host_edges(int end)
 void host_renumber(int end)
 {
 	ends[end].sock.snd_una++;
+}
+
+/* An end has closed, and its memory is another's. */
+void host_close(int end)
+{
+	ends[end].conn.me.id = 0;
 }
 
 /* An end's peer is another one, as it says. */
