@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -181,7 +183,15 @@ class Loopback:
             self._pod.reload(programs)
             self._pod.control(self._flags)
         for _ in range(RETIRING_PASSES):
-            passes.visit_pod(old.fds[VISIT], self._pod.folder)
+            self._pass(old.fds[VISIT])
+
+    def _pass(self, visit: int) -> None:
+        """One pass, as soon as the new programs' are not at it."""
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                passes.visit_pod(visit, self._pod.folder)
+                return
+            time.sleep(0.001)
 
     def counters(self) -> HopCounters:
         return self._before + self._pod.total()
