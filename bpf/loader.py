@@ -42,6 +42,8 @@ PINS_OF_ALL = (
     *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
 )
 
+_MODULE = "vmlinux__"
+
 _Place = tuple[str, str]  # a struct, and the path of a member of it
 
 _OFFSETS: dict[str, _Place | None] = {
@@ -253,12 +255,19 @@ def _bcc() -> Any:
     return bcc
 
 
+def names_modules(version: str) -> bool:
+    """Whether this version of bcc wants `kfunc__vmlinux__FUNCTION`, and overruns a buffer without
+    (bcc_prog_load_xattr); older ones want `kfunc__FUNCTION`."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) >= (0, 28)
+
+
 class Programs:
     """The compiled and loaded programs, held by this process until they are pinned."""
 
     def __init__(self, limits: Limits = Limits(), extra_flags: tuple[str, ...] = ()) -> None:
         bcc = _bcc()
         self._bcc, self._lib = bcc.BPF, bcc.lib
+        self._names_modules = names_modules(bcc.__version__)
         flags = [
             f"-I{_HERE}",
             "-idirafter",
@@ -330,22 +339,26 @@ class Programs:
 
     def _watch_splice(self) -> str:
         """Why readers that splice will not be seen; empty when they will."""
-        return self._trace(WATCH, "kfunc__tcp_splice_read", names.SPLICE_WATCH)
+        return self._trace(WATCH, "kfunc", "tcp_splice_read", names.SPLICE_WATCH)
 
     def mend_fionread(self) -> str:
         """Why FIONREAD stays as this kernel has it; empty when it now says what TCP would."""
         for pin, function in MENDED.items():
-            if why := self._trace(MEND, f"kretfunc__{function}", pin):
+            if why := self._trace(MEND, "kretfunc", function, pin):
                 for attached in MENDED.keys() & self.fds:
                     os.close(self.fds.pop(attached))
                 return f"{function}: {why}"
         self.fds[names.FIONREAD] = self._map_fd(names.FIONREAD)
         return ""
 
-    def _trace(self, function: str, attached_as: str, pin: str) -> str:
-        """Attaches a program to a function of the kernel; what the kernel said if it refuses."""
+    def _trace(self, program_name: str, moment: str, function: str, pin: str) -> str:
+        """Attaches a program to a function of the kernel; what the kernel said if it refuses.
+
+        `moment` is "kfunc", its entry, or "kretfunc", its exit.
+        """
+        attached_as = f"{moment}__{_MODULE if self._names_modules else ''}{function}"
         try:
-            program = self._load(function, self._bcc.TRACING, attached_as)
+            program = self._load(program_name, self._bcc.TRACING, attached_as)
         except OSError as error:
             return f"the kernel refuses the program: {error.strerror}"
         with bpfsys.closing(program):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bpf.loader import is_strict
+from bpf.loader import is_strict, names_modules
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,11 @@ from bpf.loader import is_strict
 )
 def test_kernels_that_drop_what_passes_the_receive_buffer(release: str, strict: bool) -> None:
     assert is_strict(release) is strict
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("0.26.0", False), ("0.27.0+ds-1", False), ("0.28.0", True), ("0.31.0", True), ("1.0", True)],
+)
+def test_bcc_wants_the_module_of_a_function_since_0_28(version: str, expected: bool) -> None:
+    assert names_modules(version) is expected
