@@ -225,7 +225,10 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
         now = samples(metrics)
         assert sent_locally(now) == sent
         for name, value in seen[-1].items():
-            if name.partition("{")[0].endswith("_total") and "_pod_" not in name:
+            family = name.partition("{")[0]
+            if "_pass" in family:
+                continue  # the joiner's own: they begin anew with its process, as Prometheus knows
+            if family.endswith("_total") and "_pod_" not in name:
                 assert now[name] >= value, name
         seen.append(now)
 
