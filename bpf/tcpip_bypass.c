@@ -160,7 +160,7 @@ struct bpf_iter__task_file {
 	struct file *file;
 };
 
-/* Writes the numbers, as __u32, of the files whose readers are to get a new edge: edge.h. */
+/* Its output is the file numbers, each a __u32, of readers that need a new edge: edge.h. */
 int tb_visit_file(struct bpf_iter__task_file *context)
 {
 	void *file = context->file, *meta = context->meta, *socket;

@@ -126,22 +126,32 @@ def backpressure() -> Found:
     return {"queued": sent, "stopped by": stopped_by, "lost": sent - received}
 
 
+def heard_by_edges(
+    edges: select.epoll, reader: socket.socket, size: int, timeout_s: float = TIMEOUT_S
+) -> int:
+    """Reads so many bytes, edge-triggered; a short read is taken for the end of what is there, as
+    epoll(7) allows. Returns how many bytes it has heard, fewer when no event comes in time."""
+    count = 0
+    while count < size and edges.poll(timeout_s):
+        got = PART
+        with contextlib.suppress(BlockingIOError):
+            while got == PART:
+                got = len(reader.recv(PART))
+                count += got
+    return count
+
+
 def edge_behind() -> Found:
     """An edge-triggered reader that rested hears of all, a short read being the end to it."""
     with connected() as (client, server), select.epoll() as edges:
         edges.register(server, select.EPOLLIN | select.EPOLLET)
         for each in (client, server):
             each.setblocking(False)
-        sent = heard = 0
+        sent = 0
         with contextlib.suppress(BlockingIOError):
             while sent < STALL_LIMIT:
                 sent += client.send(b"s" * 65000)  # no multiple of PART
-        while heard < sent and edges.poll(TIMEOUT_S):
-            got = PART
-            with contextlib.suppress(BlockingIOError):
-                while got == PART:
-                    got = len(server.recv(PART))
-                    heard += got
+        heard = heard_by_edges(edges, server, sent)
     return {"heard": "all" if heard == sent else f"{heard} of {sent} bytes"}
 
 

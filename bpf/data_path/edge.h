@@ -19,8 +19,8 @@ static __always_inline int tb_may_be_behind(const struct tb_conn *conn)
 	return tb_membership(conn->state) != TB_OUT;
 }
 
-/* Is a reader whose peer's bytes may be behind to get a new edge? Not while a thread owns its lock:
- * the pass would wait. Asks for another visit while the edge would come too early. */
+/* Does this reader need a new edge, if its peer's bytes may be behind? Not while a thread owns its
+ * lock: the pass would wait. Asks for another visit while the edge would come too early. */
 static __always_inline int tb_wants_edge(const struct tb_conn *conn, __u64 sk)
 {
 	/* In this order: a thread lets go of its queue after its redirect has arrived. */

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from bpf import abi
 from cni_plugin import names
+from install.probes import heard_by_edges
 from tests.light import CLIENT_IP, SERVER_IP, LightPod
 
 TIMEOUT_S = 30
 PATIENCE_S = 10
-PART = 4096  # bytes that an edge-triggered reader asks for
 MOST = 64 << 20  # bytes: nothing stops a sender that gets rid of so many
 CLONE_NEWNET = 0x40000000
 libc = ctypes.CDLL(None, use_errno=True)
@@ -83,21 +83,6 @@ def heard(reader: socket.socket, size: int, timeout_s: float = 5) -> bytes:
             break
         data += part
     return data
-
-
-def heard_by_edges(
-    edges: select.epoll, reader: socket.socket, size: int, timeout_s: float = 5
-) -> int:
-    """The same, edge-triggered; a short read is taken for the end of what is there, as epoll(7)
-    allows. Returns how many bytes it has heard."""
-    count = 0
-    while count < size and edges.poll(timeout_s):
-        got = PART
-        with contextlib.suppress(BlockingIOError):
-            while got == PART:
-                got = len(reader.recv(PART))
-                count += got
-    return count
 
 
 def edges_of(reader: socket.socket) -> select.epoll:

@@ -12,8 +12,9 @@ from cni_plugin import cgroup
 from install import leaving
 from install.generations import Generations
 from install.passes import OWN_CGROUP, repeated
+from install.probes import PART, heard_by_edges
 from tests.bed import open_bed
-from tests.fuzz.cases import PART, Ends, edges_of, heard_by_edges
+from tests.fuzz.cases import Ends, edges_of
 from tests.integration.traffic_pods import eventually
 from tests.light import LIMITS, LightPod, accelerated
 
