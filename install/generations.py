@@ -171,7 +171,7 @@ class Generations:
                 generation.remove()
 
     def remove_all(self) -> None:
-        """Unpins everything; what is not ours in the folder stays, and so does the folder.
+        """Unpins everything of ours. The folder stays if it holds other files.
 
         A generation that mends FIONREAD stays as long as sockets are in its sockhash.
         """

@@ -196,7 +196,6 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 static __always_inline void tb_seek(struct tb_conn *conn)
 {
 	struct tb_half *half = halves.lookup(&conn->half);
-
 	struct tb_end server;
 
 	if (!half)

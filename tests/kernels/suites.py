@@ -239,7 +239,7 @@ _ALL = (
     ),
 )
 SUITES = {suite.name: suite for suite in _ALL}
-# What a run without --suite does. The others take minutes, or say nothing of sockets (memlock); and
+# A run without --suite leaves these out. They take minutes, memlock tries no socket, and
 # selftest-left is the self-test without the mend, which need not agree with the others.
 _UNUSUAL = (
     *("selftest-left", "fionread", "mend-life", "memlock"),
