@@ -120,9 +120,10 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
  * the sender up by a read of the very bytes that make its queue not empty. */
 static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32 state)
 {
+	int is_alone = tb_is_alone(conn); /* first: a redirect may arrive between the looks */
 	int is_empty = tb_is_empty(conn->there.psock);
 
-	if (is_empty && tb_is_alone(conn))
+	if (is_empty && is_alone)
 		return 1;
 	if ((wish == TB_REASON_LEAVING && (is_empty || tb_is_gone(conn, state))) ||
 	    (wish == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id)) {
