@@ -14,6 +14,7 @@ from tests.fuzz import engine, settings
 from tests.fuzz.engine import Options, Report
 
 SEED = 20240229
+MOST_RUNS = 6
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,18 @@ def test_three_hops(program: Path) -> None:
 
 def test_families_and_paths(program: Path) -> None:
     """Some of all that `--hops` knows; every one of them bypasses, but for those that opted out."""
-    wanted = ["outbound6", "sidecars-mapped", "inbound6", "tproxy", "direct6", "service", "local"]
-    with settings.pods([*wanted, "excluded", "opted-out"]) as place:
-        report = engine.run(program, place, Options(SEED, seconds=8, at_once=6, kills=100))
-        bypassed = {name for name in place.routes if place.bypassed(name)}
-    assert_flawless(report)
-    assert bypassed == {*wanted, "excluded"}
+    wanted = {"outbound6", "sidecars-mapped", "inbound6", "tproxy", "direct6", "service", "local"}
+    wanted.add("excluded")
+    bypassed: set[str] = set()
+    with settings.pods([*sorted(wanted), "opted-out"]) as place:
+        # A busy machine has few passes in these seconds, so the traffic runs until each has joined.
+        for seed in range(SEED, SEED + MOST_RUNS):
+            report = engine.run(program, place, Options(seed, seconds=8, at_once=6, kills=100))
+            assert_flawless(report)
+            bypassed = {name for name in place.routes if place.bypassed(name)}
+            if bypassed >= wanted:
+                break
+    assert bypassed == wanted
 
 
 def test_traffic_finds_what_is_wrong_with_a_stream(program: Path) -> None:
