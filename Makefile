@@ -31,8 +31,10 @@ $(PLUGIN): .venv/.ready $(PLUGIN_SOURCES)
 freeze: .venv/.ready
 	install/image/freeze.sh build/freeze
 
+# Plain TCP against the bypass, in the mode that `auto` decides and, if that is less, in `full`;
+# `DEMO=--mode=full`: that one.
 demo: build
-	$(PY) -m tests.demo
+	$(PY) -m tests.demo $(DEMO)
 
 # Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. `BENCH=--report` renders
 # docs/benchmarks.md, and every table into build/bench/tables.md.

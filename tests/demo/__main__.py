@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tests.bed import bpf_objects, cni, cpus, open_bed, pairs, signals, sweep
 from tests.bed.addresses import FAMILIES, Family
 from tests.bed.bpf_objects import BpfObject
-from tests.demo import measure, report
-from tests.demo.measure import Measurements
+from tests.demo import measure, modes, report
+from tests.demo.measure import Measurements, Results
+from tests.demo.modes import Mode
 
 OUTPUT = Path(__file__).parents[2] / "build" / "demo"
 INTRODUCTION = (
@@ -44,10 +46,9 @@ class Made:
         }
 
 
-def run(console: Console, made: Made, family: Family, runs: int) -> Measurements:
-    """Set everything up, measure, and take it down again."""
+def run(console: Console, made: Made, family: Family, runs: int, asked: Mode | None) -> Results:
+    """Set everything up, measure in each mode, and take it down again."""
     cpu = cpus.chosen().measured
-    found = Measurements(runs)
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -55,7 +56,7 @@ def run(console: Console, made: Made, family: Family, runs: int) -> Measurements
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("setting up", total=found.steps)
+        task = progress.add_task("setting up", total=None)
 
         def tell(line: str) -> None:
             progress.console.print(line, highlight=False)
@@ -64,17 +65,29 @@ def run(console: Console, made: Made, family: Family, runs: int) -> Measurements
         subnets = cni.IPV4 if family == "v4" else cni.DUAL_STACK
         with open_bed(subnets=subnets) as bed:
             made.objects = bpf_objects.pinned(bed.node.bpffs)
-            with pairs.pairs(bed) as both:
-                console.print(INTRODUCTION.format(cpu=cpu), highlight=False)
-                measure.measure_hops(bed, both, cpu, found, tell, family=family)
-                measure.measure_mesh(bed, both, cpu, found, tell, family=family)
+            console.print(INTRODUCTION.format(cpu=cpu), highlight=False)
+            status = bed.node.status()
+            verdict = status["mode"]
+            measured = [Measurements(mode, runs) for mode in modes.chosen(asked, verdict)]
+            progress.update(task, total=sum(found.steps for found in measured))
+            for found in measured:
+                console.print(f"In {modes.title(found.mode, verdict)}:", highlight=False)
+                network = bed.network(found.mode, bed.chain.plugins[0], mode=found.mode)
+                with pairs.pairs(network) as both:
+                    measure.measure_hops(network, both, cpu, found, tell, family=family)
+                    measure.measure_mesh(network, both, cpu, found, tell, family=family)
             progress.update(task, description="taking down")
-    return found
+    return Results(verdict, status["reason"], measured)
 
 
-def main() -> int:
-    """Returns the exit status: 0, 1 when something was left behind, 130 after Ctrl-C."""
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line; `mode` is None unless one is asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.demo", description=__doc__)
+    parser.add_argument(
+        "--mode",
+        choices=modes.MODES,
+        help="only this one (default: auto and, if that gives less, full as well)",
+    )
     parser.add_argument(
         "--family",
         choices=FAMILIES,
@@ -89,8 +102,13 @@ def main() -> int:
         default=measure.RUNS,
         help="each figure is the median of so many (default: %(default)s)",
     )
-    arguments = parser.parse_args()
-    family: Family = arguments.family
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Returns the exit status: 0, 1 when something was left behind, 130 after Ctrl-C."""
+    asked = arguments()
+    family: Family = asked.family
     output = OUTPUT if family == "v4" else OUTPUT / family
     console = Console()
     if os.geteuid() != 0:
@@ -98,21 +116,22 @@ def main() -> int:
         return 1
     signals.stop_at_first()
     made = Made()
-    found = None
+    results = None
     try:
-        found = run(console, made, family, arguments.runs)
-        report.show(console, found)
+        results = run(console, made, family, asked.runs, asked.mode)
+        report.show(console, results)
     except KeyboardInterrupt as interrupt:
         console.print(f"{interrupt}: stopped before everything was measured.")
     finally:
         left = made.leftovers()
         report.show_leftovers(console, left)
-    if found is None:
+    if results is None:
         return 130
-    output.mkdir(parents=True, exist_ok=True)
-    report.draw(found, output / "latency.png")
-    report.write_json(found, left, output / "demo.json")
-    console.print(f"Latency distributions: {output}/latency.png; every run: {output}/demo.json")
+    if results.modes:
+        output.mkdir(parents=True, exist_ok=True)
+        report.draw(results, output / "latency.png")
+        report.write_json(results, left, output / "demo.json")
+        console.print(f"Latency distributions: {output}/latency.png; every run: {output}/demo.json")
     return 1 if any(left.values()) else 0
 
 

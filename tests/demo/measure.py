@@ -13,6 +13,7 @@ from tests.bed.addresses import Family, on_the_wire
 from tests.bed.pairs import KINDS, Bytes, Cost, Kind, Pair
 from tests.bed.pingpong import HOPS, HopName
 from tests.bed.wrk import Load
+from tests.demo.modes import Mode
 
 RUNS = 5  # by default
 CONNECTIONS = (1, 8, 32)
@@ -48,8 +49,9 @@ class LoadRun:
 
 @dataclass
 class Measurements:
-    """Everything the demo found out, each figure in so many runs."""
+    """What the demo found out in one mode, each figure in so many runs."""
 
+    mode: Mode
     runs: int = RUNS
     hops: list[HopRun] = field(default_factory=list)
     loads: list[LoadRun] = field(default_factory=list)
@@ -60,6 +62,15 @@ class Measurements:
     def steps(self) -> int:
         """How many lines are told until everything is measured."""
         return self.runs * len(KINDS) * (len(HOPS) + len(CONNECTIONS)) + len(KINDS)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the demo found out."""
+
+    verdict: str  # the self-test's: the mode that `auto` stands for on this machine
+    reason: str
+    modes: list[Measurements]
 
 
 def measure_hops(

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +19,11 @@ from rich.table import Table
 from tests.bed import cpus
 from tests.bed.pairs import KINDS, Kind
 from tests.bed.pingpong import HOPS, HopName
-from tests.demo.measure import CONNECTIONS, HopRun, LoadRun, Measurements
+from tests.demo import modes
+from tests.demo.measure import CONNECTIONS, HopRun, LoadRun, Measurements, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FOREIGN_LIMIT = 0.03  # of the CPU; kernel threads and the accounting's ticks are below it
 HOP_TITLES: dict[HopName, str] = {
@@ -65,8 +69,29 @@ def _loads(found: Measurements, kind: Kind, connections: int | None = None) -> l
     ]
 
 
-def show(console: Console, found: Measurements) -> None:
-    """Print the tables."""
+def show(console: Console, results: Results) -> None:
+    """Print the tables of each mode, and what a reader of all of them must know."""
+    for found in results.modes:
+        _show_mode(console, found, modes.title(found.mode, results.verdict))
+    console.print()
+    if results.modes:
+        console.print(
+            f"Each figure is the median of {results.modes[0].runs} runs, plain and bypassed in "
+            "turn; ratio is bypass to TCP/IP.",
+            highlight=False,
+        )
+    if results.verdict != "full":
+        only_tcp = (
+            ", so everything stays on TCP/IP unless forced" if results.verdict == "off" else ""
+        )
+        console.print(
+            f"On this machine auto decides for mode {results.verdict}{only_tcp}: {results.reason}",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _show_mode(console: Console, found: Measurements, mode: str) -> None:
     tables = {
         "Round trip of 64 bytes on each hop, in microseconds": _hop_table(found),
         "Requests from wrk -> Envoy -> Envoy -> nginx, everything on one CPU": _mesh_table(found),
@@ -75,22 +100,13 @@ def show(console: Console, found: Measurements) -> None:
         ),
     }
     for title, table in tables.items():
-        console.print(f"\n[bold]{title}[/bold]", table, highlight=False)
+        console.print(f"\n[bold]{title}\n{mode}[/bold]", table, highlight=False)
     for line in _notes(found):
         console.print(line, highlight=False)
 
 
 def _notes(found: Measurements) -> Iterator[str]:
-    """What a reader of the tables must know."""
-    yield (
-        f"Each figure is the median of {found.runs} runs, plain and bypassed in turn; "
-        "ratio is bypass to TCP/IP."
-    )
-    if found.status["mode"] != "full":
-        yield (
-            f"On this kernel the self-test decides for mode {found.status['mode']} "
-            f"({found.status['reason']}); the demo's network configuration forces mode full."
-        )
+    """What a reader of a mode's tables must know."""
     unpaired = found.payload["none"].by_tcp
     if unpaired:
         yield f"{unpaired:,} bytes went by TCP on connections that never found their other end."
@@ -176,15 +192,27 @@ def show_leftovers(console: Console, left: dict[str, list[str]]) -> None:
     console.print("\n[bold]Left behind on this machine[/bold]", table)
 
 
-def draw(found: Measurements, path: Path) -> None:
-    """The latencies at one connection: how often each occurred, and how many were longer."""
+def draw(results: Results, path: Path) -> None:
+    """The latencies at one connection, a row for each mode."""
     # Here, since pyplot takes a second to import and Ctrl-C must work from the start.
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, (density, tail) = plt.subplots(1, 2, figsize=(12, 4.5))
+    count = len(results.modes)
+    figure, rows = plt.subplots(count, 2, figsize=(12, 4.5 * count), squeeze=False)
+    for found, (density, tail) in zip(results.modes, rows):
+        _draw_mode(found, density, tail)
+        density.set_title(modes.title(found.mode, results.verdict))
+    figure.suptitle("One connection: wrk -> Envoy -> Envoy -> nginx, all on one CPU")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_mode(found: Measurements, density: Axes, tail: Axes) -> None:
+    """How often each latency occurred, and how many were longer."""
     limit = 3 * load_median(found, 1, "plain", latency_p50)
     for kind, label, colour in zip(KINDS, ("TCP/IP", "bypass"), ("tab:red", "tab:blue")):
         latencies = _latencies(found, kind)
@@ -208,10 +236,6 @@ def draw(found: Measurements, path: Path) -> None:
     for axes in (density, tail):
         axes.legend(loc="upper right")
         axes.grid(alpha=0.3)
-    figure.suptitle("One connection: wrk -> Envoy -> Envoy -> nginx, all on one CPU")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _latencies(found: Measurements, kind: Kind) -> dict[int, int]:
@@ -223,12 +247,27 @@ def _latencies(found: Measurements, kind: Kind) -> dict[int, int]:
     return dict(sorted(merged.items()))
 
 
-def write_json(found: Measurements, left: dict[str, list[str]], path: Path) -> None:
-    """Every run and what follows from them, for programs."""
+def write_json(results: Results, left: dict[str, list[str]], path: Path) -> None:
+    """Every run and what follows from them, for programs; by the configuration's mode."""
     answer = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kernel": platform.release(),
         "cpu": cpus.model(),
+        "auto": {"mode": results.verdict, "reason": results.reason},
+        "modes": {
+            found.mode: {
+                "title": modes.title(found.mode, results.verdict),
+                **_mode_json(found),
+            }
+            for found in results.modes
+        },
+        "left_behind": left,
+    }
+    path.write_text(json.dumps(answer, indent=1) + "\n")
+
+
+def _mode_json(found: Measurements) -> dict[str, Any]:
+    return {
         "ratios": {
             "round_trip": {
                 hop: hop_median(found, hop, "bypass", median_us)
@@ -250,9 +289,7 @@ def write_json(found: Measurements, left: dict[str, list[str]], path: Path) -> N
         "hops": [dataclasses.asdict(run) for run in found.hops],
         "loads": [_load_json(run) for run in found.loads],
         "status": found.status,
-        "left_behind": left,
     }
-    path.write_text(json.dumps(answer, indent=1) + "\n")
 
 
 def _ratio(found: Measurements, connections: int, value: Callable[[LoadRun], float]) -> float:
