@@ -60,8 +60,8 @@ soak: build
 plugin-speed: build
 	$(PY) -m tests.integration.plugin_speed 50
 
-# The self-test, the semantics suite and the fuzzer on other kernels, under QEMU.
-test-kernels: build
+# The self-test, the semantics suite, the fuzzer and real programs on other kernels, under QEMU.
+test-kernels: build .venv/.apps-ready
 	$(PY) -m tests.kernels
 
 # The tests with a real runtime on each containerd of tests/containerd/releases.py.

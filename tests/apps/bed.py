@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from install import report
 from install.commands import Node
@@ -84,15 +85,33 @@ def bypassed_bytes(node: AppNode, pair: Pair) -> int:
     )
 
 
-def check(node: AppNode, application: Application, where: Place, *, must_bypass: bool) -> None:
+def verdict(node: AppNode) -> dict[str, Any]:
+    """What the self-test has found of this kernel."""
+    found: dict[str, Any] = json.loads((node.bed.node.state_dir / "node.json").read_bytes())
+    return found
+
+
+def mode_of_kernel(node: AppNode) -> str:
+    """What `auto` decides here."""
+    return str(verdict(node)["mode"])
+
+
+def check(
+    node: AppNode,
+    application: Application,
+    where: Place,
+    *,
+    must_bypass: bool,
+    within_s: float = BYPASS_WITHIN_S,
+) -> None:
     """Check every byte; where it must, until some have bypassed: sockets join late.
 
     Raises:
         AssertionError: what the application got is wrong, a connection is left half-closed, or
-            nothing has bypassed within BYPASS_WITHIN_S.
+            nothing has bypassed within so many seconds.
     """
     before = bypassed_bytes(node, where.pair) if must_bypass else 0
-    deadline = time.monotonic() + BYPASS_WITHIN_S
+    deadline = time.monotonic() + within_s
     while True:
         application.check(where)
         if not must_bypass or bypassed_bytes(node, where.pair) > before:

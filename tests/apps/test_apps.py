@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -52,26 +50,16 @@ def test_every_byte_is_right(
 ) -> None:
     application, node = APPLICATIONS[name], nodes[mode]
     if mode == "full" and application.needs & faults_of_kernel(node):
-        assert mode_of_kernel(node) != "full"  # it would break here, so it is not on by itself
+        assert bed.mode_of_kernel(node) != "full"  # it would break here, so it is not on by itself
         return
     may_bypass = application.reader == "event loop" and application.lasting
     with bed.served(node, application, hop, "bypass") as where:
         bed.check(node, application, where, must_bypass=mode == "full" and may_bypass)
 
 
-def verdict(node: AppNode) -> dict[str, Any]:
-    """What the self-test has found of this kernel."""
-    found: dict[str, Any] = json.loads((node.bed.node.state_dir / "node.json").read_bytes())
-    return found
-
-
-def mode_of_kernel(node: AppNode) -> str:
-    return str(verdict(node)["mode"])
-
-
 def faults_of_kernel(node: AppNode) -> frozenset[str]:
     """The self-test's checks that this kernel fails."""
-    return frozenset(check["name"] for check in verdict(node)["checks"] if not check["ok"])
+    return frozenset(check["name"] for check in bed.verdict(node)["checks"] if not check["ok"])
 
 
 def test_a_measurement_makes_a_page(tmp_path: Path) -> None:

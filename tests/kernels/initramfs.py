@@ -20,6 +20,8 @@ from typing import BinaryIO
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.apps import tools
+from tests.bed.bed import FROZEN_PLUGIN, REFERENCE_PLUGINS
 from tests.kernels.images import Kernel
 from tests.kernels.suites import FUZZ_PROGRAM, PROJECT
 from tests.passes import churn
@@ -28,8 +30,9 @@ _LIBRARIES = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH"))
 _USR_LINKS = ("bin", "lib", "lib64", "sbin")
 _CONFIGURATION = ("group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "protocols")
 _TOOLS = (
-    *("cat", "conntrack", "ip", "iptables", "ldconfig", "mount", "prlimit", "setpriv", "sh"),
-    *("sleep", "ss", "umount"),
+    *("cat", "conntrack", "env", "ip", "iptables", "iptables-restore", "ldconfig", "mount"),
+    *("prlimit", "setpriv", "sh", "sleep", "ss", "umount"),
+    *("haproxy", "java", "nginx", "node", "openssl"),  # tests/kernels/apps.py
 )
 _MOUNT_POINTS = ("dev", "proc", "run", "sys", "tmp")
 # Of the venv, these and what they require.
@@ -37,6 +40,7 @@ _DISTRIBUTIONS = ("hypothesis", "pyroute2", "pytest-timeout", "pyyaml", "rich", 
 _UNUSED_STANDARD_LIBRARY = frozenset(
     {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter"}
 )
+_UNUSED_JAVA = frozenset({"demo", "include", "jmods", "man", "src.zip", "ct.sym", "docs"})
 _PROJECT_PARTS = ("bpf", "cni_plugin", "conf", "install", "tests", "pyproject.toml", "docs")
 
 
@@ -101,6 +105,7 @@ def guest_files() -> list[Path]:
         closure.add(Path("/etc", name))
     _add_python(closure)
     _add_compiler(closure)
+    _add_applications(closure)
     for part in _PROJECT_PARTS:
         closure.add(PROJECT / part, frozenset({"__pycache__"}))
     closure.add_libraries()
@@ -146,6 +151,21 @@ def _add_compiler(closure: Closure) -> None:
     headers = Path("/usr/include")
     for folder in ("linux", "asm-generic", f"{_LIBRARIES.name}/asm"):
         closure.add(headers / folder)
+
+
+def _add_applications(closure: Closure) -> None:
+    """What tests/kernels/apps.py runs that no program names: plugins, compiled programs, Java's."""
+    for plugin in ("bridge", "host-local"):
+        closure.add(REFERENCE_PLUGINS / plugin)
+    closure.add(FROZEN_PLUGIN)
+    closure.add(tools.go())
+    tools.java()
+    closure.add(tools.MADE / "java")
+    java = Path(os.path.realpath(shutil.which("java") or "")).parents[1]
+    closure.add(java, _UNUSED_JAVA)
+    for linked in (java / "conf").rglob("*"):  # Debian keeps these below /etc
+        closure.add(linked)
+    closure.add(Path("/usr/lib/ssl/openssl.cnf"))
 
 
 def write(target: Path, kernels: Sequence[Kernel]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.kernels.images import Kernel, Qemu
 from tests.kernels.suites import PROJECT, Outcome, Suite
 
-_MEMORY = "2048M"
+_MEMORY = "4096M"
 _BOOT_TIMEOUT_S = 120
 _LONGEST_RESULT = 64 << 20  # bytes
 # An emulated CPU may stand still for seconds when the machine is busy.

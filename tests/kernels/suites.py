@@ -23,6 +23,7 @@ FULL, PROXY_ONLY, OFF = names.MODES
 
 # Differ on 5.10 and not on this machine, so that docs/limits.md has them below its table.
 OLD_KERNELS_ONLY = {"zerocopy_set_late"}
+_NEARLY_ALL = 0.98  # a message in a second goes by TCP, for conntrack
 
 
 class Failed(Exception):
@@ -202,7 +203,32 @@ def _passes(printed: dict[str, Any]) -> Finding:
     return Finding(summary, frozenset({OFF} if problems else names.MODES), problems)
 
 
+def _apps(printed: dict[str, Any]) -> Finding:
+    """Every byte is right, whatever the mode; and where it is full, what can bypass does."""
+    problems = [
+        f"{found['name']} on {found['hop']}: {found['error']}"
+        for found in printed["found"]
+        if found["error"]
+    ]
+    bypassed = sum(found["bypassed_bytes"] for found in printed["found"])
+    share = printed["go_share"]
+    summary = f"{printed['mode']}: {len(printed['found'])} right, {bypassed / 1e6:.0f} MB bypassed"
+    if share is not None:
+        summary += f"; Go server inbound {share:.1%}"
+        if share < _NEARLY_ALL:
+            problems.append(f"a Go server's bytes bypass only to {share:.1%}")
+    return Finding(summary, frozenset({printed["mode"]}), tuple(problems))
+
+
+def _transfers(printed: dict[str, Any]) -> Finding:
+    right, errors = printed["right"], printed["errors"]
+    summary = f"{printed['mode']}: {right} right, {len(errors)} failed"
+    summary += f", {printed['bypassed_bytes'] / 1e6:.0f} MB bypassed"
+    return Finding(summary, frozenset({printed["mode"]}), tuple(errors))
+
+
 _PASSES = (f"{_BIN}/python", "-m", "tests.passes")
+_APPS = (f"{_BIN}/python", "-m", "tests.kernels.apps")
 
 _SELFTEST = (f"{_BIN}/tcpip-bypass-node", "selftest", "--json")
 
@@ -216,6 +242,8 @@ _ALL = (
         "fionread", (f"{_BIN}/python", "-m", "tests.kernels.fionread", "100000"), _fionread, 1800
     ),
     Suite("mend-life", (f"{_BIN}/python", "-m", "tests.kernels.mend_life"), _mend_life, 600),
+    Suite("apps", _APPS, _apps, 1800, {"TB_PATIENCE_S": "400"}),
+    Suite("transfers", (*_APPS, "--transfers", "100"), _transfers, 3600),
     Suite("ktls-joins", (*_PASSES, "churn", "120", "ktls"), _passes, 900),
     Suite("churn", (*_PASSES, "churn", "240"), _passes, 900),
     Suite("mptcp", (*_PASSES, "mptcp", "60"), _passes, 600),
@@ -242,7 +270,7 @@ SUITES = {suite.name: suite for suite in _ALL}
 # A run without --suite leaves these out. They take minutes, memlock tries no socket, and
 # selftest-left is the self-test without the mend, which need not agree with the others.
 _UNUSUAL = (
-    *("selftest-left", "fionread", "mend-life", "memlock"),
+    *("selftest-left", "fionread", "mend-life", "memlock", "apps", "transfers"),
     *("ktls-joins", "churn", "mptcp", "leaving"),  # for docs/design/late-join.md
 )
 USUAL = [name for name in SUITES if name not in _UNUSUAL]

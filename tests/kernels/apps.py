@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite: real programs in the mode that `auto` decides on this kernel, each byte checked.
+
+They are those that a kernel decides: FIONREAD (nginx, Java), splice (Go, HAProxy), MPTCP's fallback
+(a Go server), readers that block (Java), and an event loop that needs none of these (Node).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+from bpf.stats import HopCounters
+from install import report
+from install.commands import Node
+from tests.apps import bed, tools
+from tests.apps.application import Application
+from tests.apps.bed import AppNode
+from tests.apps.place import HopName
+from tests.apps.registry import APPLICATIONS
+from tests.bed.pairs import Pair
+
+NAMES = ("nginx-proxy", "node", "go", "go-copy", "haproxy-splice-auto", "java", "java-blocking")
+HOPS: tuple[HopName, ...] = ("outbound", "inbound")
+BYPASS_WITHIN_S = 120  # of an emulated CPU
+BODY = 50_000_000
+AT_ONCE = 5  # bodies of one connection
+LOAD_S = 25.0
+TRANSFER_S = 300  # for the bodies of one connection
+
+
+@dataclass(frozen=True)
+class Found:
+    """One application on one hop. error: what was wrong; empty: nothing."""
+
+    name: str
+    hop: str
+    error: str
+    bypassed_bytes: int
+
+
+def counters(node: AppNode, pair: Pair, hop: HopName) -> HopCounters:
+    """What the programs have counted on a hop of these pods."""
+    wanted, total = {pair.client.name, pair.server.name}, HopCounters()
+    for pod in report.report(Node(node.bed.node.bpffs, node.bed.node.state_dir))["pods"]:
+        if pod["name"] in wanted and hop in pod["hops"]:
+            total += HopCounters(**pod["hops"][hop])
+    return total
+
+
+def checked(node: AppNode, application: Application, hop: HopName, mode: str) -> Found:
+    """Runs one application on one hop and compares every byte."""
+    error, bypassed = "", 0
+    must_bypass = mode == "full" and application.reader == "event loop"
+    try:
+        with bed.served(node, application, hop, "bypass") as where:
+            before = bed.bypassed_bytes(node, where.pair)
+            bed.check(node, application, where, must_bypass=must_bypass, within_s=BYPASS_WITHIN_S)
+            bypassed = bed.bypassed_bytes(node, where.pair) - before
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return Found(application.name, hop, error, bypassed)
+
+
+def share(node: AppNode, application: Application, hop: HopName) -> float:
+    """Of the bytes of a connection that has joined, the part that bypasses, 0 to 1."""
+    with bed.served(node, application, hop, "bypass") as where, ThreadPoolExecutor(1) as pool:
+        before = counters(node, where.pair, hop)
+        load = pool.submit(next(iter(application.loads.values())), where, LOAD_S)
+        while not load.done() and not counters(node, where.pair, hop).since(before).joined:
+            time.sleep(0.1)
+        time.sleep(1)
+        before = counters(node, where.pair, hop)
+        time.sleep(5)
+        found = counters(node, where.pair, hop).since(before)
+        load.result()
+    return found.bypassed_bytes / max(found.bypassed_bytes + found.tcp_bytes, 1)
+
+
+def applications() -> dict[str, object]:
+    """Every application on both hops inside a pod."""
+    with bed.opened(("auto",), "bypass") as nodes:
+        node = nodes["auto"]
+        mode = bed.mode_of_kernel(node)
+        found = []
+        for name in NAMES:
+            application = APPLICATIONS[name]
+            for hop in HOPS:
+                if hop in application.hops:
+                    found.append(checked(node, application, hop, mode))
+                    print(found[-1], file=sys.stderr)
+        share_of_go = share(node, APPLICATIONS["go"], "inbound") if mode == "full" else None
+    return {"mode": mode, "found": [asdict(each) for each in found], "go_share": share_of_go}
+
+
+def transfers(count: int) -> dict[str, object]:
+    """So many bodies of 50 MB down and up through nginx's proxy_pass; all compared."""
+    errors, right = [], 0
+    with bed.opened(("auto",), "bypass") as nodes:
+        node = nodes["auto"]
+        mode = bed.mode_of_kernel(node)
+        with bed.served(node, APPLICATIONS["nginx-proxy"], "inbound", "bypass") as where:
+            for number in range(count // AT_ONCE):
+                size: object = BODY if number % 2 else f"echo={BODY}"
+                argv = tools.CLIENTS["http.client"](where.front.url, "check", *([size] * AT_ONCE))
+                start = time.monotonic()
+                try:
+                    where.front.client.run(argv, timeout_s=TRANSFER_S)
+                    right += AT_ONCE
+                except Exception as failure:
+                    errors.append(f"{type(failure).__name__}: {failure}")
+                print(size, f"{time.monotonic() - start:.1f} s", errors[-1:], file=sys.stderr)
+            bypassed = bed.bypassed_bytes(node, where.pair)
+    return {"mode": mode, "right": right, "errors": errors, "bypassed_bytes": bypassed}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels.apps", description=__doc__)
+    parser.add_argument(
+        "--transfers", type=int, default=0, metavar="N", help="by nginx, only these"
+    )
+    chosen = parser.parse_args()
+    print(json.dumps(transfers(chosen.transfers) if chosen.transfers else applications()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
