@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite: do the programs load on this kernel at their real size, and do the bytes of the two hops
-inside a pod go past TCP?"""
+"""Suite: do the programs load on this kernel at their real size, do the bytes of the two hops
+inside a pod go past TCP, and do TCP clients of MPTCP listeners join?"""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bpf.loader import LoadError, Programs
 from cni_plugin import names
 from install.probes import enter
 from tests.light import CLIENT_IP, SERVER_IP, LightPod, accelerated
+from tests.passes import mptcp
 
 APP_UID = 0
 APP = (SERVER_IP, 8080)
@@ -89,8 +90,13 @@ def main() -> int:
         child.start()
         child.join()
         bypassed = {hop: counted.bypassed_bytes for hop, counted in pod.counters().items()}
-    sent = 2 * ROUNDS * len(MESSAGE)
-    print(json.dumps({"load_s": load_s, "sent_bytes": sent, "bypassed_bytes": bypassed}))
+    found = {
+        "load_s": load_s,
+        "sent_bytes": 2 * ROUNDS * len(MESSAGE),
+        "bypassed_bytes": bypassed,
+        "mptcp_joined": mptcp.ends_that_join() if any(bypassed.values()) else {},
+    }
+    print(json.dumps(found))
     return child.exitcode or 0
 
 

@@ -89,7 +89,10 @@ def _probe(printed: dict[str, Any]) -> Finding:
     sent = printed["sent_bytes"]
     shares = {hop: printed["bypassed_bytes"].get(hop, 0) / sent for hop in ("inbound", "outbound")}
     summary = ", ".join(f"{hop} {share:.0%} bypassed" for hop, share in shares.items())
-    return Finding(summary, frozenset(names.MODES if all(shares.values()) else {OFF}))
+    agreeing = frozenset(names.MODES if all(shares.values()) else {OFF})
+    ends = printed["mptcp_joined"]
+    problems = [f"MPTCP's fallback, {name}: {ends[name]} ends" for name in ends if ends[name] != 2]
+    return Finding(summary, agreeing, tuple(problems))
 
 
 def _semantics(printed: dict[str, Any]) -> Finding:
@@ -235,7 +238,7 @@ _SELFTEST = (f"{_BIN}/tcpip-bypass-node", "selftest", "--json")
 _ALL = (
     Suite("selftest", _SELFTEST, _selftest, 300),
     Suite("selftest-left", (*_SELFTEST, "--fionread", "leave"), _selftest, 300),
-    Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 120),
+    Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 240),
     Suite("ktls", (f"{_BIN}/python", "-m", "tests.kernels.ktls"), _ktls, 120),
     Suite("memory", (f"{_BIN}/python", "-m", "tests.kernels.memory"), _memory, 180),
     Suite(

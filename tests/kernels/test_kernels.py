@@ -99,6 +99,18 @@ def semantics(
     )
 
 
+def probed(outbound: int = 10, mptcp: int = 2) -> Outcome:
+    return outcome(
+        "probe",
+        {
+            "load_s": 1,
+            "sent_bytes": 10,
+            "bypassed_bytes": {"inbound": 10, "outbound": outbound},
+            "mptcp_joined": {"AF_INET": 2, "AF_INET6": mptcp} if outbound else {},
+        },
+    )
+
+
 def problems(*outcomes: Outcome, complaints: tuple[str, ...] = ()) -> list[str]:
     run = Run(Kernel("1.2", Path("1.2.3")), list(outcomes), list(complaints))
     return report.judge(run, [SUITES[one.suite] for one in outcomes]).problems
@@ -126,9 +138,14 @@ def test_what_differs_must_be_documented(name: str, agree: bool) -> None:
 
 
 def test_no_bypassed_bytes_agree_with_off_only() -> None:
-    none = {"load_s": 1, "sent_bytes": 10, "bypassed_bytes": {"inbound": 10, "outbound": 0}}
-    assert problems(selftest("off"), outcome("probe", none)) == []
-    assert problems(selftest("full"), outcome("probe", none)) != []
+    none = probed(outbound=0)
+    assert problems(selftest("off"), none) == []
+    assert problems(selftest("full"), none) != []
+
+
+@pytest.mark.parametrize(("ends", "is_right"), [(2, True), (1, False), (0, False)])
+def test_both_ends_of_mptcp_s_fallback_join(ends: int, is_right: bool) -> None:
+    assert (problems(probed(mptcp=ends)) == []) is is_right
 
 
 @pytest.mark.parametrize(

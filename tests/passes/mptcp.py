@@ -33,15 +33,19 @@ def joined(pod: LightPod, family: socket.AddressFamily) -> int:
                 return pod.members() - before
 
 
-def main(seconds: float = 60) -> dict[str, Any]:
-    ends = {}
+def ends_that_join() -> dict[str, int]:
+    """joined() by the family's name."""
     with accelerated(passes=False) as pod:
         pod.enter()
         try:
-            for family in (socket.AF_INET, socket.AF_INET6):
-                ends[family.name] = joined(pod, family)
+            families = (socket.AF_INET, socket.AF_INET6)
+            return {family.name: joined(pod, family) for family in families}
         finally:
             away_from_pods()
+
+
+def main(seconds: float = 60) -> dict[str, Any]:
+    ends = ends_that_join()
     found = churn.main(seconds, "mptcp")
     missing = [f"{count} ends joined, {name}" for name, count in ends.items() if count != 2]
     return {"ends that join": ends, **found, "problems": [*found["problems"], *missing]}
