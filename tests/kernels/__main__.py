@@ -12,7 +12,15 @@ import time
 from tests.bed.apt import AptError
 from tests.fuzz import settings
 from tests.kernels import images, initramfs, machine, report
-from tests.kernels.suites import FUZZ_PROGRAM, PROJECT, SUITES, USUAL, Outcome, Suite
+from tests.kernels.suites import (
+    FUZZ_PROGRAM,
+    PROJECT,
+    SUITES,
+    UNDER_LOCKDOWN,
+    USUAL,
+    Outcome,
+    Suite,
+)
 from tests.passes import churn
 
 FOLDER = PROJECT / "build/kernels"
@@ -39,21 +47,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def suites_on(kernel: images.Kernel, arguments: argparse.Namespace) -> list[Suite]:
+    """What is to run on one kernel. Under lockdown the self-test says all that differs."""
+    wanted = arguments.suite or (UNDER_LOCKDOWN if kernel.is_locked_down else USUAL)
+    return [SUITES[name] for name in wanted]
+
+
 async def run_all(
-    qemu: images.Qemu, kernels: list[images.Kernel], suites: list[Suite], jobs: int
+    qemu: images.Qemu, kernels: list[images.Kernel], arguments: argparse.Namespace
 ) -> list[machine.Run]:
-    """Every suite on every kernel, `jobs` kernels at a time."""
-    turns = asyncio.Semaphore(jobs)
+    """All suites on all kernels, `--jobs` kernels at a time."""
+    turns = asyncio.Semaphore(arguments.jobs)
 
     def tell(kernel: images.Kernel, outcome: Outcome) -> None:
-        print(f"{kernel.release}: {outcome.suite} took {outcome.seconds:.0f} s", flush=True)
+        print(f"{kernel.title}: {outcome.suite} took {outcome.seconds:.0f} s", flush=True)
 
     guests = machine.Machine(qemu, INITRAMFS, tell)
 
     async def one(kernel: images.Kernel) -> machine.Run:
         async with turns:
             console = FOLDER / f"console-{kernel.series}.log"
-            return await guests.run(kernel, suites, console)
+            return await guests.run(kernel, suites_on(kernel, arguments), console)
 
     return list(await asyncio.gather(*(one(kernel) for kernel in kernels)))
 
@@ -77,15 +91,14 @@ def prepare_and_run(arguments: argparse.Namespace) -> int:
         return 1
     settings.compiled(FUZZ_PROGRAM.parent)
     churn.compiled()
-    initramfs.write(INITRAMFS, kernels)
-    suites = [SUITES[name] for name in arguments.suite or USUAL]
+    initramfs.write(INITRAMFS, list({kernel.release: kernel for kernel in kernels}.values()))
     start = time.monotonic()
     try:
-        runs = asyncio.run(run_all(qemu, kernels, suites, arguments.jobs))
+        runs = asyncio.run(run_all(qemu, kernels, arguments))
     except KeyboardInterrupt:
         return 130
     print(f"Kernels: {len(runs)}, in {time.monotonic() - start:.0f} s")
-    return report.show(runs, suites)
+    return report.show(runs)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ RESULTS = "/dev/ttyS1"
 _MOUNTS = (
     ("proc", "/proc"),
     ("sysfs", "/sys"),
+    ("securityfs", "/sys/kernel/security"),
     ("devtmpfs", "/dev"),
     ("devpts", "/dev/pts"),
     ("tmpfs", "/dev/shm"),
@@ -55,6 +56,15 @@ def bring_up_loopback() -> None:
     siocsifflags, iff_up = 0x8914, 1  # linux/sockios.h, linux/if.h
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, siocsifflags, struct.pack("16sH14x", b"lo", iff_up))
+
+
+def check_lockdown() -> None:
+    """Raises RuntimeError if the command line asks for it and the kernel does not have it."""
+    if "lockdown=integrity" not in Path("/proc/cmdline").read_text().split():
+        return
+    level = Path("/sys/kernel/security/lockdown").read_text()
+    if "[integrity]" not in level:
+        raise RuntimeError(f"this kernel is not locked down: {level}")
 
 
 def load_modules() -> None:
@@ -100,6 +110,7 @@ def _kill_everything() -> None:
 def main() -> None:
     for kind, target in _MOUNTS:
         mount(kind, target)
+    check_lockdown()
     bring_up_loopback()
     load_modules()
     results = os.open(RESULTS, os.O_WRONLY | os.O_NOCTTY)

@@ -9,15 +9,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.bed.apt import KEYRING, AptError, PrivateApt, debian_mirrors, os_release
 from tests.kernels import modules
 
 # The newest package of each series: the floor, the long-lived ones, those in which FIONREAD on a
-# socket in a sockhash changed (6.17, 6.18), and the newest.
-SERIES = ("5.10", "6.1", "6.12", "6.17", "6.18", "7")
+# socket in a sockhash changed (6.17, 6.18), and the newest. And one as Secure Boot has it: it must
+# be one whose FIONREAD is wrong, for that is what lockdown decides about.
+LOCKED_DOWN = "-lockdown"  # ends the name of a series that is booted so
+SERIES = ("5.10", "6.1", f"6.1{LOCKED_DOWN}", "6.12", "6.17", "6.18", "7")
 _SUITES = ("bullseye", "bookworm", "trixie", "trixie-backports")
 _SECURITY_SUITES = ("bullseye-security", "bookworm-security", "trixie-security")
 
@@ -39,6 +41,20 @@ class Kernel:
     @property
     def release(self) -> str:
         return self.folder.name
+
+    @property
+    def is_locked_down(self) -> bool:
+        return self.series.endswith(LOCKED_DOWN)
+
+    @property
+    def parameters(self) -> str:
+        """What its command line has beside what every kernel's has."""
+        return "lockdown=integrity" if self.is_locked_down else ""
+
+    @property
+    def title(self) -> str:
+        """What tells it from all other kernels of a run."""
+        return f"{self.release} {self.parameters}".strip()
 
     @property
     def image(self) -> Path:
@@ -93,6 +109,12 @@ def get_kernels(folder: Path, series: Sequence[str], mirror: str | None) -> list
 
     Raises AptError, also when the mirror has no kernel of a series.
     """
+    plain = [one.removesuffix(LOCKED_DOWN) for one in series]
+    found = {kernel.series: kernel for kernel in _get(folder, list(dict.fromkeys(plain)), mirror)}
+    return [replace(found[one], series=name) for one, name in zip(plain, series, strict=True)]
+
+
+def _get(folder: Path, series: Sequence[str], mirror: str | None) -> list[Kernel]:
     found = [_cached(folder, one) for one in series]
     if None not in found:
         return [kernel for kernel in found if kernel]

@@ -33,6 +33,7 @@ class Run:
     kernel: Kernel
     outcomes: list[Outcome] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
+    suites: Sequence[Suite] = ()  # what it was to run
     boot_s: float | None = None
     timed_out: bool = False
 
@@ -52,7 +53,7 @@ class Machine:
 
     async def run(self, kernel: Kernel, suites: Sequence[Suite], console: Path) -> Run:
         """Boots `kernel` and runs `suites` on it; its messages go to the file `console`."""
-        result = Run(kernel)
+        result = Run(kernel, suites=suites)
         start = time.monotonic()
         process = await asyncio.create_subprocess_exec(
             *self._command(kernel, suites, console),
@@ -85,7 +86,7 @@ class Machine:
     def _command(self, kernel: Kernel, suites: Sequence[Suite], console: Path) -> list[str]:
         append = (
             f"console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off {_SLOW_CLOCK}"
-            f" rdinit={PROJECT}/.venv/bin/python PYTHONPATH={PROJECT}"
+            f" {kernel.parameters} rdinit={PROJECT}/.venv/bin/python PYTHONPATH={PROJECT}"
             " -- -m tests.kernels.guest " + " ".join(suite.name for suite in suites)
         )
         return [

@@ -50,20 +50,21 @@ def judge(run: Run, suites: Sequence[Suite]) -> Verdict:
     return Verdict(summaries, problems)
 
 
-def show(runs: Sequence[Run], suites: Sequence[Suite]) -> int:
+def show(runs: Sequence[Run]) -> int:
     """Prints the table and every problem below it. Returns the number of kernels with problems."""
     console = Console(width=None if Console().is_terminal else 160)
-    table = Table("kernel", "boot", *(suite.name for suite in suites), "agree", show_lines=True)
-    verdicts = [judge(run, suites) for run in runs]
+    suites = dict.fromkeys(suite.name for run in runs for suite in run.suites)
+    table = Table("kernel", "boot", *suites, "agree", show_lines=True)
+    verdicts = [judge(run, run.suites) for run in runs]
     for run, verdict in zip(runs, verdicts, strict=True):
         table.add_row(
-            run.kernel.release,
+            run.kernel.title,
             "-" if run.boot_s is None else f"{run.boot_s:.0f} s",
-            *(escape(verdict.summaries[suite.name]) for suite in suites),
+            *(escape(verdict.summaries.get(suite, "-")) for suite in suites),
             "NO" if verdict.problems else "yes",
         )
     console.print(table)
     for run, verdict in zip(runs, verdicts, strict=True):
         if verdict.problems:
-            console.print(f"{run.kernel.release}:", *verdict.problems, sep="\n  ", markup=False)
+            console.print(f"{run.kernel.title}:", *verdict.problems, sep="\n  ", markup=False)
     return sum(bool(verdict.problems) for verdict in verdicts)

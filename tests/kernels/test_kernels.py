@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.bed.apt import AptError
-from tests.kernels import modules, report
-from tests.kernels.images import Kernel, newest
-from tests.kernels.machine import Run
-from tests.kernels.suites import SUITES, Outcome
+from tests.kernels import __main__ as command
+from tests.kernels import images, modules, report
+from tests.kernels.images import Kernel, Qemu, newest
+from tests.kernels.machine import Machine, Run
+from tests.kernels.suites import SUITES, USUAL, Outcome
 
 AVAILABLE = frozenset(
     {
@@ -173,3 +174,31 @@ def test_a_kernel_that_goes_down_is_a_problem() -> None:
 
 def test_what_the_kernel_complains_about_is_a_problem() -> None:
     assert problems(selftest("full"), complaints=("WARNING: at x",)) == ["WARNING: at x"]
+
+
+@pytest.mark.parametrize(
+    ("options", "series", "suites"),
+    [
+        ([], "6.1", USUAL),
+        ([], "6.1-lockdown", ["selftest"]),
+        (["--suite", "fuzz"], "6.1-lockdown", ["fuzz"]),
+    ],
+)
+def test_what_runs_on_a_kernel(options: list[str], series: str, suites: list[str]) -> None:
+    arguments = command.build_parser().parse_args(options)
+    kernel = Kernel(series, Path("1.2.3"))
+    assert [suite.name for suite in command.suites_on(kernel, arguments)] == suites
+
+
+def test_lockdown_is_a_row_of_its_own_on_the_same_kernel(tmp_path: Path) -> None:
+    folder = tmp_path / "6.1/6.1.9"
+    modules.store(tmp_path / "no modules here", folder / "modules")
+    plain, locked = images.get_kernels(tmp_path, ["6.1", "6.1-lockdown"], None)
+    assert (plain.folder, locked.folder) == (folder, folder)
+    assert (plain.title, locked.title) == ("6.1.9", "6.1.9 lockdown=integrity")
+    machine = Machine(Qemu(Path("qemu")), Path("initramfs"), lambda *_: None)
+    asked = [
+        "lockdown=integrity" in machine._command(kernel, [], Path("log"))[-1].split(" -- ")[0]
+        for kernel in (plain, locked)
+    ]
+    assert asked == [False, True]
