@@ -60,7 +60,8 @@ soak: build
 plugin-speed: build
 	$(PY) -m tests.integration.plugin_speed 50
 
-# The self-test, the semantics suite, the fuzzer and real programs on other kernels, under QEMU.
+# The self-test, the semantics suite, the fuzzer and real programs on other kernels, under QEMU, and
+# docs/kernels.md. `python -m tests.kernels --page` writes that page alone.
 test-kernels: build .venv/.apps-ready
 	$(PY) -m tests.kernels
 

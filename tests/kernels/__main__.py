@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m tests.kernels [SERIES...]`: the suites on other kernels, and one table of them all."""
+"""`python -m tests.kernels [SERIES...]`: the suites on other kernels, and one table of them all.
+
+A run of every series and suite that finds no problem writes docs/kernels.md.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ import time
 
 from tests.bed.apt import AptError
 from tests.fuzz import settings
-from tests.kernels import images, initramfs, machine, report
+from tests.kernels import images, initramfs, machine, page, report
 from tests.kernels.suites import (
     FUZZ_PROGRAM,
     PROJECT,
     SUITES,
     UNDER_LOCKDOWN,
     USUAL,
+    Failed,
     Outcome,
     Suite,
 )
@@ -32,11 +36,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "series", nargs="*", default=images.SERIES, help=f"default: {' '.join(images.SERIES)}"
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--suite",
         action="append",
         choices=SUITES,
         help="only this one; may be given again; default: those that take no minutes",
+    )
+    which.add_argument(
+        "--page",
+        action="store_true",
+        help="only the suites that docs/kernels.md is made of; write it, of these series",
     )
     parser.add_argument(
         "--jobs", type=int, default=2, metavar="N", help="kernels at a time; default: %(default)s"
@@ -49,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def suites_on(kernel: images.Kernel, arguments: argparse.Namespace) -> list[Suite]:
     """What is to run on one kernel. Under lockdown the self-test says all that differs."""
-    wanted = arguments.suite or (UNDER_LOCKDOWN if kernel.is_locked_down else USUAL)
+    usual = page.SUITES if arguments.page else USUAL
+    wanted = arguments.suite or (UNDER_LOCKDOWN if kernel.is_locked_down else usual)
     return [SUITES[name] for name in wanted]
 
 
@@ -98,7 +109,20 @@ def prepare_and_run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     print(f"Kernels: {len(runs)}, in {time.monotonic() - start:.0f} s")
-    return report.show(runs)
+    return write_page(arguments, runs, report.show(runs))
+
+
+def write_page(arguments: argparse.Namespace, runs: list[machine.Run], failures: int) -> int:
+    """Writes docs/kernels.md if that is asked for or the run is whole and well; the exit status."""
+    is_whole = not arguments.suite and tuple(arguments.series) == images.SERIES
+    if not arguments.page and (failures or not is_whole):
+        return failures
+    try:
+        page.PATH.write_text(page.written(runs), encoding="utf-8")
+    except Failed as failure:
+        print(f"test-kernels: {page.PATH} stays as it is: {failure}", file=sys.stderr)
+        return failures or 1
+    return failures
 
 
 if __name__ == "__main__":

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from install.probes import PROBES
+from install.selftest import OFF, SPLICE, Check, Verdict, decide
 from tests.bed.apt import AptError
 from tests.kernels import __main__ as command
-from tests.kernels import images, modules, report
-from tests.kernels.images import Kernel, Qemu, newest
+from tests.kernels import images, modules, page, report
+from tests.kernels.images import SERIES, Kernel, Qemu, newest
 from tests.kernels.machine import Machine, Run
-from tests.kernels.suites import SUITES, USUAL, Outcome
+from tests.kernels.suites import SUITES, USUAL, Failed, Outcome
 
 AVAILABLE = frozenset(
     {
@@ -144,6 +148,11 @@ def test_no_bypassed_bytes_agree_with_off_only() -> None:
     assert problems(selftest("full"), none) != []
 
 
+def test_what_is_left_without_the_mend_agrees_with_any_mode() -> None:
+    left = replace(selftest("proxy-only"), suite="selftest-left")
+    assert problems(selftest("full"), left, semantics(), probed()) == []
+
+
 @pytest.mark.parametrize(("ends", "is_right"), [(2, True), (1, False), (0, False)])
 def test_both_ends_of_mptcp_s_fallback_join(ends: int, is_right: bool) -> None:
     assert (problems(probed(mptcp=ends)) == []) is is_right
@@ -181,6 +190,8 @@ def test_what_the_kernel_complains_about_is_a_problem() -> None:
     [
         ([], "6.1", USUAL),
         ([], "6.1-lockdown", ["selftest"]),
+        (["--page"], "6.1", ["selftest", "selftest-left", "probe"]),
+        (["--page"], "6.1-lockdown", ["selftest"]),
         (["--suite", "fuzz"], "6.1-lockdown", ["fuzz"]),
     ],
 )
@@ -202,3 +213,121 @@ def test_lockdown_is_a_row_of_its_own_on_the_same_kernel(tmp_path: Path) -> None
         for kernel in (plain, locked)
     ]
     assert asked == [False, True]
+
+
+def verdict(*wrong: str, mended: bool = False) -> dict[str, Any]:
+    """What a self-test prints that has loaded; `wrong` names the checks that failed."""
+    found = "0 (not mended:\nrefused) | said the verifier"
+    checks = [Check(name, "", "1", found, name not in wrong) for name in (SPLICE, *PROBES)]
+    return replace(decide(checks), is_mended=mended).as_json()
+
+
+LOADS = Check("load", "", "both load", "no", ok=False)
+NOT_BYPASSED = ("fionread_bypassed", "fionread_ipv6")
+NOT_TCP = ("fionread_tcp", "fionread_ipv6")
+
+
+def a_run(series: str, selftest: object, *others: Outcome) -> Run:
+    return Run(
+        Kernel(series, Path(f"{series.partition('-')[0]}.9")),
+        [outcome("selftest", selftest), *others],
+    )
+
+
+def left(*wrong: str) -> Outcome:
+    return outcome("selftest-left", verdict(*wrong), exit_code=1 if wrong else 0)
+
+
+def test_the_page() -> None:
+    off = Verdict(OFF, ["load: no"], [LOADS]).as_json()
+    runs = [
+        a_run("5.10", off, replace(outcome("selftest-left", off), exit_code=2), probed(outbound=0)),
+        a_run("6.1", verdict(mended=True), left(*NOT_BYPASSED), probed()),
+        a_run("6.1-lockdown", verdict(*NOT_BYPASSED)),
+        a_run("6.12", verdict(), left(), probed()),
+        a_run("6.18", verdict(mended=True), left(*NOT_TCP), probed(mptcp=1)),
+        a_run("7", verdict(SPLICE), left(SPLICE), probed()),
+    ]
+    head, _, rest = page.written(runs).partition("\n|-|-|-|-|-|-|-|-|\n")
+    assert head.startswith("# Kernels\n\nWritten by `make test-kernels`; do not edit.")
+    assert (
+        rest
+        == """\
+|5.10.9|Debian 11|-|-|-|-|`off`|none|
+|6.1.9|Debian 12, AL2023|A|yes|yes|yes|`full`|all three|
+|6.1.9 lockdown=integrity|Debian 12, AL2023|A|no|yes|-|`proxy-only`|sidecar to sidecar|
+|6.12.9|Debian 13, RHEL 10, AL2023 (6.12)|C|not needed|yes|yes|`full`|all three|
+|6.18.9|Debian 13's backports|B|yes|yes|no|`full`|all three|
+|7.9|Debian 13's backports|C|not needed|no|yes|`proxy-only`|sidecar to sidecar|
+
+Not `full`, because:
+
+- 5.10.9: `load: no`
+- 6.1.9 lockdown=integrity: `fionread_bypassed: expected 1, found 0 (not mended: refused) ...`
+- 7.9: `splice: expected 1, found 0 (not mended: refused) ...`
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "letters"),
+    [
+        (("fionread_bypassed", "fionread_tcp", "fionread_ipv6"), "AB"),
+        (("fionread_ipv6",), "IPv6 wrong"),
+        (("edge_behind",), "C"),
+    ],
+)
+def test_the_class_of_fionread(wrong: tuple[str, ...], letters: str) -> None:
+    assert page.fionread_class(verdict(*wrong)) == letters
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        a_run("6.1", verdict(mended=True), probed()),
+        a_run("6.1", verdict(), outcome("selftest-left", "", exit_code=None), probed()),
+        Run(Kernel("6.1-lockdown", Path("6.1.9"))),
+    ],
+)
+def test_no_page_of_a_suite_that_did_not_run(run: Run) -> None:
+    with pytest.raises(Failed):
+        page.written([run])
+
+
+def test_every_series_has_its_distributions() -> None:
+    assert {one.removesuffix(images.LOCKED_DOWN) for one in SERIES} == page.SHIPPED_BY.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "failures", "is_written"),
+    [
+        ([], 0, True),
+        ([], 1, False),
+        (["--suite", "selftest"], 0, False),
+        (["6.12"], 0, False),
+        (["--page", "6.12"], 0, True),
+        (["--page"], 1, True),
+    ],
+)
+def test_when_the_page_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    failures: int,
+    is_written: bool,
+) -> None:
+    monkeypatch.setattr(page, "PATH", tmp_path / "kernels.md")
+    arguments = command.build_parser().parse_args(options)
+    runs = [a_run("6.12", verdict(), left(), probed())]
+    assert command.write_page(arguments, runs, failures) == failures
+    assert page.PATH.exists() is is_written
+
+
+def test_a_page_that_cannot_be_written_stays_and_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "PATH", tmp_path / "kernels.md")
+    page.PATH.write_text("as it was")
+    arguments = command.build_parser().parse_args(["--page"])
+    assert command.write_page(arguments, [a_run("6.12", verdict())], 0) == 1
+    assert page.PATH.read_text() == "as it was"
