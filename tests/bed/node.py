@@ -14,7 +14,7 @@ from typing import Any
 from install import exits
 
 PROGRAM = Path(__file__).parents[2] / ".venv" / "bin" / "tcpip-bypass-node"
-TIMEOUT_S = 180  # a soak leaves a load of the programs little of the CPU
+TIMEOUT_S = 600  # a soak leaves a load of the programs little of the CPU, an emulator less
 
 
 def is_report(command: str, status: int, printed: str) -> bool:

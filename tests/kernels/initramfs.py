@@ -27,7 +27,7 @@ from tests.kernels.suites import FUZZ_PROGRAM, PROJECT
 from tests.passes import churn
 
 _LIBRARIES = Path("/usr/lib", sysconfig.get_config_var("MULTIARCH"))
-_USR_LINKS = ("bin", "lib", "lib64", "sbin")
+_LINKS = ("bin", "lib", "lib64", "sbin", "var/run")
 _CONFIGURATION = ("group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "protocols")
 _TOOLS = (
     *("cat", "conntrack", "env", "ip", "iptables", "iptables-restore", "ldconfig", "mount"),
@@ -93,8 +93,9 @@ def guest_files() -> list[Path]:
     closure = Closure()
     closure.add(FUZZ_PROGRAM)
     closure.add(churn.PROGRAM)
-    # The merged /usr: links to folders of which only parts are wanted.
-    closure.paths.update(link for name in _USR_LINKS if (link := Path("/", name)).is_symlink())
+    # The merged /usr, and /var/run: links to folders of which only parts are wanted.
+    closure.paths.add(Path("/var"))
+    closure.paths.update(link for name in _LINKS if (link := Path("/", name)).is_symlink())
     for tool in _TOOLS:
         path = shutil.which(tool, path="/usr/sbin:/usr/bin:/sbin:/bin")
         if not path:
