@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Everything that crosses the border between the BPF programs and user space:
- * the one definition of every struct, enum and map name. bpf/abi.py is Python's
+ * What crosses the border between the BPF programs and user space: the one
+ * definition of every struct, enum and map name. bpf/abi.py is Python's
  * view of this file; tests/unit/test_abi.py holds the two together.
  *
  * Members are ordered so that no compiler adds padding: a hash key with padding
- * has bytes nobody wrote, and then equal keys do not compare equal.
+ * has bytes never written, and then equal keys do not compare equal.
  */
 #ifndef TCPIP_BYPASS_H
 #define TCPIP_BYPASS_H
@@ -42,7 +42,7 @@ enum tb_pod_flag {
 struct tb_pod {
 	__u64 id; /* unique per attachment, cni_plugin/attachment.py: pod_id() */
 	__u32 flags;
-	__u32 proxy_uid;  /* whose sockets are the sidecar's, as the host counts uids */
+	__u32 proxy_uid;  /* the sidecar's user, as the host counts uids */
 	__u32 reserved_1; /* keeps the layout of version 0.1, whose records an upgrade reads */
 	__u32 ip_count;
 	__u32 excluded_count;
