@@ -16,7 +16,8 @@
  *   reads        kernel memory of others decides whether to redirect, never where to    kernel.h
  *   identity     two sockets are one connection if their initial numbers mirror        pairing.h
  *                through a Service, the server's pod has proved itself                services.h
- *   readers      no socket whose reader may sleep in recv is a member                 readers.h
+ *   state        a socket's memory is written for that socket alone                    state.h
+ *   readers      no socket with a reader that may sleep in recv is a member           readers.h
  *   splice       no socket that has spliced joins                                      splice.h
  *   one queue    a direction changes its path only while the old one is empty           order.h
  *   lock         no redirect waits for an application's socket lock                     order.h
@@ -26,7 +27,8 @@
  *   memory       and only a share of what its container has free                       unread.h
  *   edges        an edge-triggered reader gets a new edge for bytes behind others       edge.h
  *   joining      only a socket that is known joins, while no call on it is under way  joining.h
- *   leaving      nothing unread, nothing on its way                                    joining.h
+ *   leaving      no byte unread, no redirect on its way                               joining.h
+ *   ULP          a member that got a ULP as it joined stays, on TCP                    joining.h
  *   fionread     FIONREAD says what TCP would                                         fionread.h
  *
  * Compiled on the node by bcc, as one text with the headers (bpf/loader.py).
@@ -50,9 +52,9 @@
 
 /*
  * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its
- * bypass queue belongs to the old connection, whose peer may not have heard of its end. Leaving the
- * sockhash throws the queue away and makes the old id unreachable. No thread sleeps in a read: the
- * socket was closed.
+ * bypass queue belongs to the old connection, and its peer may not have heard of the end. Leaving
+ * the sockhash throws the queue away and makes the old id unreachable. No thread sleeps in a read:
+ * the socket was closed.
  */
 static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
@@ -131,7 +133,7 @@ int tb_sock_ops(struct bpf_sock_ops *skops)
 	return 1;
 }
 
-/* Attached to the sockhash. Always SK_PASS: anything else fails the application's send. */
+/* Attached to the sockhash. Always SK_PASS: any other verdict fails the application's send. */
 int tb_sk_msg(struct sk_msg_md *msg)
 {
 	struct bpf_sock *sk = msg->sk;

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Everything that crosses the border between the BPF programs and user space:
- * the one definition of every struct, enum and map name. bpf/abi.py is Python's
+ * What crosses the border between the BPF programs and user space: the one
+ * definition of every struct, enum and map name. bpf/abi.py is Python's
  * view of this file; tests/unit/test_abi.py holds the two together.
  *
  * Members are ordered so that no compiler adds padding: a hash key with padding
- * has bytes nobody wrote, and then equal keys do not compare equal.
+ * has bytes never written, and then equal keys do not compare equal.
  */
 #ifndef TCPIP_BYPASS_H
 #define TCPIP_BYPASS_H
@@ -42,7 +42,7 @@ enum tb_pod_flag {
 struct tb_pod {
 	__u64 id; /* unique per attachment, cni_plugin/attachment.py: pod_id() */
 	__u32 flags;
-	__u32 proxy_uid;  /* whose sockets are the sidecar's, as the host counts uids */
+	__u32 proxy_uid;  /* the sidecar's user, as the host counts uids */
 	__u32 reserved_1; /* keeps the layout of version 0.1, whose records an upgrade reads */
 	__u32 ip_count;
 	__u32 excluded_count;
@@ -105,7 +105,7 @@ enum tb_outcome {
 	TB_OUTCOME_EXCLUDED,   /* a port was opted out, or the pod is proxy-only */
 	TB_OUTCOME_INELIGIBLE, /* paired, but MPTCP, ULP or SO_ZEROCOPY */
 	TB_OUTCOME_BLOCKING,   /* paired, but an end's file is blocking: its reader may sleep */
-	TB_OUTCOME_OPTIONS,    /* paired, but an end set SO_RCVBUF, SO_RCVLOWAT or SO_PEEK_OFF */
+	TB_OUTCOME_OPTIONS,    /* paired, but an end set an option: tb_has_options() */
 	TB_OUTCOME_SPLICE,     /* paired, but an end has spliced from its socket */
 	TB_OUTCOME_BUSY,       /* paired, but another program's sockmap has the socket */
 	TB_OUTCOME_FULL,       /* a map was full or memory short */

@@ -2,9 +2,9 @@
 """The bpffs folder: one generation of pinned programs and maps per load, one of them current.
 
 A load makes a new generation and swaps the symlink ``current`` over to it, so that the plugin
-always finds a whole one. Connections that were set up under an older generation keep its
-programs alive and stay on the bypass until they close; its pins stay as long, so that `pause`
-and `unload` reach them.
+always finds a whole one. It takes the sockets of older generations out of their sockhash, and
+their connections go on by TCP. The pins of an older one stay while a socket in it has unread
+bypassed bytes, or a pod has its programs, so that `pause` and `unload` reach them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Generation:
         return int(abi.Fionread.from_buffer_copy(raw).lost)
 
     def has_sockets(self) -> bool:
-        """Whether any open connection still lives in this generation's sockhash."""
+        """Whether any socket is still in this generation's sockhash."""
         with opened(self.folder / names.SOCKHASH) as fd:
             return not bpfsys.map_is_empty(fd)
 
@@ -158,7 +158,7 @@ class Generations:
         (self.root / names.CURRENT).unlink(missing_ok=True)
 
     def remove_idle(self, attached: set[int]) -> None:
-        """Removes old generations without connections, and incomplete ones.
+        """Removes old generations without sockets, and incomplete ones.
 
         `attached` are the IDs of programs that pods still have: their generation stays, too.
         """

@@ -47,7 +47,7 @@ class Facts:
     """The node's state but for its counters."""
 
     current: Generation | None
-    generations: list[Generation]  # the current one and older ones whose connections live on
+    generations: list[Generation]  # the current one and older ones that are in use
     paused: bool
     paused_pods: frozenset[int]  # IDs of single pods
     mode: str

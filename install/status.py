@@ -91,7 +91,7 @@ def _head(found: Facts) -> Iterator[RenderableType]:
     elif found.paused:
         yield Text("Paused: all bytes go by TCP until tcpip-bypass-node resume.", "yellow")
     if older:
-        yield f"Older generations that still have connections: {', '.join(map(str, older))}"
+        yield f"Older generations that are still in use: {', '.join(map(str, older))}"
 
 
 def _mode(found: Facts) -> str:

@@ -35,8 +35,8 @@ static __always_inline int tb_wants_edge(const struct tb_conn *conn, __u64 sk)
 	return is_empty && has_more && !is_owned;
 }
 
-/* A visit to a sender that has left: its peer has read on, so nothing lies behind any more. In the
- * sockhash its sends find that out. */
+/* A visit to a sender that has left: its peer has read on, so no byte lies behind others any
+ * more. In the sockhash its sends find that out. */
 static __always_inline void tb_visit_sender(struct tb_conn *conn)
 {
 	if (conn->is_behind && tb_membership(conn->state) == TB_OUT && tb_has_peer(conn) &&

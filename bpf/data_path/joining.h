@@ -8,20 +8,20 @@
  * visit writes only what no other program writes while it does.
  *
  * RULE (joining). A socket joins when it is known: accepted, as it is read, with bytes sent there
- * and back, and no thread inside a call on it. Everything that RULE (readers) and RULE (identity)
- * ask is asked anew, and once more after it has joined what another thread may have changed.
+ * and back, and no thread inside a call on it. What RULE (readers) and RULE (identity) ask is
+ * asked anew, and once more after it has joined what another thread may have changed.
  *
  * RULE (leaving). What lies unread in a removed socket's bypass queue is lost, and a redirect to it
  * on its way fails. What it has bypassed itself must have been read, too: else its next bytes, by
- * TCP, lie behind that, and edge.h knows nothing of it. So a socket leaves in three visits, each of
- * a pass of its own:
+ * TCP, lie behind that, and edge.h does not see it. So a socket leaves in three visits, each of a
+ * pass of its own:
  *   1. The first writes TB_LEAVING. Sends at both ends that begin from then on see it, and bypass
- *      nothing into an empty queue.
+ *      no byte into an empty queue.
  *   2. The second notes how many sends have begun on the bypass, and then finds no thread inside a
  *      call at either end: each psock has the sockhash's reference alone, and those of sleepers.
  *   3. The third finds both queues empty, again no thread inside a call, and then the same number.
  *      So no redirect is on its way, none has begun since 2, and none can begin. If 3 finds
- *      anything else, 2 is next.
+ *      otherwise, 2 is next.
  */
 
 /* So long after the handshake, at least, it may join. */

@@ -35,7 +35,7 @@ static __u64 (*tb_tick_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 
 #ifdef TB_RDONLY_CAST
 /* bpf_rdonly_cast(), Linux 6.2: through what it returns any kernel memory is read by a plain load,
- * whose fault reads as zero. The type only limits how far the load may reach. */
+ * and a fault reads as zero. The type only limits how far the load may reach. */
 static const void *(*tb_rdonly_cast)(__u64 address, __u32 type) = (void *)TB_RDONLY_CAST;
 
 #define TB_TCP_SOCK(sk, address) tb_rdonly_cast(address, TB_ID_TCP_SOCK)

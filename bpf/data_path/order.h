@@ -2,24 +2,24 @@
 /*
  * One message: by TCP, or redirected to the peer's socket.
  *
- * RULE (one queue). A receiver reads bypassed bytes before anything in its TCP queue. So a
+ * RULE (one queue). A receiver reads bypassed bytes before those in its TCP queue. So a
  * direction changes its path, either way, only while the path that it leaves is empty:
  *   - to the bypass when the peer has consumed every byte sent by TCP (its copied_seq is the own
  *     write_seq), and no thread sleeps in recv there: that one would not wake for bypassed bytes;
  *   - to TCP when no bypassed byte lies unread at the peer and no redirect is on its way to it.
- * Whatever asks for TCP waits for that moment. Only RULE (bound) and RULE (lock) do not. Then TCP
- * bytes lie behind bypassed ones, still in order, and the sender notes it: edge.h. FIN needs no
- * rule, since a reader meets it last.
+ * A reason for TCP waits for that moment. RULE (bound), RULE (memory), RULE (leaving) and, between
+ * two pods, RULE (lock) do not. Then TCP bytes lie behind bypassed ones, still in order, and the
+ * sender notes it: edge.h. FIN needs no rule, since a reader meets it last.
  *
  * RULE (lock). A redirect takes the peer's socket lock in process context and waits for it in a
  * sleep that no signal ends. An application may hold it for long (throttled, swapping), and over
- * TCP the sender would not notice. So a message to an application's socket whose lock is owned goes
- * by TCP. Sidecars do not hold it for long.
+ * TCP the sender would not notice. So a message to an application goes by TCP while a thread owns
+ * that lock. Sidecars do not hold it for long.
  *
  * RULE (half-closed). Conntrack forgets half-closed connections in a minute or two, unless it sees
  * packets. From the first FIN on all bytes go by TCP.
  *
- * RULE (conntrack). It forgets established ones after days, or whatever the node has set. So one
+ * RULE (conntrack). It forgets established ones after days, or as the node has set. So one
  * message in a second goes by TCP.
  */
 
@@ -113,11 +113,11 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
 
 /* May a direction that is on the bypass go to TCP with this message, as it wishes to?
  *
- * RULE (leaving). A peer that leaves gets nothing into its empty queue, also while another thread
+ * RULE (leaving). A peer that leaves gets no byte into its empty queue, also while another thread
  * is on its way there.
  *
- * RULE (lock). An application of another pod whose lock is owned gets nothing at all: it could hold
- * the sender up by a read of the very bytes that make its queue not empty. */
+ * RULE (lock). An application of another pod gets no bypassed byte at all while a thread owns its
+ * lock: it could hold the sender up by a read of the very bytes that make its queue not empty. */
 static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32 state)
 {
 	int is_alone = tb_is_alone(conn); /* first: a redirect may arrive between the looks */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Two sockets find out that they are the ends of one connection. Nothing joins a sockhash here.
+ * Two sockets find out that they are the ends of one connection. No socket joins a sockhash here.
  *
  * RULE (identity). Two sockets are one connection only if their initial sequence numbers mirror.
  * The kernel drew these two 32-bit numbers for this connection. Addresses do not decide. iptables
@@ -67,7 +67,7 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 /*
  * A SYN has reached a listener of this pod, and the SYN-ACK is about to go out. Both initial
  * sequence numbers are known, so the connection is announced to its client, which is established
- * first. A client whose connection was not announced has no peer on this node.
+ * first. A client without an announcement has no peer on this node.
  */
 static __always_inline void tb_announce(struct bpf_sock_ops *skops, const struct tb_pod *pod)
 {
@@ -136,8 +136,7 @@ static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
 }
 
 /* Whether a connection may be this pod's server's. RULE (identity): a half is taken once. From
- * another pod it is taken only by the pod whose address was dialled, or whose token the client has.
- */
+ * another pod only the owner of the dialled address takes it, or the pod of the client's token. */
 static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_half_key *key,
 					const struct tb_pod *pod, const struct tb_addr *local,
 					__u64 netns)

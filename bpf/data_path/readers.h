@@ -2,9 +2,9 @@
 /*
  * Which sockets may be in the sockhash.
  *
- * RULE (readers). recv(2) of a socket in a sockhash waits once: whatever wakes it without data ends
- * it with EAGAIN (tcp_bpf_recvmsg). And splice(2) never sees bypassed bytes. So a socket whose
- * reader may sleep in recv, or splices, is not in the sockhash. Its file is O_NONBLOCK at each
+ * RULE (readers). recv(2) of a socket in a sockhash waits once: a wake-up without data ends it
+ * with EAGAIN (tcp_bpf_recvmsg). And splice(2) never sees bypassed bytes. So a socket is
+ * not in the sockhash if its reader may sleep in recv, or splices. Its file is O_NONBLOCK at each
  * packet that it sends, from the handshake on, and at each message that is bypassed to it.
  */
 

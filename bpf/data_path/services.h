@@ -3,7 +3,7 @@
  * Connections through a Service's address translation.
  *
  * RULE (identity). Where a Service's address was dialled, the node's address translation chooses
- * the server, and the client knows nothing that tells which pod that is. So the server's pod proves
+ * the server, and the client cannot tell which pod that is. So the server's pod proves
  * itself: its SYN-ACK has a token, a MAC (SipHash-2-4) over the connection and the pod, under a
  * secret that never leaves the kernel. The SYN-ACK takes the way that the node's own rules gave it.
  * A pod that did not get this very SYN cannot make the token, and one token fits one connection.

@@ -67,7 +67,7 @@ enum tb_path { TB_PATH_TCP, TB_PATH_BYPASS };
 enum tb_membership {
 	TB_OUT,
 	TB_MEMBER,
-	TB_LEAVING, /* the peer must bypass nothing into its empty queue */
+	TB_LEAVING, /* the peer must bypass no byte into its empty queue */
 	TB_MEMBERSHIPS = 4,
 };
 
@@ -136,7 +136,7 @@ struct tb_secret {
  * beat         0                       nanoseconds: when the joiner last looked; 0: none has
  * paused_pods  pod id                  1
  * due          pod id                  struct tb_due: what its connections miss without a pass
- * bell         -                       pod ids whose pass has become due
+ * bell         -                       ids of pods that are due for a pass
  * fionread     0                       struct tb_fionread
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);

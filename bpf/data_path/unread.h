@@ -3,11 +3,11 @@
  * What a peer may have unread.
  *
  * RULE (bound). The kernel never stops a sender that redirects. So past a bound the bytes go by
- * TCP, whose window stops it. The bound leaves TCP its room. Kernels charge redirected bytes to
+ * TCP, and its window stops it. The bound leaves TCP its room. Kernels charge redirected bytes to
  * their receiver, and its TCP drops what does not fit beside them, be it a FIN; the sender finds
  * out by a timer, 0.2 s later. While the peer is inside a read, 2 * sk_rcvbuf + sk_sndbuf / 2 fit
  * (tcp_add_to_backlog). Else fits what sk_rcvbuf may grow to (tcp_clamp_window). An sk_rcvbuf of
- * the one and half of the other are left to TCP, whose window is made from sk_rcvbuf.
+ * the one and half of the other are left to TCP, which makes its window from sk_rcvbuf.
  *
  * RULE (memory). Unread bytes are charged to their reader's container. TCP charges from interrupts,
  * past the limit if need be. A redirect charges from the sender's system call, which may sleep;
