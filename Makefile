@@ -36,7 +36,7 @@ freeze: .venv/.ready
 demo: build
 	$(PY) -m tests.demo $(DEMO)
 
-# Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. `BENCH=--report` renders
+# Plain TCP against the bypass, in 25 minutes; `BENCH=--quick`: two. `BENCH=--report` renders
 # docs/benchmarks.md, and every table into build/bench/tables.md.
 bench: build
 	$(PY) -m tests.bench $(BENCH)
