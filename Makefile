@@ -37,7 +37,7 @@ demo: build
 	$(PY) -m tests.demo $(DEMO)
 
 # Plain TCP against the bypass, in 25 minutes; `BENCH=--quick`: two. `BENCH=--report` renders
-# docs/benchmarks.md, and every table into build/bench/tables.md.
+# docs/benchmarks.md, every table into build/bench/tables.md, and the figures of `estimate`.
 bench: build
 	$(PY) -m tests.bench $(BENCH)
 

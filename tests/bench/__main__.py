@@ -19,6 +19,7 @@ from tests.bench import (
     answers,
     churn,
     entry,
+    figures,
     hops,
     limits,
     machine,
@@ -109,9 +110,12 @@ def show(console: Console, results: Results) -> None:
 
 
 def render(results: Results, every_table: Path, console: Console) -> None:
-    """Write the page, the pictures and all tables."""
+    """Write the page, the pictures and all tables; and the figures of `estimate`."""
     report.write(results, DOCUMENT, PICTURES, every_table)
     console.print(f"{DOCUMENT}, {PICTURES}/bench-*.png and {every_table}")
+    if "hops" in results.sections:
+        figures.write(results.sections["hops"])
+        console.print(f"{figures.MODULE}")
 
 
 def main() -> int:

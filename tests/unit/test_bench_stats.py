@@ -14,7 +14,7 @@ from install.intervals import Interval
 from tests.bed import wrk
 from tests.bed.bed import REPOSITORY
 from tests.bed.pairs import Bytes, alternated
-from tests.bench import limits, report, results, stats, tables
+from tests.bench import figures, limits, report, results, stats, tables
 from tests.bench.__main__ import SECTIONS
 from tests.bench.limits import LIMITS, Base, Limit
 from tests.bench.metrics import METRICS
@@ -242,6 +242,23 @@ def test_report_says_the_mode(tmp_path: Path, verdict: str, said: str) -> None:
         each.machine["auto"] = {"mode": verdict, "reason": "kernel"}
     page, _ = written(found, tmp_path)
     assert said in page
+
+
+def hops_of(*names: str) -> Section:
+    """Round trips of 64 bytes on these hops."""
+    made = [section(f"{name}/v4/64", "median_us", [15, 16, 17], [8, 8.125, 9]) for name in names]
+    return Section(dict(MACHINE), [sample for each in made for sample in each.samples])
+
+
+def test_figures_of_estimate_are_the_medians_of_the_run(tmp_path: Path) -> None:
+    module = tmp_path / "figures.py"
+    module.write_text(figures.MODULE.read_text())
+    figures.write(hops_of("inbound", "outbound", "sidecars"), module)
+    text = module.read_text()
+    assert re.findall(r"RoundTrip\((\d.*)\)", text) == ["16.0, 8.12"] * 3
+    with pytest.raises(ValueError, match="outbound"):
+        figures.write(hops_of("inbound"), module)
+    assert module.read_text() == text
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:
