@@ -132,7 +132,7 @@ def _runs(results: Results) -> Iterator[str]:
     """When and how each section was measured, and that its bypassed runs were bypassed."""
     yield "## The runs\n"
     yield "Bypassed: the part of the bytes by hop. Ends: of connections of the accelerated pods.\n"
-    titles = ["section", "date", "busy before", "stolen", "bypassed", "ends"]
+    titles = ["section", "date", "took, s", "busy before", "stolen", "bypassed", "ends"]
     yield from _header(titles)
     for name, section in results.sections.items():
         found = section.machine
@@ -142,7 +142,8 @@ def _runs(results: Results) -> Iterator[str]:
         ]
         ends = [f"{count:,} {outcome}" for outcome, count in section.outcomes.items() if count]
         stolen = f"{found.get('stolen_share', 0):.1%}"
-        cells = [name, found["date"], busy, stolen, ", ".join(shares), ", ".join(ends)]
+        took = str(found.get("took_s", NOT_MEASURED))
+        cells = [name, found["date"], took, busy, stolen, ", ".join(shares), ", ".join(ends)]
         yield _row(cells)
     yield ""
 

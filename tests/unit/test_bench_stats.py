@@ -34,6 +34,7 @@ MACHINE = {
     "versions": {"envoy": "1.40.0", "tcpip-bypass": "5ac426b"},
     "busy_before": {"1": 0.01, "0": 0.2},
     "stolen_share": 0.0,
+    "took_s": 137,
 }
 
 
@@ -209,6 +210,7 @@ def test_report(tmp_path: Path) -> None:
     assert "not measured" in page
     assert "| streaming | inbound/fresh/same/64 | MB/s | 0.525 [0.500, 0.550] |" in every_table
     assert "10.0 ±0.10 → 5.10 ±0.05: **0.51** [0.50, 0.52]" in every_table
+    assert "| hops | 2026-11-20T08:00:00+00:00 | 137 |" in every_table
     assert "| inbound 99.9% | 1,234 paired |\n" in every_table
     for picture in ("size", "latency", "cpu"):
         assert f"(img/bench-{picture}.png)" in page or picture == "cpu"
