@@ -36,8 +36,8 @@ freeze: .venv/.ready
 demo: build
 	$(PY) -m tests.demo $(DEMO)
 
-# Plain TCP against the bypass, in an hour; `BENCH=--quick`: two minutes. `BENCH=--report` renders
-# docs/benchmarks.md, and every table into build/bench/tables.md.
+# Plain TCP against the bypass, in 25 minutes; `BENCH=--quick`: two. `BENCH=--report` renders
+# docs/benchmarks.md, every table into build/bench/tables.md, and the figures of `estimate`.
 bench: build
 	$(PY) -m tests.bench $(BENCH)
 

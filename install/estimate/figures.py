@@ -2,8 +2,8 @@
 """What one exchange costs and what it would, from the run that docs/benchmarks.md reports.
 
 Medians of "Round trips on each hop" (build/bench/tables.md), IPv4, 64 bytes each way, both ends on
-one CPU: so a round trip is also the CPU time of both ends. tests/unit/test_estimate.py holds their
-ratios against the page.
+one CPU: so a round trip is also the CPU time of both ends. `python -m tests.bench --report` writes
+them here and the page; tests/unit/test_estimate.py holds one against the other.
 """
 
 from __future__ import annotations

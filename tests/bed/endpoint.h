@@ -9,6 +9,7 @@
 #include <arpa/inet.h>
 #include <err.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -161,14 +162,31 @@ static inline int send_all(int fd, const char *bytes, size_t size)
 	return 1;
 }
 
+/* As an event loop has it. Only a socket that is non-blocking before its first byte may bypass. */
+static inline void make_nonblocking(int fd)
+{
+	if (fcntl(fd, F_SETFL, O_NONBLOCK))
+		err(1, "fcntl");
+}
+
+/* Receives at least a byte, by poll where none is there yet; 0 at the end of the stream. */
+static inline size_t receive_some(int fd, char *bytes, size_t size)
+{
+	struct pollfd data = {.fd = fd, .events = POLLIN};
+	ssize_t n;
+
+	while ((n = recv(fd, bytes, size, 0)) < 0)
+		if (errno != EAGAIN || poll(&data, 1, -1) < 0)
+			err(1, "recv");
+	return n;
+}
+
 /* Receives exactly size bytes. Returns 0 at the end of the stream, else 1. */
 static inline int receive_all(int fd, char *bytes, size_t size)
 {
 	for (size_t got = 0; got < size;) {
-		ssize_t n = recv(fd, bytes + got, size - got, 0);
+		size_t n = receive_some(fd, bytes + got, size - got);
 
-		if (n < 0)
-			err(1, "recv");
 		if (n == 0)
 			return 0;
 		got += n;

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from tests.bed import OPTED_OUT, Bed, Pod, congestion, cpus
+from tests.bed import OPTED_OUT, Bed, Pod, cpus
 from tests.bed.netns import LinkCounters
 from tests.bed.pingpong import HOPS
 
@@ -80,16 +80,6 @@ def pair(bed: Bed, kind: Kind) -> Iterator[Pair]:
             for role in ("client", "server")
         )
         yield Pair(kind, client, server)
-
-
-@contextmanager
-def under(control: str, both: tuple[Pair, ...]) -> Iterator[None]:
-    """Their pods' sockets, from now on, begin with this congestion control."""
-    with congestion.allowed(control):
-        for pair in both:
-            for pod in (pair.client, pair.server):
-                congestion.choose(pod.netns, control)
-        yield
 
 
 def alternated(things: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:

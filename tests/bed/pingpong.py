@@ -27,6 +27,9 @@ SERVICE_PORT = 80
 HopName = Literal["inbound", "outbound", "sidecars", "direct", "service", "local"]
 HOPS: tuple[HopName, ...] = ("inbound", "outbound", "sidecars")  # of a request in the mesh
 PLAIN_HOPS: tuple[HopName, ...] = ("direct", "service", "local")  # of pods without a sidecar
+Reader = Literal["events", "blocking"]  # an event loop, or one that sleeps in recv
+WARMUP_MS = 200  # a connection joins when it is 50 ms old, with the next pass
+JOIN_MS = 5_000  # so long it is waited for, where that is asked
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,14 @@ def hop(name: HopName, client: Pod, server: Pod, family: Family = "v4") -> Hop:
 
 @dataclass(frozen=True)
 class RoundTrips:
-    """The durations of all rounds, in nanoseconds."""
+    """The durations of all rounds, in nanoseconds, after so many that warmed up.
+
+    joined_ms: how long after connect the connection bypassed, if it had by the end of the warm-up.
+    """
 
     nanoseconds: list[int]
+    warmup: int
+    joined_ms: float | None
 
     @property
     def median_us(self) -> float:
@@ -82,18 +90,29 @@ class RoundTrips:
 
 
 @contextmanager
-def serving(program: Path, hop: Hop, cpus: str, size: int = 64) -> Iterator[None]:
+def serving(
+    program: Path, hop: Hop, cpus: str, size: int = 64, reader: Reader = "events"
+) -> Iterator[None]:
     """The hop's listener, echoing messages of `size` bytes, ended on leaving."""
-    with ends.serving(program, hop, cpus, size):
+    with ends.serving(program, hop, cpus, size, reader):
         yield
 
 
 def measure(
-    program: Path, hop: Hop, cpus: str, *, size: int = 64, rounds: int = 30_000
+    program: Path,
+    hop: Hop,
+    cpus: str,
+    *,
+    size: int = 64,
+    rounds: int = 30_000,
+    reader: Reader = "events",
+    joins: bool = False,
 ) -> RoundTrips:
     """Send `rounds` messages of `size` bytes one after the other; times after a warm-up.
 
-    The hop's listener must be serving.
+    The hop's listener must be serving. joins: the warm-up goes on until the connection bypasses.
     """
-    out = ends.asked(program, "ask", hop, cpus, size, rounds // 10, rounds)
-    return RoundTrips([int(line) for line in out.split()])
+    patience_ms = JOIN_MS if joins else 0
+    out = ends.asked(*(program, "ask", hop, cpus, size, reader, WARMUP_MS, patience_ms, rounds))
+    warmup, joined_ns, *nanoseconds = map(int, out.split())
+    return RoundTrips(nanoseconds, warmup, joined_ns / 1e6 if joined_ns else None)

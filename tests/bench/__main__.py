@@ -19,6 +19,7 @@ from tests.bench import (
     answers,
     churn,
     entry,
+    figures,
     hops,
     limits,
     machine,
@@ -34,12 +35,10 @@ from tests.bench.results import Results, Section, load
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
     "hops": hops.run,
-    "streaming": partial(streaming.run, control="cubic"),
-    "streaming-bbr": partial(streaming.run, control="bbr"),
+    "streaming": streaming.run,
     "mesh": meshes.run,
     "churn": churn.run,
-    "answers": partial(answers.run, control="cubic"),
-    "answers-bbr": partial(answers.run, control="bbr"),
+    "answers": answers.run,
     "others": others.run,
     "scale": scale.run,
 }
@@ -110,14 +109,21 @@ def show(console: Console, results: Results) -> None:
             console.print(f"{kept} {limit.claim}: {found}, promised {limit.bound}")
 
 
+def render(results: Results, every_table: Path, console: Console) -> None:
+    """Write the page, the pictures and all tables; and the figures of `estimate`."""
+    report.write(results, DOCUMENT, PICTURES, every_table)
+    console.print(f"{DOCUMENT}, {PICTURES}/bench-*.png and {every_table}")
+    if "hops" in results.sections:
+        figures.write(results.sections["hops"])
+        console.print(f"{figures.MODULE}")
+
+
 def main() -> int:
     """Returns the exit status: 1 when a section could not be measured."""
     chosen = arguments()
     console = Console(soft_wrap=True, highlight=False)
     if chosen.report is not None:
-        every_table = chosen.report.with_name("tables.md")
-        report.write(load(chosen.report), DOCUMENT, PICTURES, every_table)
-        console.print(f"{DOCUMENT}, {PICTURES}/bench-*.png and {every_table}")
+        render(load(chosen.report), chosen.report.with_name("tables.md"), console)
         return 0
     return entry.as_root(partial(measure, chosen, console), console)
 

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
 
-from tests.bed import Bed, pairs
+from tests.bed import Bed, cni, open_bed, pairs
 from tests.bed.cpus import Cpus
 from tests.bed.pairs import Bytes, Pair
 from tests.bench import results
@@ -35,6 +36,16 @@ class Bench:
         """Each pinning's name with the other end's CPU; "two" only where there are two CPUs."""
         cpus = {"same": self.cpu, "two": self.cpus.others[-1] if self.cpus.others else None}
         return [(name, cpu) for name in pinnings if (cpu := cpus[name]) is not None]
+
+    @contextmanager
+    def bed(self, subnets: Sequence[str] = cni.IPV4) -> Iterator[Bed]:
+        """A bed; the section says in which mode its pods are, and what `auto` would be here."""
+        with open_bed(subnets=subnets) as bed:
+            status = bed.node.status()
+            verdict = {"mode": status["mode"], "reason": status["reason"]}
+            self.section.machine["mode"] = bed.chain.plugins[-1]["mode"]
+            self.section.machine["auto"] = verdict
+            yield bed
 
     def record(
         self,

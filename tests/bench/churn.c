@@ -2,6 +2,8 @@
 /*
  * Short connections, one after the other: connect, one request of 64 bytes, one answer, close.
  *
+ * Both ends are event loops: they read until there is nothing more, then wait by poll.
+ *
  *   churn serve ADDRESS PORT        prints "ready"; answers once, then closes
  *   churn ask SOURCE ADDRESS PORT ANSWER WRITE SERVER_CPU WARMUP_MS MEASURE_MS
  *                                   prints "connections nanoseconds cpu_nanoseconds", then for
@@ -56,7 +58,7 @@ static void serve(const struct endpoint *own)
 	puts("ready");
 	fflush(stdout);
 	for (;;) {
-		int fd = accept(listener, NULL, NULL);
+		int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
 		struct plan plan;
 
 		if (fd < 0)
@@ -80,14 +82,15 @@ static uint64_t exchange(const struct endpoint *source, const struct endpoint *s
 	int fd = connected(source, server);
 
 	took->connect = now_ns() - start;
+	make_nonblocking(fd);
 	memcpy(request, plan, sizeof(*plan));
 	if (!send_all(fd, request, sizeof(request)) ||
 	    !receive_all(fd, (char *)&server_cpu, sizeof(server_cpu)))
 		errx(1, "no answer");
 	while (left) {
-		ssize_t n = recv(fd, in, sizeof(in), 0);
+		size_t n = receive_some(fd, in, sizeof(in));
 
-		if (n <= 0 || (uint64_t)n > left)
+		if (n == 0 || n > left)
 			errx(1, "not the answer");
 		left -= n;
 	}

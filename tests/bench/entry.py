@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +42,12 @@ def refuse_unknown(
 
 @contextmanager
 def begun(name: str, measuring: Cpus, console: Console) -> Iterator[Section]:
-    """A section with the machine's facts, and the share of CPU time that was stolen meanwhile."""
+    """A section with the machine's facts, how long it took, and what was stolen meanwhile."""
     section = Section(machine.facts(measuring))
     console.print(f"[bold]{name}[/bold]")
-    stolen = machine.stolen_share(measuring)
+    stolen, start = machine.stolen_share(measuring), time.monotonic()
     yield section
+    section.machine["took_s"] = round(time.monotonic() - start)
     section.machine["stolen_share"] = stolen()
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hundred thousand iptables rules in a packet's way, none of which it matches.
 
-The rules stand in the node's namespace, between the pods. In the nat table (PREROUTING, where
-kube-proxy has a service's rules) only the first packet of a connection meets them; in the filter
-table (FORWARD, where network policies are) every packet does.
+The rules stand in the node's namespace, between the pods, in the filter table (FORWARD), where
+network policies are and every packet meets them.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Literal
 
 from tests.bed.netns import NetNamespace
 
-Place = Literal["none", "nat", "filter"]
+Place = Literal["none", "filter"]
 CHAIN = "TB_FILLERS"
-_HOOKS: dict[Place, str] = {"nat": "PREROUTING", "filter": "FORWARD"}
+HOOK = "FORWARD"
 
 
 @contextmanager
@@ -26,14 +25,13 @@ def standing(host: NetNamespace, place: Place, count: int) -> Iterator[None]:
     if place == "none":
         yield
         return
-    hook = _HOOKS[place]
-    rules = [f"*{place}", f":{CHAIN} - [0:0]", f"-I {hook} -p tcp -j {CHAIN}"]
+    rules = [f"*{place}", f":{CHAIN} - [0:0]", f"-I {HOOK} -p tcp -j {CHAIN}"]
     rules += [f"-A {CHAIN} -d {_address(number)}/32 -j ACCEPT" for number in range(count)]
     _restore(host, [*rules, "COMMIT"])
     try:
         yield
     finally:
-        gone = [f"-D {hook} -p tcp -j {CHAIN}", f"-F {CHAIN}", f"-X {CHAIN}"]
+        gone = [f"-D {HOOK} -p tcp -j {CHAIN}", f"-F {CHAIN}", f"-X {CHAIN}"]
         _restore(host, [f"*{place}", *gone, "COMMIT"])
 
 

@@ -4,11 +4,13 @@
 Closed loop: so many connections, each asks again when it has its answer; once more beside a mesh
 whose hops are AF_UNIX, which is as far as one could get. Fixed rate: so many requests a second, as
 users send them, and with a hundred thousand iptables rules in the way.
+
+The Envoys' connections are joined by the warm-up, and stay. Those of a closed loop's generator are
+new in each run, and join within its first tenth of a second.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tests.bed import Bed, cc, envoy, h2load, mesh, open_bed, pairs, wrk
+from tests.bed import Bed, cc, envoy, h2load, mesh, pairs, wrk
 from tests.bed.envoy import Sidecar, Tls
 from tests.bed.pairs import Cost, Pair
 from tests.bed.pingpong import SERVICE_IP
@@ -38,12 +40,9 @@ TOLD = ("p50_us", "p99_us", "cpu_us_per_request")
 class Plan:
     """How much to measure."""
 
-    protocols: tuple[Protocol, ...]
-    connections: tuple[int, ...]
+    closed: Mapping[Protocol, tuple[int, ...]]  # connections
     seconds: float  # of a closed loop; wrk takes whole ones
-    rates: tuple[int, ...]
-    paths: tuple[str, ...]
-    fillers: tuple[Place, ...]
+    fixed: Mapping[Place, tuple[tuple[str, int], ...]]  # where rules are: paths, requests a second
     rules: int
     rate_ms: int
     pairs: int
@@ -51,22 +50,23 @@ class Plan:
     unix: tuple[int, ...]  # connections of a closed loop over AF_UNIX, too
 
 
+SMOKE: Mapping[Place, tuple[tuple[str, int], ...]] = {
+    "none": ((SMALL, 100),),
+    "filter": ((SMALL, 100),),
+}
 PLANS: dict[Effort, Plan] = {
     "full": Plan(
-        protocols=("http1", "mtls", "http2"),
-        connections=(1, 8, 32, 128),
+        closed={"http1": (1, 8, 32), "mtls": (1, 8), "http2": (8,)},
         seconds=2,
-        rates=(200, 1_000, 1_500),
-        paths=(SMALL, LARGE),
-        fillers=("none", "nat", "filter"),
+        fixed={"none": ((SMALL, 200), (SMALL, 1_000), (LARGE, 200)), "filter": ((SMALL, 200),)},
         rules=100_000,
         rate_ms=2_500,  # a stall of 20 ms, as a shared machine has them, is then below 1 %
         pairs=5,
         rate_pairs=7,
-        unix=(1, 8, 32),
+        unix=(1, 8),
     ),
-    "quick": Plan(("http1",), (1, 32), 1, (1_000,), (SMALL,), ("none",), 0, 800, 3, 3, (1,)),
-    "smoke": Plan(("http2",), (2,), 0.1, (100,), (SMALL,), ("none", "filter"), 100, 50, 1, 1, (2,)),
+    "quick": Plan({"http1": (1, 8)}, 1, {"none": ((SMALL, 1_000),)}, 0, 800, 3, 3, (1,)),
+    "smoke": Plan({"http2": (2,)}, 0.1, SMOKE, 100, 50, 1, 1, (2,)),
 }
 
 
@@ -81,14 +81,14 @@ class Way:
 def run(bench: Bench) -> None:
     """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
-    with open_bed() as bed, pairs.pairs(bed) as both:
-        for protocol in plan.protocols:
+    with bench.bed() as bed, pairs.pairs(bed) as both:
+        for protocol in plan.closed:
             _closed(bench, plan, bed, both, protocol)
         with ExitStack() as stack:
             _start(stack, both, bench.cpu)
-            ways = [*map(Way, both), stack.enter_context(_over_unix(bed, bench.cpu))]
-            _beside_unix(bench, plan, ways)
-            _fixed(bench, plan, bed, ways)
+            over_unix = stack.enter_context(_over_unix(bed, bench.cpu))
+            _beside_unix(bench, plan, [*map(Way, both), over_unix])
+            _fixed(bench, plan, bed, both)
         bench.keep_counters(bed, both[1])
 
 
@@ -127,7 +127,7 @@ def _closed(
         _start(stack, both, bench.cpu, protocol=protocol, tls=tls)
         for pair in both:
             generate(pair, 8, plan.seconds, bench.cpu)
-        for connections in plan.connections:
+        for connections in plan.closed[protocol]:
             case = f"closed/{protocol}/{connections}"
             for number, pair in pairs.alternated(both, plan.pairs):
                 run_it = partial(generate, pair, connections, plan.seconds, bench.cpu)
@@ -165,28 +165,25 @@ def _grpc_like(pair: Pair, connections: int, seconds: float, cpu: str) -> Load:
     )
 
 
-def _fixed(bench: Bench, plan: Plan, bed: Bed, ways: Sequence[Way]) -> None:
+def _fixed(bench: Bench, plan: Plan, bed: Bed, both: tuple[Pair, Pair]) -> None:
     program = cc.compiled(openloop.SOURCE, bed.folder)
-    for place in plan.fillers:
-        # AF_UNIX meets no rules.
-        wanted = [way for way in ways if place == "none" or way.over is None]
+    for place, asked in plan.fixed.items():
         with fillers.standing(bed.host, place, plan.rules):
-            for path, per_second in itertools.product(plan.paths, plan.rates):
-                rate = Rate(path, per_second, plan.rate_ms // 4, plan.rate_ms)
+            for path, per_second in asked:
+                rate = Rate(path, per_second, plan.rate_ms)
                 body = "small" if path == SMALL else "64KB"
                 case = f"fixed/{place}/{body}/{per_second}"
-                for number, way in pairs.alternated(wanted, plan.rate_pairs):
-                    values, latencies = _at_rate(way, program, rate, bench.cpu)
-                    bench.record(case, way.pair.kind, number, values, latencies)
+                for number, pair in pairs.alternated(both, plan.rate_pairs):
+                    values, latencies = _at_rate(pair, program, rate, bench.cpu)
+                    bench.record(case, pair.kind, number, values, latencies)
                 bench.tell(case, *TOLD)
 
 
 def _at_rate(
-    way: Way, program: Path, rate: Rate, cpu: str
+    pair: Pair, program: Path, rate: Rate, cpu: str
 ) -> tuple[dict[str, float], dict[int, int]]:
-    host = SERVICE_IP if way.over is None else str(way.over)
-    with openloop.warm(program, way.pair.client, host, rate, cpu) as go:
-        outcome, cost = pairs.measured(way.pair, cpu, go)
+    with openloop.warm(program, pair.client, SERVICE_IP, rate, cpu) as go:
+        outcome, cost = pairs.measured(pair, cpu, go)
     values = _values(outcome.load, outcome.answered, cost)
     return {"unanswered": float(outcome.unanswered), **values}, outcome.load.latencies
 

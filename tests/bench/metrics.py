@@ -23,6 +23,7 @@ class Metric:
 
 METRICS = {
     "median_us": Metric("median, us"),
+    "joined_ms": Metric("joined after, ms"),
     "p50_us": Metric("p50, us"),
     "p90_us": Metric("p90, us"),
     "p99_us": Metric("p99, us"),

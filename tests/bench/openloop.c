@@ -2,20 +2,21 @@
 /*
  * HTTP/1.1 requests at a fixed rate, for any behaviour of the server.
  *
- *   openloop ADDRESS PORT PATH RATE CONNECTIONS WARMUP_MS MEASURE_MS
+ *   openloop ADDRESS PORT PATH RATE CONNECTIONS WARMUP MEASURE_MS
  *
  * wrk waits for an answer before it asks again, so a slow server is asked less often; h2load --rps
  * sends in bursts, one request per connection at once, and counts from when it got to sending. Here
  * request k is due at k / RATE seconds, and its latency counts from then, also while it waits for
- * one of the connections, which take turns. Prints "ready" once it is warm, waits for a line, and
- * prints in the form of tests/bed/wrk.lua: the totals (requests, microseconds, unanswered after a
- * second of grace, other answers than 200), then each latency in microseconds and its count.
+ * one of the connections, which take turns. The warm-up is WARMUP requests at 1,000 a second,
+ * whatever RATE is: enough for each connection to join. Prints "ready" once it is warm, waits for a
+ * line, and prints in the form of tests/bed/wrk.lua: the totals (requests, microseconds, unanswered
+ * after a second of grace, other answers than 200), then each latency in microseconds and its
+ * count.
  * Those unanswered are counted with the time they have waited.
  */
 #define _GNU_SOURCE
 #include "endpoint.h"
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <sys/epoll.h>
@@ -26,6 +27,7 @@
 #define SECOND_NS UINT64_C(1000000000)
 #define GRACE_S 1
 #define WARMUP_GRACE_S 20
+#define WARMUP_RATE 1000
 #define NO_LENGTH UINT64_MAX
 
 static struct connection {
@@ -166,6 +168,7 @@ static void open_connections(const struct endpoint *server)
 		struct epoll_event event = {EPOLLIN, {.ptr = &connections[i]}};
 
 		connections[i].fd = connected(&any, server);
+		make_nonblocking(connections[i].fd);
 		if (epoll_ctl(epoll, EPOLL_CTL_ADD, connections[i].fd, &event))
 			err(1, "epoll_ctl");
 	}
@@ -185,12 +188,12 @@ int main(int argc, char **argv)
 	struct endpoint server;
 
 	if (argc != 8)
-		errx(2, "usage: openloop ADDRESS PORT PATH RATE CONNECTIONS WARMUP_MS MEASURE_MS");
+		errx(2, "usage: openloop ADDRESS PORT PATH RATE CONNECTIONS WARMUP MEASURE_MS");
 	server = endpoint(argv[1], number(argv[2]));
 	snprintf(request, sizeof(request), "GET %s HTTP/1.1\r\nHost: service\r\n\r\n", argv[3]);
 	rate = number(argv[4]);
 	connection_count = number(argv[5]);
-	warmup = number(argv[6]) * rate / 1000;
+	warmup = number(argv[6]);
 	count = number(argv[7]) * rate / 1000;
 	if (!rate || connection_count < 1 || connection_count > MAX_CONNECTIONS)
 		errx(2, "at least 1 request a second over 1 to %d connections", MAX_CONNECTIONS);
@@ -199,7 +202,7 @@ int main(int argc, char **argv)
 		err(1, "calloc");
 	prctl(PR_SET_TIMERSLACK, 1); /* ns; the default of 50 us would be half of a latency */
 	open_connections(&server);
-	if (run(warmup, rate, WARMUP_GRACE_S))
+	if (run(warmup, WARMUP_RATE, WARMUP_GRACE_S))
 		errx(1, "%u requests of the warm-up have no answer", busy_count);
 	puts("ready");
 	fflush(stdout);

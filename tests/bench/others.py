@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bed import Bed, Pod, cc, cni, ends, istio, open_bed, pairs, pingpong
+from tests.bed import Bed, Pod, cc, cni, ends, istio, pairs, pingpong
 from tests.bed.pairs import KINDS, Kind, Pair
 from tests.bed.pingpong import APP_PORT, Hop
 from tests.bed.pod import APP, PROXY
@@ -45,7 +45,7 @@ class Plan:
 
 
 PLANS: dict[Effort, Plan] = {
-    "full": Plan(15_000, streaming.Times(40, 100, 4), churn.Times(100, 300), 15, 9, 3),
+    "full": Plan(15_000, streaming.Times(40, 100, 4), churn.Times(100, 300), 9, 5, 3),
     "quick": Plan(5_000, streaming.Times(20, 50, 4), churn.Times(33, 100), 3, 2, 1),
     "smoke": Plan(50, streaming.Times(5, 10, 1), churn.Times(1, 5), 1, 1, 2),
 }
@@ -54,7 +54,7 @@ PLANS: dict[Effort, Plan] = {
 def run(bench: Bench) -> None:
     """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
-    with open_bed() as bed:
+    with bench.bed() as bed:
         programs = {
             source.stem: cc.compiled(source, bed.folder)
             for source in (pingpong.SOURCE, streaming.SOURCE, churn.SOURCE)
@@ -125,7 +125,7 @@ def _measure(programs: dict[str, Path], hop: Hop, cpu: str, plan: Plan) -> dict[
         trips = pingpong.measure(programs["pingpong"], hop, cpu, rounds=plan.rounds)
     values = {"median_us": trips.median_us, "p99_us": trips.p99_us}
     with ends.serving(programs["stream"], hop, cpu) as server:
-        stream = Stream("", "", "fast", programs["stream"], hop, server)
+        stream = Stream("", "", "fresh", programs["stream"], hop, server)
         values |= streaming.measure(stream, WRITE_SIZE, plan.stream, writer=cpu, reader=cpu)
     with ends.serving(programs["churn"], hop, cpu):
         short = churn.measure(programs["churn"], hop, cpu, churn.short(cpu), plan.churn)

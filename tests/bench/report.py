@@ -4,29 +4,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from install.intervals import Interval
 from tests.bench import limits, machine, plots
 from tests.bench.limits import Verdict
 from tests.bench.metrics import METRICS
-from tests.bench.results import Results, Section
+from tests.bench.results import Results, Sample, Section
 from tests.bench.tables import CHAPTERS, NOT_MEASURED, Chapter, Table
 
 HEAD = """\
 # Benchmarks
 
-Written by `python -m tests.bench --report`; do not edit. To run it again, as root: `make bench` (an
-hour; `make bench BENCH=--quick`: two minutes). Every table is then in `build/bench/tables.md`.
+Written by `python -m tests.bench --report`; do not edit. To run it again, as root: `make bench` (25
+minutes; `make bench BENCH=--quick`: two). Every table is then in `build/bench/tables.md`.
 
 Each value is measured over TCP/IP and bypassed in turn, within seconds, every other pair in reverse
 order, on pinned CPUs, after a warm-up. The plain pods are on the same node and differ in the
 annotation `tcpip-bypass/enabled: "false"` alone. A ratio is the median of the pairs' ratios, bypass
 to TCP. In brackets is its 95 % interval: the percentile bootstrap over the pairs (4,000 times as
 many pairs as there are, drawn with replacement). With five pairs that is nearly their whole range.
+
+Only connections between event loops bypass, and only once they have joined. What cannot bypass is
+measured for what the programs cost it.
 """
+NOTHING = "Nothing has been measured yet."
 TABLES = """\
 # All tables of the benchmarks
 
@@ -38,7 +44,8 @@ interquartile range, TCP → bypass: and their ratio.
 def write(results: Results, document: Path, pictures: Path, every_table: Path) -> None:
     """Render the page with its pictures, and all tables into a file of their own."""
     drawn = plots.draw(results, pictures)
-    page = [HEAD, *_machines(results), *_promised(results), *_lost(results)]
+    page = [HEAD, *_machines(results), *_promised(results)]
+    page += [*_joining(results), *_lost(results)]
     tables = [TABLES, *_runs(results), *_lost_cases(results)]
     for name, chapter in CHAPTERS.items():
         if name in results.sections:
@@ -61,18 +68,24 @@ def _header(titles: list[str]) -> list[str]:
 
 
 def _machines(results: Results) -> Iterator[str]:
-    """Each distinct machine with its sections, and a warning where one was busy."""
-    yield "## The machine\n"
+    """Each distinct commit, mode and machine with its sections; a warning where one was busy."""
+    yield "## What was measured, and on what\n"
     sections_of: dict[str, list[str]] = {}
     for name, section in results.sections.items():
         found = section.machine
         cpu = f"{found['cpus']} x {found['cpu']}, measuring on {found['measuring_cpu']}"
-        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        versions = dict(found["versions"])
+        commit = versions.pop("tcpip-bypass", "unknown")
+        programs = ", ".join(f"{name} {version}" for name, version in versions.items())
         node = f"Linux {found['kernel']}, {cpu}, {found['memory_gib']} GiB"
-        what = f"{node}; {found['distribution']}; {versions}"
+        ours = f"Commit {commit}, {_mode(found)}"
+        control = f"congestion control {found['congestion_control']}"
+        what = f"{ours}; {node}; {found['distribution']}; {control}; {programs}"
         sections_of.setdefault(what, []).append(f"{name} ({found['date'][:10]})")
     for what, names in sections_of.items():
         yield f"{what}: {', '.join(names)}.\n"
+    if not sections_of:
+        yield f"{NOTHING}\n"
     for name, section in results.sections.items():
         if (warning := machine.disturbance(section.machine)) is not None:
             yield f"**Section {name}: {warning}.**\n"
@@ -80,11 +93,46 @@ def _machines(results: Results) -> Iterator[str]:
             yield f"**Section {name} is incomplete: {section.machine['incomplete']}.**\n"
 
 
+def _mode(found: Mapping[str, Any]) -> str:
+    """The pods' mode, and what `auto` would be on that kernel where it is another."""
+    if "mode" not in found:
+        return "mode unknown"
+    verdict = found["auto"]
+    if found["mode"] == verdict["mode"]:
+        return f"mode {found['mode']}, which is what auto decides on this kernel"
+    return f"mode {found['mode']}, forced (auto decides on {verdict['mode']}: {verdict['reason']})"
+
+
+def _joining(results: Results) -> Iterator[str]:
+    """How long connections took to join, on each hop and in the largest crowds."""
+    runs: dict[str, list[Sample]] = {}
+    for name, pattern in (("hops", "*/v?/*"), ("scale", "*")):
+        section = results.sections.get(name, Section({}))
+        for case in section.cases(pattern):
+            title = f"{case.split('/')[0]}, all sizes" if name == "hops" else case
+            runs.setdefault(title, []).extend(
+                each for each in section.samples if each.case == case and each.variant == "bypass"
+            )
+    if not runs:
+        return
+    yield "## How long joining took\n"
+    yield "From connect to the first round trip that bypassed both ways, of busy connections.\n"
+    yield from _header(["connections", "median, ms", "longest, ms", "joined within 5 s"])
+    for title, samples in runs.items():
+        trips = [each.values for each in samples if "median_us" in each.values]
+        took = [values["joined_ms"] for values in trips if "joined_ms" in values]
+        if trips:
+            summed = (statistics.median, max) if took else ()
+            times = [METRICS["joined_ms"].shown(each(took)) for each in summed]
+            yield _row([title, *(times or [NOT_MEASURED] * 2), f"{len(took)} of {len(trips)}"])
+    yield ""
+
+
 def _runs(results: Results) -> Iterator[str]:
     """When and how each section was measured, and that its bypassed runs were bypassed."""
     yield "## The runs\n"
     yield "Bypassed: the part of the bytes by hop. Ends: of connections of the accelerated pods.\n"
-    titles = ["section", "date", "congestion control", "busy before", "stolen", "bypassed", "ends"]
+    titles = ["section", "date", "took, s", "busy before", "stolen", "bypassed", "ends"]
     yield from _header(titles)
     for name, section in results.sections.items():
         found = section.machine
@@ -94,8 +142,8 @@ def _runs(results: Results) -> Iterator[str]:
         ]
         ends = [f"{count:,} {outcome}" for outcome, count in section.outcomes.items() if count]
         stolen = f"{found.get('stolen_share', 0):.1%}"
-        control = found["congestion_control"]
-        cells = [name, found["date"], control, busy, stolen, ", ".join(shares), ", ".join(ends)]
+        took = str(found.get("took_s", NOT_MEASURED))
+        cells = [name, found["date"], took, busy, stolen, ", ".join(shares), ", ".join(ends)]
         yield _row(cells)
     yield ""
 
@@ -152,6 +200,8 @@ def _lost_of(results: Results) -> list[Lost]:
 
 def _lost(results: Results) -> Iterator[str]:
     """What lost for certain, by section and value: how many cases, and the worst of them."""
+    if not results.sections:
+        return
     yield "## Where it is not faster\n"
     groups: dict[tuple[str, str], list[Lost]] = {}
     for each in _lost_of(results):

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from cni_plugin import bpfsys
-from tests.bed import Bed, bpf_objects, cc, cgroups, ends, netns, open_bed, pairs, pingpong
+from tests.bed import Bed, bpf_objects, cc, cgroups, ends, netns, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop
-from tests.bench import machine
+from tests.bench import hops, machine
 from tests.bench.bench import Bench, Effort
 from tests.integration import plugin_calls
 from tests.integration.plugin_calls import Sandbox
@@ -42,7 +42,7 @@ class Plan:
 
 
 PLANS: dict[Effort, Plan] = {
-    "full": Plan((0, 10, 100, 1_000), 20, (1, 1_000, 10_000, 100_000), 10_000, 7),
+    "full": Plan((0, 100, 1_000), 10, (1, 10_000, 100_000), 10_000, 7),
     "quick": Plan((0, 10), 5, (1, 1_000), 3_000, 3),
     "smoke": Plan((0, 2), 1, (1, 10), 50, 1),
 }
@@ -51,7 +51,7 @@ PLANS: dict[Effort, Plan] = {
 def run(bench: Bench) -> None:
     """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
-    with open_bed() as bed, pairs.pairs(bed) as both:
+    with bench.bed() as bed, pairs.pairs(bed) as both:
         program = cc.compiled(pingpong.SOURCE, bed.folder)
         round_trips = partial(_round_trips, bench, plan, both, program)
         _pods(bench, plan, bed, round_trips)
@@ -68,9 +68,9 @@ def _round_trips(
         for _, hop in ways:
             stack.enter_context(pingpong.serving(program, hop, bench.cpu))
         for number, (pair, hop) in pairs.alternated(ways, plan.pairs):
-            trips = pingpong.measure(program, hop, bench.cpu, rounds=plan.rounds)
-            values = {"median_us": trips.median_us, "p99_us": trips.p99_us}
-            bench.record(case, pair.kind, number, values)
+            joins = pair.kind == "bypass"
+            trips = pingpong.measure(program, hop, bench.cpu, rounds=plan.rounds, joins=joins)
+            bench.record(case, pair.kind, number, hops.values(trips))
 
 
 def _pods(bench: Bench, plan: Plan, bed: Bed, round_trips: Callable[[str], None]) -> None:
@@ -88,7 +88,7 @@ def _pods(bench: Bench, plan: Plan, bed: Bed, round_trips: Callable[[str], None]
                 bench.record(case, "memory", 1, {"bytes_per_pod": grown / len(made)})
             _time_calls(bench, plan, case, probe)
             round_trips(case)
-            bench.tell(case, "add_ms", "median_us")
+            bench.tell(case, "add_ms", "median_us", "joined_ms")
         _must(probe, "GC")  # none of the attachments is valid any more
 
 
@@ -166,7 +166,7 @@ def _connections(
                     bench.record(f"{case}/memory", kind, 0, values)
             live = level
             round_trips(case)
-            bench.tell(case, "median_us")
+            bench.tell(case, "median_us", "joined_ms")
             bench.tell(f"{case}/memory", "bytes_per_connection")
 
 

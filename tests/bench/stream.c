@@ -4,19 +4,17 @@
  *
  *   stream serve ADDRESS PORT        prints "ready", then a line per connection, one after the
  *                                    other: the reader's end (or one end of a duplex stream)
- *   stream drive SOURCE ADDRESS PORT SIZE HOW WORK_PS SERVER_CPU WARMUP_MS MEASURE_MS
+ *   stream drive SOURCE ADDRESS PORT SIZE HOW SERVER_CPU TALK_MS WARMUP_MS MEASURE_MS
  *                                    writes SIZE bytes at a time; prints the same line for its end
  *
- * A line: nanoseconds measured, bytes received in them, CPU nanoseconds used in them. HOW is 0: a
- * reader with an event loop, as Envoy, nginx and Go have one (non-blocking, edge-triggered epoll);
- * 1: duplex, both ends read and write in one event loop each, as a proxy does; 2: a reader that
- * blocks in recv. WORK_PS is what a reader does with each byte, in picoseconds of CPU: a slow
- * reader has a lot. The server moves to SERVER_CPU first.
+ * A line: nanoseconds measured, bytes received in them, CPU nanoseconds used in them. Both ends are
+ * event loops, as Envoy, nginx and Go have them. HOW is 0: one way, to a reader with edge-triggered
+ * epoll; 1: duplex, both ends read and write, as a proxy does. First the ends ask and answer for
+ * TALK_MS, in which the connection joins. The server moves to SERVER_CPU first.
  */
 #define _GNU_SOURCE
 #include "endpoint.h"
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
 #include <stdio.h>
@@ -27,14 +25,15 @@
 #define READ_SIZE (1 << 18)
 #define CLOCK_EVERY 16 /* small messages, so that the clock is not what is measured */
 #define LARGE 16384
+#define QUESTION 64
 
-enum how { EVENTS, DUPLEX, BLOCKING };
+enum how { ONE_WAY, DUPLEX };
 
 static char out[MAX_WRITE], in[READ_SIZE];
 
 /* What the driver tells the server in the connection's first bytes. */
 struct plan {
-	uint64_t size, how, work_ps, server_cpu, warmup_ns, measure_ns;
+	uint64_t size, how, server_cpu, talk_ns, warmup_ns, measure_ns;
 };
 
 /* The time of one end, and what it has seen between the end of its warm-up and the end. */
@@ -81,19 +80,10 @@ static void peer_has_gone(struct window *window)
 		finish(window, now_ns());
 }
 
-static void work(uint64_t picoseconds)
-{
-	uint64_t until = now_ns() + picoseconds / 1000;
-
-	while (picoseconds && now_ns() < until)
-		;
-}
-
-static void took(struct window *window, const struct plan *plan, size_t bytes)
+static void took(struct window *window, size_t bytes)
 {
 	if (!window->over)
 		window->received += bytes;
-	work(bytes * plan->work_ps);
 	look_at_the_clock(window);
 }
 
@@ -113,8 +103,7 @@ static int edges_of(int fd)
 	struct epoll_event event = {.events = EPOLLIN | EPOLLET};
 	int poller = epoll_create1(0);
 
-	if (poller < 0 || epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event) ||
-	    fcntl(fd, F_SETFL, O_NONBLOCK))
+	if (poller < 0 || epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event))
 		err(1, "epoll");
 	return poller;
 }
@@ -122,13 +111,13 @@ static int edges_of(int fd)
 static void read_only(int fd, const struct plan *plan)
 {
 	struct window window = window_of(plan);
-	int edges = plan->how == EVENTS ? edges_of(fd) : -1;
+	int edges = edges_of(fd);
 	struct epoll_event event;
 
 	while (!window.over) {
 		ssize_t n = recv(fd, in, sizeof(in), 0);
 
-		if (n < 0 && errno == EAGAIN && edges >= 0) {
+		if (n < 0 && errno == EAGAIN) {
 			epoll_wait(edges, &event, 1, -1);
 			continue;
 		}
@@ -136,7 +125,7 @@ static void read_only(int fd, const struct plan *plan)
 			err(1, "recv");
 		if (n == 0)
 			errx(1, "the driver has gone");
-		took(&window, plan, n);
+		took(&window, n);
 	}
 	close(edges);
 }
@@ -158,14 +147,14 @@ static void read_and_write(int fd, const struct plan *plan, int ends)
 		if (poll(&event, 1, -1) < 0)
 			err(1, "poll");
 		if (event.revents & (POLLIN | POLLHUP | POLLERR)) {
-			n = recv(fd, in, sizeof(in), MSG_DONTWAIT);
+			n = recv(fd, in, sizeof(in), 0);
 			if (n == 0 || has_gone(n))
 				break;
 			if (n > 0)
-				took(&window, plan, n);
+				took(&window, n);
 		}
 		if (event.revents & POLLOUT) {
-			n = send(fd, out, plan->size, MSG_DONTWAIT | MSG_NOSIGNAL);
+			n = send(fd, out, plan->size, MSG_NOSIGNAL);
 			if (has_gone(n))
 				break;
 			look_at_the_clock(&window);
@@ -183,6 +172,29 @@ static void wait_for_bytes(int fd)
 		err(1, "poll");
 }
 
+/* The driver asks, and says in each question whether another one will follow. */
+static void ask_for(int fd, uint64_t talk_ns)
+{
+	char question[QUESTION] = {0};
+	uint64_t end = now_ns() + talk_ns;
+
+	do {
+		question[0] = now_ns() < end;
+		if (!send_all(fd, question, QUESTION) || !receive_all(fd, in, QUESTION))
+			errx(1, "the server does not answer");
+	} while (question[0]);
+}
+
+static void answer(int fd)
+{
+	char question[QUESTION];
+
+	do {
+		if (!receive_all(fd, question, QUESTION) || !send_all(fd, question, QUESTION))
+			errx(1, "the driver has gone");
+	} while (question[0]);
+}
+
 static void serve(const struct endpoint *own)
 {
 	int listener = listening(own);
@@ -190,7 +202,7 @@ static void serve(const struct endpoint *own)
 	puts("ready");
 	fflush(stdout);
 	for (;;) {
-		int fd = accept(listener, NULL, NULL);
+		int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
 		struct plan plan;
 
 		if (fd < 0)
@@ -198,6 +210,8 @@ static void serve(const struct endpoint *own)
 		if (!receive_all(fd, (char *)&plan, sizeof(plan)))
 			errx(1, "the driver has not said what to do");
 		move_to(plan.server_cpu);
+		if (plan.talk_ns)
+			answer(fd);
 		wait_for_bytes(fd);
 		if (plan.how == DUPLEX)
 			read_and_write(fd, &plan, 1);
@@ -212,8 +226,11 @@ static void drive(const struct endpoint *source, const struct endpoint *server,
 {
 	int fd = connected(source, server);
 
+	make_nonblocking(fd);
 	if (!send_all(fd, (const char *)plan, sizeof(*plan)))
 		err(1, "send");
+	if (plan->talk_ns)
+		ask_for(fd, plan->talk_ns);
 	if (plan->how == DUPLEX)
 		read_and_write(fd, plan, 0);
 	else
@@ -233,8 +250,8 @@ int main(int argc, char **argv)
 		struct plan plan = {
 			.size = number(argv[5]),
 			.how = number(argv[6]),
-			.work_ps = number(argv[7]),
-			.server_cpu = number(argv[8]),
+			.server_cpu = number(argv[7]),
+			.talk_ns = number(argv[8]) * 1000000,
 			.warmup_ns = number(argv[9]) * 1000000,
 			.measure_ns = number(argv[10]) * 1000000,
 		};
@@ -244,7 +261,7 @@ int main(int argc, char **argv)
 		drive(&source, &server, &plan);
 	} else {
 		errx(2, "usage: stream serve ADDRESS PORT | drive SOURCE ADDRESS PORT SIZE HOW "
-			"WORK_PS SERVER_CPU WARMUP_MS MEASURE_MS");
+			"SERVER_CPU TALK_MS WARMUP_MS MEASURE_MS");
 	}
 	return 0;
 }

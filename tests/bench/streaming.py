@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One-way and duplex streams by the size of the writes, on one CPU and on two.
 
-Under CUBIC, which nearly every node has, and under BBR, which paces what it sends: small writes
-then gather, and TCP is another opponent.
-
-The reader takes up to 256 KB at a time, in an event loop; one blocks in recv. A slow one works 2 ns
-on every byte, so that the writer of all but the smallest messages is the faster one and
-backpressure decides.
+Both ends are event loops; a reader takes up to 256 KB at a time. A stream in one direction goes by
+TCP, on a fresh connection from its first byte on, on one that has joined after 256 KB. Both
+directions at once, it bypasses.
 """
 
 from __future__ import annotations
@@ -14,35 +11,24 @@ from __future__ import annotations
 import statistics
 import subprocess
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.bed import cc, ends, open_bed, pairs, pingpong
+from tests.bed import cc, ends, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop, HopName
-from tests.bench import hops
 from tests.bench.bench import Bench, Effort
 
 SOURCE = Path(__file__).with_name("stream.c")
-SLOW_PS = 2_000  # what a slow reader does with a byte
-Mode = Literal["fast", "settled", "slow", "duplex", "blocking"]
-Control = Literal["cubic", "bbr"]
-SIZES = (64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+TALK_MS = 200  # of questions and answers, in which a connection joins
+Mode = Literal["fresh", "joined", "duplex"]
+SIZES = (64, 4096, 65_536, 1_048_576)
 EVERYTHING: tuple[tuple[HopName, Mode], ...] = (
-    ("inbound", "fast"),
-    ("outbound", "fast"),
-    ("sidecars", "fast"),
-    ("inbound", "slow"),
+    ("inbound", "fresh"),
+    ("sidecars", "fresh"),
+    ("inbound", "joined"),
     ("inbound", "duplex"),
-    ("inbound", "blocking"),
-)
-UNDER_CUBIC: tuple[tuple[HopName, Mode], ...] = (
-    ("outbound", "slow"),
-    ("outbound", "duplex"),
-    ("inbound", "settled"),
-    ("outbound", "settled"),
-    ("sidecars", "settled"),
 )
 
 
@@ -58,9 +44,6 @@ class Times:
     connections: int
 
 
-SETTLED = Times(500, 150, 1)  # CUBIC's window grows for so long
-
-
 @dataclass(frozen=True)
 class Plan:
     """How much to measure."""
@@ -73,9 +56,9 @@ class Plan:
 
 
 PLANS: dict[Effort, Plan] = {
-    "full": Plan(SIZES, EVERYTHING, ("same", "two"), Times(40, 80, 3), 5),
+    "full": Plan(SIZES, EVERYTHING, ("same", "two"), Times(40, 80, 2), 5),
     "quick": Plan((64, 4096, 262_144), EVERYTHING[:1], ("same", "two"), Times(40, 60, 2), 3),
-    "smoke": Plan((4096,), EVERYTHING[-2:-1], ("same",), Times(10, 20, 1), 1),
+    "smoke": Plan((4096,), EVERYTHING[-1:], ("same",), Times(10, 20, 1), 1),
 }
 
 
@@ -105,14 +88,10 @@ class End:
         return End(nanoseconds / 1e9, received, cpu_ns / 1e9)
 
 
-def run(bench: Bench, control: Control) -> None:
-    """Measure everything that the plan says, under one congestion control."""
+def run(bench: Bench) -> None:
+    """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
-    bench.section.machine["congestion_control"] = control
-    if bench.effort == "full" and control == "cubic":
-        plan = replace(plan, streams=plan.streams + UNDER_CUBIC)
-    with open_bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
-        stack.enter_context(pairs.under(control, both))
+    with bench.bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
         program = cc.compiled(SOURCE, bed.folder)
         streams = _streams(stack, bench, plan, program, both)
         for pinning, reader in bench.peers(plan.pinnings):
@@ -138,12 +117,11 @@ def _streams(
             listeners[name, variant] = hop, server
         return Stream(f"{name}/{mode}", variant, mode, program, *listeners[name, variant])
 
-    streams = [
+    return [
         stream(name, mode, pair.kind, pingpong.hop(name, pair.client, pair.server))
         for name, mode in plan.streams
         for pair in both
     ]
-    return [*streams, stream("unix", "fast", "unix", hops.unix(both[0].client))]
 
 
 def measure(
@@ -153,11 +131,9 @@ def measure(
 
     writer and reader are CPUs.
     """
-    work = SLOW_PS if stream.mode == "slow" else 0
-    if stream.mode == "settled":
-        times = SETTLED
-    how = {"duplex": 1, "blocking": 2}.get(stream.mode, 0)  # enum how of stream.c
-    what = (size, how, work, reader, times.warmup, times.measured)
+    how = int(stream.mode == "duplex")  # enum how of stream.c
+    talk_ms = 0 if stream.mode == "fresh" else TALK_MS
+    what = (size, how, reader, talk_ms, times.warmup, times.measured)
     rates, costs = [], []
     for _ in range(times.connections):
         out = ends.asked(stream.program, "drive", stream.hop, writer, *what)

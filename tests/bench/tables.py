@@ -80,16 +80,6 @@ def to_unix(metric: str, *kept: int) -> Cell:
     return cell
 
 
-def of_unix(metric: str, *kept: int) -> Cell:
-    """AF_UNIX's ratio to TCP, which is as far as one could get; kept as in to_unix()."""
-
-    def cell(section: Section, case: str) -> str:
-        ratio = section.ratio(_unix(case, kept), metric, of="unix", to_case=case)
-        return NOT_MEASURED if ratio is None else _ratio(ratio.middle)
-
-    return cell
-
-
 def _unix(case: str, kept: Sequence[int]) -> str:
     parts = case.split("/")
     return "/".join(["unix", *(parts[each] for each in kept)])
@@ -150,13 +140,8 @@ def by_pinning(cases: str, parts: tuple[str, ...], columns: dict[str, Cell]) -> 
 
 STREAMS = by_pinning(
     "*/*/{}/*",
-    ("hop", "reader", "", "bytes per write"),
-    {
-        "MB/s": both("bytes_per_s"),
-        "CPU, ns per KB": both("cpu_ns_per_kb"),
-        "to AF_UNIX": to_unix("bytes_per_s", 1, 2, 3),
-        "AF_UNIX to TCP": of_unix("bytes_per_s", 1, 2, 3),
-    },
+    ("hop", "stream", "", "bytes per write"),
+    {"MB/s": both("bytes_per_s"), "CPU, ns per KB": both("cpu_ns_per_kb")},
 )
 ANSWERS = by_pinning(
     "*/{}/*",
@@ -165,22 +150,25 @@ ANSWERS = by_pinning(
         "connect to close, us": both("whole_us"),
         "p99, us": both("whole_p99_us"),
         "CPU per connection, us": both("cpu_us_per_connection"),
-        "to AF_UNIX": to_unix("whole_us", 1, 2, 3),
     },
 )
 CHAPTERS = {
     "hops": Chapter(
         "Round trips on each hop",
         "A small C program takes the sidecar's and the application's place; both ends are on one "
-        "CPU. AF_UNIX stream sockets on the same CPU are the limit that the paper names.",
+        "CPU. Each end is an event loop: a non-blocking socket, and epoll_wait before each recv. "
+        "Measured once the connection has joined. AF_UNIX stream sockets on the same CPU are the "
+        "limit that the paper names. Ends that block in recv stay on TCP; blocking: that they lose "
+        "nothing.",
         (
             Table(
                 "",
-                "*/v*/*",
+                "[!u]*/*/*",
                 ("hop", "IP", "bytes"),
                 {
                     "median, us": both("median_us"),
                     "p99, us": both("p99_us"),
+                    "joined after, ms": single("bypass", "joined_ms"),
                     "median to AF_UNIX": to_unix("median_us", 2),
                 },
             ),
@@ -188,29 +176,15 @@ CHAPTERS = {
         ("size",),
     ),
     "streaming": Chapter(
-        "Streams under CUBIC",
-        "One connection; the writer writes as fast as it can, the reader takes up to 256 KB at a "
-        "time. A slow reader works 2 ns on each byte. Duplex: both ends read and write, in one "
-        "event loop each. The ends share a CPU or have one each. Measured from 40 to 120 ms after "
-        "the connection was made, the mean of three; settled: a fast reader from 500 to 650 ms.\n\n"
-        "Only the bound on unread bytes stops a redirecting sender. On one CPU the sender reaches "
-        "it in every time slice, while TCP blocks the sender and lets the reader run. "
-        "TCP gathers small writes as long as its congestion window is small, and is faster then: "
-        "for some tenths of a second. Then it sends each at once, and the bypass is two to four "
-        "times as fast. Inside a pod the programs hold the window of a socket that sends by TCP "
-        "after all, and small writes gather for good; then its streams leave the sockhash "
-        "(docs/architecture.md). So do those towards a reader that blocks in recv: no byte may "
-        "bypass after one by TCP until it has sent something itself.",
-        STREAMS,
-    ),
-    "streaming-bbr": Chapter(
-        "Streams under BBR",
-        "BBR paces what it sends, and keeps its window small: small writes gather for good, and "
-        "on one CPU TCP is faster than a redirect for each. So such streams leave the sockhash, at "
-        "both ends. Large ones pacing costs more than half of their speed: inside a pod Reno "
-        "stands in for BBR, until it turns out that small writes stream by TCP "
-        "(docs/architecture.md). Tried without gain: bounds of 128 KB to 4 MB; never leaving (0.45 "
-        "on one CPU).",
+        "Streams",
+        "One connection between two event loops; the writer writes as fast as it can, the reader "
+        "takes up to 256 KB at a time. The ends share a CPU or have one each. Measured for 80 ms "
+        "after 40 ms, the mean of two connections.\n\n"
+        "A socket joins after bytes there and back, and a direction goes by TCP once 256 KB were "
+        "sent without an answer. So a stream one way goes by TCP: from its first byte on where the "
+        "connection is fresh, soon where it has joined (200 ms of questions and answers before "
+        "it). What is measured there is what the programs cost. Duplex: both ends read and write, "
+        "also after 200 ms; each direction answers the other, so both may bypass.",
         STREAMS,
     ),
     "mesh": Chapter(
@@ -222,7 +196,9 @@ CHAPTERS = {
         "then takes about twice the CPU that it takes in a closed loop of one connection, over TCP "
         "and bypassed. The hops save about as much as there, so it is a smaller part.\n\n"
         "The limit is measured, too: the same programs with a socket of AF_UNIX in the place of "
-        "each hop's TCP connection. They make as many system calls.",
+        "each hop's TCP connection. They make as many system calls.\n\n"
+        "The Envoys' connections have joined in a warm-up. So have those of the generator with a "
+        "fixed rate; those of a closed loop join within its first tenth of a second.",
         (
             Table(
                 "So many connections, each asks again when it is answered (wrk; HTTP/2: h2load)",
@@ -243,43 +219,34 @@ CHAPTERS = {
                 ("", "connections"),
                 TO_UNIX,
             ),
-            Table(
-                "Beside a mesh whose hops are AF_UNIX: so many requests a second",
-                "fixed/none/*",
-                ("", "", "body", "requests/s"),
-                TO_UNIX,
-            ),
         ),
         ("latency", "cpu"),
     ),
     "churn": Chapter(
         "Short connections",
         "Connect, one request of 64 bytes, one answer, close; one after the other, both ends on "
-        "one CPU.",
+        "one CPU. A connection joins after 8 exchanges and 50 ms, so these stay on TCP, and the "
+        "ratio is what the programs cost.",
         (
             Table(
                 "",
-                "[!u]*",
+                "*",
                 ("hop",),
                 {
                     "connections/s": both("connections_per_s"),
                     "CPU per connection, us": both("cpu_us_per_connection"),
                     "connect, us": both("connect_us"),
                     "connect to close, p99, us": both("whole_p99_us"),
-                    "connections/s to AF_UNIX": to_unix("connections_per_s"),
                 },
             ),
         ),
     ),
     "answers": Chapter(
-        "Large answers under CUBIC",
+        "Large answers",
         "Connect, one request of 64 bytes, one large answer in writes of so many bytes, close; one "
-        "after the other. Buffers and TCP's window are as a connection begins. The reader blocks "
-        "in recv; the ends share a CPU or have one each.",
+        "after the other. One exchange is too few to join: the answer goes by TCP. Both ends are "
+        "event loops; they share a CPU or have one each.",
         ANSWERS,
-    ),
-    "answers-bbr": Chapter(
-        "Large answers under BBR", "The same where the pods' congestion control is BBR.", ANSWERS
     ),
     "others": Chapter(
         "Connections that cannot gain",
@@ -301,10 +268,12 @@ CHAPTERS = {
     ),
     "scale": Chapter(
         "Scale",
-        "Beside so many attached pods, or live and silent connections: one more pod's ADD (VERSION "
-        "is the plugin's start alone), and a round trip of 64 bytes from a sidecar to its "
-        "application. Kernel memory: slab, per-CPU and vmalloc, from /proc/meminfo. What grows in "
-        "an ADD is the kernel's walk to a sysctl of the pod's namespace among those of all others.",
+        "Beside so many attached pods, or live and silent connections: one more pod's ADD "
+        "(VERSION is the plugin's start alone), and a round trip of 64 bytes from a sidecar to "
+        "its application, once its connection has joined. A pass visits all open files of a pod, "
+        "also those of the silent connections. Kernel memory: slab, per-CPU and vmalloc, from "
+        "/proc/meminfo. What grows in an ADD is the kernel's walk to a sysctl of the pod's "
+        "namespace among those of all others.",
         (
             Table(
                 "Pods",
@@ -316,6 +285,7 @@ CHAPTERS = {
                     "all maps, MiB": single("memory", "map_bytes"),
                     "kernel memory per pod, KiB": single("memory", "bytes_per_pod"),
                     "round trip, us": both("median_us"),
+                    "joined after, ms": single("bypass", "joined_ms"),
                 },
             ),
             Table(
@@ -324,6 +294,7 @@ CHAPTERS = {
                 ("", "other connections"),
                 {
                     "round trip, us": both("median_us"),
+                    "joined after, ms": single("bypass", "joined_ms"),
                     "kernel memory per connection, KiB: TCP": memory(
                         "bytes_per_connection", "plain"
                     ),

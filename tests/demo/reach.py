@@ -115,12 +115,12 @@ def line(bed: Bed, both: list[Pair], way: Way, program: Path, cpu: str) -> Line:
                 stack.enter_context(kubeproxy.service(bed.host, pair.server, way.family))
             stack.enter_context(pingpong.serving(program, hop, cpu, SIZE))
             trips[pair.kind].append(pingpong.measure(program, hop, cpu, size=SIZE, rounds=ROUNDS))
-    sent = RUNS * (ROUNDS + ROUNDS // 10) * 2 * SIZE
+    rounds = sum(run.warmup + ROUNDS for run in trips["bypass"])
     return Line(
         way,
         {kind: statistics.median(run.median_us for run in trips[kind]) for kind in KINDS},
         {kind: statistics.median(run.p99_us for run in trips[kind]) for kind in KINDS},
-        (bypassed_bytes(bed, both[1]) - before) / sent,
+        (bypassed_bytes(bed, both[1]) - before) / (rounds * 2 * SIZE),
     )
 
 

@@ -15,15 +15,15 @@ from tests.bench import report, tables
 from tests.bench.__main__ import SECTIONS, run_section
 from tests.bench.results import Results
 
-ANSWERS = {f"{hop}/same/65536/16384" for hop in ("inbound", "outbound", "sidecars", "unix")}
 WANTED = {
-    "hops": {"inbound/v4/64", "outbound/v4/64", "sidecars/v4/64", "unix/64"},
-    "streaming": {"inbound/duplex/same/4096", "unix/fast/same/4096"},
-    "streaming-bbr": {"inbound/duplex/same/4096", "unix/fast/same/4096"},
+    "hops": {
+        *("inbound/v4/64", "outbound/v4/64", "sidecars/v4/64", "unix/64"),
+        "inbound/blocking/64",
+    },
+    "streaming": {"inbound/duplex/same/4096"},
     "mesh": {"closed/http2/2", "unix/2", "fixed/none/small/100", "fixed/filter/small/100"},
-    "churn": {"inbound", "outbound", "sidecars", "unix"},
-    "answers": ANSWERS,
-    "answers-bbr": ANSWERS,
+    "churn": {"inbound", "outbound", "sidecars"},
+    "answers": {"inbound/same/65536/16384", "sidecars/same/65536/16384"},
     "others": {"out", "in", "stranger"},
     "scale": {"pods/0", "pods/2", "connections/1", "connections/10", "connections/10/memory"},
 }
