@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -40,6 +41,7 @@ _MOUNTS = (
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 _SYS_FINIT_MODULE = 313  # x86_64
 _STDERR_CHARACTERS = 20_000
+_FILES = 1 << 16
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -112,6 +114,7 @@ def main() -> None:
         mount(kind, target)
     check_lockdown()
     bring_up_loopback()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, _FILES))  # as container runtimes have it
     load_modules()
     results = os.open(RESULTS, os.O_WRONLY | os.O_NOCTTY)
     tty.setraw(results)

@@ -40,7 +40,7 @@ _DISTRIBUTIONS = ("hypothesis", "pyroute2", "pytest-timeout", "pyyaml", "rich", 
 _UNUSED_STANDARD_LIBRARY = frozenset(
     {"ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter"}
 )
-_UNUSED_JAVA = frozenset({"demo", "include", "jmods", "man", "src.zip", "ct.sym", "docs"})
+_UNUSED_JAVA = frozenset({"ct.sym", "src.zip"})
 _PROJECT_PARTS = ("bpf", "cni_plugin", "conf", "install", "tests", "pyproject.toml", "docs")
 
 
@@ -163,9 +163,8 @@ def _add_applications(closure: Closure) -> None:
     tools.java()
     closure.add(tools.MADE / "java")
     java = Path(os.path.realpath(shutil.which("java") or "")).parents[1]
-    closure.add(java, _UNUSED_JAVA)
-    for linked in (java / "conf").rglob("*"):  # Debian keeps these below /etc
-        closure.add(linked)
+    for part in ("conf", "lib"):
+        closure.add(java / part, _UNUSED_JAVA)
     closure.add(Path("/usr/lib/ssl/openssl.cnf"))
 
 
