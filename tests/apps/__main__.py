@@ -98,12 +98,14 @@ def measure_hop(
                 run(where, WARM_UP_S)
             for number, kind in pairs.alternated(KINDS, plan.pairs):
                 where = places[kind]
-                before = bed.bypassed_bytes(node, where.pair) if kind == "bypass" else 0
+                before = bed.total(node, where.pair)
                 run_it = partial(run, where, plan.seconds)
                 figures, cost = pairs.measured(where.pair, bench.cpu, run_it)
                 found = values(figures, cost)
                 if kind == "bypass":
-                    found["bypassed_bytes"] = bed.bypassed_bytes(node, where.pair) - before
+                    now = bed.total(node, where.pair)
+                    found["bypassed_bytes"] = now.bypassed - before.bypassed
+                    found["tcp_bytes"] = now.by_tcp - before.by_tcp
                 bench.record(case, kind, number, found)
             bench.tell(case, *TOLD)
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from bpf import abi
 from install import report
 from install.commands import Node
 from tests.apps import place, sockets
@@ -16,12 +17,13 @@ from tests.apps.application import Application
 from tests.apps.place import HopName, Place, Pods
 from tests.bed import Bed, cni, envoy, open_bed
 from tests.bed.envoy import Sidecar, Tls
-from tests.bed.pairs import Kind, Pair
+from tests.bed.pairs import Bytes, Kind, Pair
 
 Mode = Literal["full", "auto"]
 # A network per mode: which pods are accelerated how is up to its plugin's configuration.
 SUBNETS: dict[Mode, str] = {"full": "10.245.0.0/16", "auto": "10.246.0.0/16"}
 BYPASS_WITHIN_S = 20
+MESH = ("outbound", "sidecars", "inbound")  # the hops of a way through two sidecars
 
 
 @dataclass(frozen=True)
@@ -72,31 +74,45 @@ def served(
         yield where
 
 
-def bypassed_bytes(node: AppNode, pair: Pair) -> int:
-    """What has bypassed so far between the pods of an accelerated pair."""
-    wanted = {pair.client.name, pair.server.name}
-    found = report.report(Node(node.bed.node.bpffs, node.bed.node.state_dir))["pods"]
-    return sum(
-        counters["bypassed_bytes"]
-        for pod in found
-        if pod["name"] in wanted
-        for counters in pod["hops"].values()
-    )
+def counted(node: AppNode, pair: Pair) -> dict[str, Bytes]:
+    """The payload between a pair's pods so far, by hop; of pods that are accelerated."""
+    ours = Node(node.bed.node.bpffs, node.bed.node.state_dir)
+    wanted = (pair.client.name, pair.server.name)
+    pod_ids = [each.pod_id for each in ours.attachments() if each.pod_name in wanted]
+    sums = dict.fromkeys(abi.HOPS, Bytes(0, 0))
+    for hops in report.by_pod(report.counters(ours.generations.complete(), pod_ids)).values():
+        for hop, found in hops.items():
+            sums[hop] += Bytes(found.bypassed_bytes, found.tcp_bytes)
+    return sums
+
+
+def total(node: AppNode, pair: Pair) -> Bytes:
+    """The same, all hops together."""
+    return sum(counted(node, pair).values(), Bytes(0, 0))
+
+
+def _bypassed(node: AppNode, where: Place) -> list[int]:
+    """The bytes that have bypassed so far; on the hop "mesh" those of each hop of the way."""
+    if where.hop != "mesh":
+        return [total(node, where.pair).bypassed]
+    found = counted(node, where.pair)
+    return [found[hop].bypassed for hop in MESH]
 
 
 def check(node: AppNode, application: Application, where: Place, *, must_bypass: bool) -> None:
     """Check every byte; where it must, until some have bypassed: sockets join late.
 
     Raises:
-        AssertionError: what the application got is wrong, a connection is left half-closed, or
-            nothing has bypassed within BYPASS_WITHIN_S.
+        AssertionError: what the application got is wrong, a connection is left half-closed, or on
+            some hop nothing has bypassed within BYPASS_WITHIN_S.
     """
-    before = bypassed_bytes(node, where.pair) if must_bypass else 0
+    before = _bypassed(node, where) if must_bypass else []
     deadline = time.monotonic() + BYPASS_WITHIN_S
     while True:
         application.check(where)
-        if not must_bypass or bypassed_bytes(node, where.pair) > before:
+        now = _bypassed(node, where) if must_bypass else []
+        if all(after > earlier for after, earlier in zip(now, before)):
             break
-        assert time.monotonic() < deadline, "nothing has bypassed"
+        assert time.monotonic() < deadline, f"nothing has bypassed on some hop: {before}, {now}"
     left = sockets.stuck(where.pair.client.netns, where.pair.server.netns)
     assert not left, f"half-closed for good: {', '.join(map(str, left))}"
