@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from tests.apps.registry import APPLICATIONS
 from tests.bed import cpus, pairs
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
-from tests.bed.pairs import KINDS, Cost
+from tests.bed.pairs import KINDS, Cost, Kind
 from tests.bench import entry
 from tests.bench.bench import Bench
 from tests.bench.results import Results, Section, load
@@ -31,6 +31,8 @@ OUTPUT = REPOSITORY / "build" / "apps"
 DOCUMENT = REPOSITORY / "docs" / "applications.md"
 PICTURE = REPOSITORY / "docs" / "img" / "applications.png"
 WARM_UP_S = 0.5
+# A check may take this much longer than over TCP: else something stalls, and goes on.
+LATER, LATER_S = 3, 3.0
 TOLD = ("requests_per_s", "p50_us", "p99_us", "cpu_us_per_request")
 
 
@@ -81,6 +83,14 @@ def values(figures: Figures, cost: Cost) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def refuse_stalls(taken_s: Mapping[Kind, float]) -> None:
+    """Raises AssertionError when the check over the bypass took much longer than over TCP."""
+    plain_s, bypass_s = taken_s["plain"], taken_s["bypass"]
+    assert bypass_s <= LATER * plain_s + LATER_S, (
+        f"the check took {bypass_s:.1f} s, over TCP {plain_s:.1f} s"
+    )
+
+
 def measure_hop(
     bench: Bench, node: AppNode, application: Application, hop: HopName, plan: Plan
 ) -> None:
@@ -90,8 +100,11 @@ def measure_hop(
             kind: stack.enter_context(bed.served(node, application, hop, kind, bench.cpu))
             for kind in KINDS
         }
-        for where in places.values():
-            bed.check(node, application, where, must_bypass=False)
+        taken_s = {
+            kind: bed.check(node, application, where, must_bypass=False)
+            for kind, where in places.items()
+        }
+        refuse_stalls(taken_s)
         for title, run in application.loads.items():
             case = f"{hop}/{title}"
             for where in places.values():

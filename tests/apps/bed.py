@@ -12,7 +12,7 @@ from typing import Literal
 from bpf import abi
 from install import report
 from install.commands import Node
-from tests.apps import place, sockets
+from tests.apps import place, silence, sockets
 from tests.apps.application import Application
 from tests.apps.place import HopName, Place, Pods
 from tests.bed import Bed, cni, envoy, open_bed
@@ -99,20 +99,32 @@ def _bypassed(node: AppNode, where: Place) -> list[int]:
     return [found[hop].bypassed for hop in MESH]
 
 
-def check(node: AppNode, application: Application, where: Place, *, must_bypass: bool) -> None:
+def _moved(node: AppNode, pair: Pair) -> int:
+    """The bytes that have moved so far between a pair's pods, and within them, either way."""
+    by_ip = sum(sockets.received_bytes(pod.netns) for pod in (pair.client, pair.server))
+    return total(node, pair).bypassed + by_ip
+
+
+def check(node: AppNode, application: Application, where: Place, *, must_bypass: bool) -> float:
     """Check every byte; where it must, until some have bypassed: sockets join late.
 
+    Returns how many seconds the last check took.
+
     Raises:
-        AssertionError: what the application got is wrong, a connection is left half-closed, or on
-            some hop nothing has bypassed within BYPASS_WITHIN_S.
+        AssertionError: what the application got is wrong, no byte moved for a while, a connection
+            is left half-closed, or on some hop nothing has bypassed within BYPASS_WITHIN_S.
     """
     before = _bypassed(node, where) if must_bypass else []
     deadline = time.monotonic() + BYPASS_WITHIN_S
     while True:
-        application.check(where)
+        began = time.monotonic()
+        with silence.refused(lambda: _moved(node, where.pair)):
+            application.check(where)
+        taken = time.monotonic() - began
         now = _bypassed(node, where) if must_bypass else []
         if all(after > earlier for after, earlier in zip(now, before)):
             break
         assert time.monotonic() < deadline, f"nothing has bypassed on some hop: {before}, {now}"
     left = sockets.stuck(where.pair.client.netns, where.pair.server.netns)
     assert not left, f"half-closed for good: {', '.join(map(str, left))}"
+    return taken

@@ -26,7 +26,7 @@ PYTHON = ("env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-B")
 
 SIZES = (0, 1, 1000, 16_384, 65_537, 1_000_000, 10_000_000)  # of what is got in a check
 ECHOED = (1, 1000, 65_537, 1_000_000)
-PATIENCE_S = 40  # a check over plain TCP takes one second
+PATIENCE_S = 40  # for all of a check; silence.py sees what stalls within one
 
 
 @contextmanager

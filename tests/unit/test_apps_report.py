@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.apps import application, report
+from tests.apps import __main__ as command
+from tests.apps import application, report, silence
 from tests.apps.registry import APPLICATIONS
 from tests.bench.results import Results, Sample, Section
 
@@ -79,6 +80,40 @@ def test_the_page_has_each_application_and_its_reader(results: Results, tmp_path
     assert report.is_incomplete(results, "gunicorn")
     assert not report.is_incomplete(results, "redis")
     assert report.is_incomplete(results, "nginx")
+
+
+def test_a_check_that_takes_much_longer_than_over_tcp_is_refused() -> None:
+    command.refuse_stalls({"plain": 1.0, "bypass": 5.9})
+    with pytest.raises(AssertionError, match=r"took 6\.1 s, over TCP 1\.0 s"):
+        command.refuse_stalls({"plain": 1.0, "bypass": 6.1})
+
+
+@pytest.mark.parametrize(
+    ("moved", "longest"),
+    [
+        ((0, 5000, 10_000, 15_000), 0),
+        ((0, 5000, 5000, 5000), 2),
+        ((0, 5000, 5500, 6000, 11_000, 11_000), 2),  # probes are no bytes
+        ((0,), 0),
+    ],
+)
+def test_a_silence_lasts_from_byte_to_byte(moved: tuple[int, ...], longest: float) -> None:
+    assert silence.longest_s([(float(at), size) for at, size in enumerate(moved)]) == longest
+
+
+def test_a_silence_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silence, "SILENCE_S", 0)
+    with pytest.raises(AssertionError, match="no byte has moved"), silence.refused(lambda: 0):
+        pass
+
+
+def test_a_silence_does_not_hide_what_went_wrong() -> None:
+    def check() -> None:
+        with silence.refused(lambda: 0):
+            raise ValueError("wrong byte")
+
+    with pytest.raises(ValueError, match="wrong byte"):
+        check()
 
 
 def test_figures_are_of_all_requests() -> None:
