@@ -150,7 +150,7 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
     path: Path = chosen.output / f"{chosen.mode}.json"
     results = load(path) if path.exists() else Results()
     measuring = cpus.chosen()
-    with bed.opened([chosen.mode], *KINDS) as nodes:
+    with bed.opened({chosen.mode: KINDS}) as nodes:
         for name in chosen.apps:
             plan = QUICK if chosen.quick else FULL
             section = measure(nodes[chosen.mode], APPLICATIONS[name], plan, measuring, console)

@@ -36,10 +36,10 @@ class AppNode:
 
 
 @contextmanager
-def opened(modes: Sequence[Mode], *kinds: Kind) -> Iterator[dict[Mode, AppNode]]:
-    """A node that has pods of these kinds once for each mode of the plugin's configuration."""
+def opened(wanted: Mapping[Mode, Sequence[Kind]]) -> Iterator[dict[Mode, AppNode]]:
+    """A node that has, for each of these modes of the plugin's configuration, pods of its kinds."""
     with open_bed() as made, ExitStack() as stack:
-        yield {mode: _network(made, mode, kinds, stack) for mode in modes}
+        yield {mode: _network(made, mode, kinds, stack) for mode, kinds in wanted.items()}
 
 
 def _network(made: Bed, mode: Mode, kinds: Sequence[Kind], stack: ExitStack) -> AppNode:
