@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -165,6 +166,29 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
     return 1 if failed else 0
 
 
+class Logged(Console):
+    """A console that prints everything to a file as well."""
+
+    def __init__(self, file: TextIO) -> None:
+        super().__init__(soft_wrap=True, highlight=False)
+        self._log = Console(file=file, soft_wrap=True, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As Console.print()."""
+        super().print(*objects, **options)
+        self._log.print(*objects, **options)
+
+
+def logged(chosen: argparse.Namespace) -> int:
+    """The run, with its log beside its results; returns the exit status."""
+    path: Path = chosen.output / f"{chosen.mode}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", buffering=1) as file:
+        console = Logged(file)
+        console.print(f"The log of this run: {path}")
+        return run(chosen, console)
+
+
 def main() -> int:
     """Returns the exit status: 1 when an application failed or could not be measured."""
     chosen = arguments()
@@ -175,7 +199,7 @@ def main() -> int:
         report.write(results, DOCUMENT, PICTURE)
         console.print(f"{DOCUMENT} from {chosen.report}")
         return 0
-    return entry.as_root(partial(run, chosen, console), console)
+    return entry.as_root(partial(logged, chosen), console)
 
 
 if __name__ == "__main__":

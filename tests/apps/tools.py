@@ -20,6 +20,7 @@ from tests.bed import wrk
 from tests.bed.bed import REPOSITORY
 
 PROGRAMS = Path(__file__).with_name("programs")
+TW_REUSE = Path("/proc/sys/net/ipv4/tcp_tw_reuse")
 MADE = REPOSITORY / "build" / "apps" / "programs"
 
 PYTHON = ("env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-B")
@@ -120,10 +121,18 @@ def requests_of(client: str, size: int) -> LoadRun:
     return run
 
 
-def wrk_of(size: int, connections: int = 8, *, scheme: str = "http") -> LoadRun:
-    """A load: wrk gets an answer of this size on so many connections."""
+def wrk_of(
+    size: int, connections: int = 8, *, scheme: str = "http", is_fresh: bool = False
+) -> LoadRun:
+    """A load: wrk gets an answer of this size on so many connections at once.
+
+    is_fresh: each request has a connection of its own, which ends with the answer.
+    """
 
     def run(place: Place, seconds: float) -> Figures:
+        if is_fresh:  # else the client's ports run out in TIME_WAIT
+            with place.front.client.pod.netns.entered():
+                TW_REUSE.write_text("1")
         client, url = place.front.client, f"{scheme}://{place.front.address}/bytes/{size}"
         return application.of_load(
             wrk.run(
@@ -133,6 +142,7 @@ def wrk_of(size: int, connections: int = 8, *, scheme: str = "http") -> LoadRun:
                 connections=connections,
                 seconds=max(1, round(seconds)),
                 cpus=client.cpus,
+                header="Connection: close" if is_fresh else "",
             ),
             size,
         )
