@@ -42,7 +42,7 @@ bench: build
 	$(PY) -m tests.bench $(BENCH)
 
 # Real applications, plain and bypassed in turn; `APPS=redis,nginx`: those; `MODE=auto`.
-# docs/applications.md is rendered by `APPS=--report`.
+# The log is build/apps/MODE.log. docs/applications.md is rendered by `APPS=--report`.
 MODE ?= full
 apps: build .venv/.apps-ready
 	$(PY) -m tests.apps --mode $(MODE) $(APPS)

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LOCK_PATIENCE_S = 30.0
+LOOKS, LOOK_S = 2, 0.25  # after a pause, at what is still bypassed
 MENDED = "FIONREAD, which this kernel gets wrong, is mended (docs/security.md)"
 
 
@@ -317,14 +319,53 @@ def join(node: Node, *, with_parent: bool = False) -> None:
 def pause(node: Node, pod: str | None = None) -> None:
     """From the next message on, every byte goes by TCP; with `pod`, those to and from that pod.
 
-    `pod` is NAMESPACE/NAME. A pod that comes in its place is not paused.
+    `pod` is NAMESPACE/NAME. A pod that comes in its place is not paused. Warns of pods that still
+    bypass a moment later: a direction goes to TCP when its reader has read what was bypassed.
     """
+    pods: set[int] | None = None
     with _locked_if_possible(node):
         if pod is not None:
             pods, alive = _ids_of(node, pod), _alive(node)
             pauses.settle(node, lambda own: replace(own, pods=(own.pods | pods) & alive))
         elif not pauses.settle(node, lambda own: replace(own, node=True)):
             raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
+    _name_those_that_bypass(node, pods)
+
+
+def _name_those_that_bypass(node: Node, pods: set[int] | None) -> None:
+    try:
+        still = _still_bypassing(node, pods)
+    except OSError as error:
+        log.warning("pods_unknown", f"which pods still bypass cannot be read: {error}")
+        return
+    for record in still:
+        log.warning(
+            "still_bypassing",
+            f"{record.pod_namespace}/{record.pod_name} still bypasses: its messages go by TCP as "
+            "soon as their reader has read all that was bypassed",
+            **log.of(record),
+        )
+
+
+def _still_bypassing(node: Node, pods: set[int] | None) -> list[Attachment]:
+    """Those of these pods, None: of all, that bypass again and again after a pause.
+
+    Once is not enough: a connection that closes may count then what it has bypassed before.
+    """
+    records = {each.pod_id: each for each in node.attachments()}
+    busy = set(records) if pods is None else set(records) & pods
+    generations = node.generations.complete()
+    growth = report.Growth(report.counters(generations, busy))
+    for _ in range(LOOKS):
+        if busy:
+            time.sleep(LOOK_S)
+            grown = growth.to(report.counters(generations, busy))
+            busy = {
+                pod_id
+                for pod_id in busy
+                if any(hop.bypassed_bytes for hop in grown.get(pod_id, {}).values())
+            }
+    return [records[each] for each in sorted(busy)]
 
 
 def resume(node: Node, pod: str | None = None) -> None:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 
@@ -22,7 +23,7 @@ from tests.apps.registry import APPLICATIONS
 from tests.bed import cpus, pairs
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
-from tests.bed.pairs import KINDS, Cost
+from tests.bed.pairs import KINDS, Cost, Kind
 from tests.bench import entry
 from tests.bench.bench import Bench
 from tests.bench.results import Results, Section, load
@@ -31,6 +32,8 @@ OUTPUT = REPOSITORY / "build" / "apps"
 DOCUMENT = REPOSITORY / "docs" / "applications.md"
 PICTURE = REPOSITORY / "docs" / "img" / "applications.png"
 WARM_UP_S = 0.5
+# A check may take this much longer than over TCP: else something stalls, and goes on.
+LATER, LATER_S = 3, 3.0
 TOLD = ("requests_per_s", "p50_us", "p99_us", "cpu_us_per_request")
 
 
@@ -81,6 +84,14 @@ def values(figures: Figures, cost: Cost) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def refuse_stalls(taken_s: Mapping[Kind, float]) -> None:
+    """Raises AssertionError when the check over the bypass took much longer than over TCP."""
+    plain_s, bypass_s = taken_s["plain"], taken_s["bypass"]
+    assert bypass_s <= LATER * plain_s + LATER_S, (
+        f"the check took {bypass_s:.1f} s, over TCP {plain_s:.1f} s"
+    )
+
+
 def measure_hop(
     bench: Bench, node: AppNode, application: Application, hop: HopName, plan: Plan
 ) -> None:
@@ -90,20 +101,25 @@ def measure_hop(
             kind: stack.enter_context(bed.served(node, application, hop, kind, bench.cpu))
             for kind in KINDS
         }
-        for where in places.values():
-            bed.check(node, application, where, must_bypass=False)
+        taken_s = {
+            kind: bed.check(node, application, where, must_bypass=False)
+            for kind, where in places.items()
+        }
+        refuse_stalls(taken_s)
         for title, run in application.loads.items():
             case = f"{hop}/{title}"
             for where in places.values():
                 run(where, WARM_UP_S)
             for number, kind in pairs.alternated(KINDS, plan.pairs):
                 where = places[kind]
-                before = bed.bypassed_bytes(node, where.pair) if kind == "bypass" else 0
+                before = bed.total(node, where.pair)
                 run_it = partial(run, where, plan.seconds)
                 figures, cost = pairs.measured(where.pair, bench.cpu, run_it)
                 found = values(figures, cost)
                 if kind == "bypass":
-                    found["bypassed_bytes"] = bed.bypassed_bytes(node, where.pair) - before
+                    now = bed.total(node, where.pair)
+                    found["bypassed_bytes"] = now.bypassed - before.bypassed
+                    found["tcp_bytes"] = now.by_tcp - before.by_tcp
                 bench.record(case, kind, number, found)
             bench.tell(case, *TOLD)
 
@@ -135,7 +151,7 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
     path: Path = chosen.output / f"{chosen.mode}.json"
     results = load(path) if path.exists() else Results()
     measuring = cpus.chosen()
-    with bed.opened([chosen.mode], *KINDS) as nodes:
+    with bed.opened({chosen.mode: KINDS}) as nodes:
         for name in chosen.apps:
             plan = QUICK if chosen.quick else FULL
             section = measure(nodes[chosen.mode], APPLICATIONS[name], plan, measuring, console)
@@ -150,6 +166,29 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
     return 1 if failed else 0
 
 
+class Logged(Console):
+    """A console that prints everything to a file as well."""
+
+    def __init__(self, file: TextIO) -> None:
+        super().__init__(soft_wrap=True, highlight=False)
+        self._log = Console(file=file, soft_wrap=True, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As Console.print()."""
+        super().print(*objects, **options)
+        self._log.print(*objects, **options)
+
+
+def logged(chosen: argparse.Namespace) -> int:
+    """The run, with its log beside its results; returns the exit status."""
+    path: Path = chosen.output / f"{chosen.mode}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", buffering=1) as file:
+        console = Logged(file)
+        console.print(f"The log of this run: {path}")
+        return run(chosen, console)
+
+
 def main() -> int:
     """Returns the exit status: 1 when an application failed or could not be measured."""
     chosen = arguments()
@@ -160,7 +199,7 @@ def main() -> int:
         report.write(results, DOCUMENT, PICTURE)
         console.print(f"{DOCUMENT} from {chosen.report}")
         return 0
-    return entry.as_root(partial(run, chosen, console), console)
+    return entry.as_root(partial(logged, chosen), console)
 
 
 if __name__ == "__main__":

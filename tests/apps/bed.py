@@ -10,19 +10,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bpf import abi
 from install import report
 from install.commands import Node
-from tests.apps import place, sockets
+from tests.apps import place, silence, sockets
 from tests.apps.application import Application
 from tests.apps.place import HopName, Place, Pods
 from tests.bed import Bed, cni, envoy, open_bed
 from tests.bed.envoy import Sidecar, Tls
-from tests.bed.pairs import Kind, Pair
+from tests.bed.pairs import Bytes, Kind, Pair
 
 Mode = Literal["full", "auto"]
 # A network per mode: which pods are accelerated how is up to its plugin's configuration.
 SUBNETS: dict[Mode, str] = {"full": "10.245.0.0/16", "auto": "10.246.0.0/16"}
 BYPASS_WITHIN_S = 20
+MESH = ("outbound", "sidecars", "inbound")  # the hops of a way through two sidecars
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class AppNode:
 
 
 @contextmanager
-def opened(modes: Sequence[Mode], *kinds: Kind) -> Iterator[dict[Mode, AppNode]]:
-    """A node that has pods of these kinds once for each mode of the plugin's configuration."""
+def opened(wanted: Mapping[Mode, Sequence[Kind]]) -> Iterator[dict[Mode, AppNode]]:
+    """A node that has, for each of these modes of the plugin's configuration, pods of its kinds."""
     with open_bed() as made, ExitStack() as stack:
-        yield {mode: _network(made, mode, kinds, stack) for mode in modes}
+        yield {mode: _network(made, mode, kinds, stack) for mode, kinds in wanted.items()}
 
 
 def _network(made: Bed, mode: Mode, kinds: Sequence[Kind], stack: ExitStack) -> AppNode:
@@ -73,16 +75,16 @@ def served(
         yield where
 
 
-def bypassed_bytes(node: AppNode, pair: Pair) -> int:
-    """What has bypassed so far between the pods of an accelerated pair."""
-    wanted = {pair.client.name, pair.server.name}
-    found = report.report(Node(node.bed.node.bpffs, node.bed.node.state_dir))["pods"]
-    return sum(
-        counters["bypassed_bytes"]
-        for pod in found
-        if pod["name"] in wanted
-        for counters in pod["hops"].values()
-    )
+def counted(node: AppNode, pair: Pair) -> dict[str, Bytes]:
+    """The payload between a pair's pods so far, by hop; of pods that are accelerated."""
+    ours = Node(node.bed.node.bpffs, node.bed.node.state_dir)
+    wanted = (pair.client.name, pair.server.name)
+    pod_ids = [each.pod_id for each in ours.attachments() if each.pod_name in wanted]
+    sums = dict.fromkeys(abi.HOPS, Bytes(0, 0))
+    for hops in report.by_pod(report.counters(ours.generations.complete(), pod_ids)).values():
+        for hop, found in hops.items():
+            sums[hop] += Bytes(found.bypassed_bytes, found.tcp_bytes)
+    return sums
 
 
 def verdict(node: AppNode) -> dict[str, Any]:
@@ -96,6 +98,25 @@ def mode_of_kernel(node: AppNode) -> str:
     return str(verdict(node)["mode"])
 
 
+def total(node: AppNode, pair: Pair) -> Bytes:
+    """The same, all hops together."""
+    return sum(counted(node, pair).values(), Bytes(0, 0))
+
+
+def _bypassed(node: AppNode, where: Place) -> list[int]:
+    """The bytes that have bypassed so far; on the hop "mesh" those of each hop of the way."""
+    if where.hop != "mesh":
+        return [total(node, where.pair).bypassed]
+    found = counted(node, where.pair)
+    return [found[hop].bypassed for hop in MESH]
+
+
+def _moved(node: AppNode, pair: Pair) -> int:
+    """The bytes that have moved so far between a pair's pods, and within them, either way."""
+    by_ip = sum(sockets.received_bytes(pod.netns) for pod in (pair.client, pair.server))
+    return total(node, pair).bypassed + by_ip
+
+
 def check(
     node: AppNode,
     application: Application,
@@ -103,19 +124,26 @@ def check(
     *,
     must_bypass: bool,
     within_s: float = BYPASS_WITHIN_S,
-) -> None:
+) -> float:
     """Check every byte; where it must, until some have bypassed: sockets join late.
 
+    Returns how many seconds the last check took.
+
     Raises:
-        AssertionError: what the application got is wrong, a connection is left half-closed, or
-            nothing has bypassed within so many seconds.
+        AssertionError: what the application got is wrong, no byte moved for a while, a connection
+            is left half-closed, or on some hop nothing has bypassed within so many seconds.
     """
-    before = bypassed_bytes(node, where.pair) if must_bypass else 0
+    before = _bypassed(node, where) if must_bypass else []
     deadline = time.monotonic() + within_s
     while True:
-        application.check(where)
-        if not must_bypass or bypassed_bytes(node, where.pair) > before:
+        began = time.monotonic()
+        with silence.refused(lambda: _moved(node, where.pair)):
+            application.check(where)
+        taken = time.monotonic() - began
+        now = _bypassed(node, where) if must_bypass else []
+        if all(after > earlier for after, earlier in zip(now, before)):
             break
-        assert time.monotonic() < deadline, "nothing has bypassed"
+        assert time.monotonic() < deadline, f"nothing has bypassed on some hop: {before}, {now}"
     left = sockets.stuck(where.pair.client.netns, where.pair.server.netns)
     assert not left, f"half-closed for good: {', '.join(map(str, left))}"
+    return taken

@@ -85,6 +85,7 @@ APPLICATIONS = (
         check=contract("http.client"),
         loads={
             "1 KB": wrk_of(1000),
+            "1 KB, a connection each": wrk_of(1000, is_fresh=True),
             "64 KB": wrk_of(65_537),
             "1 MB": wrk_of(1_000_000),
             "10 MB": wrk_of(10_000_000, 2),

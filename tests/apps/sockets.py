@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TCP sockets of a network namespace, from /proc/net/tcp and tcp6."""
+"""The TCP sockets of a network namespace, and the bytes that came in, from /proc/net."""
 
 from __future__ import annotations
 
@@ -44,6 +44,14 @@ def _read() -> Iterator[Socket]:
 
 def _port(address: str) -> int:
     return int(address.rpartition(":")[2], 16)
+
+
+def received_bytes(space: NetNamespace) -> int:
+    """What its IP has received so far, headers included, also over loopback."""
+    with space.entered():
+        lines = Path("/proc/thread-self/net/netstat").read_text().splitlines()
+    header, values = (line.split() for line in lines if line.startswith("IpExt:"))
+    return int(values[header.index("InOctets")])
 
 
 def listens(space: NetNamespace, port: int) -> bool:

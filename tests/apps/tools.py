@@ -20,13 +20,14 @@ from tests.bed import wrk
 from tests.bed.bed import REPOSITORY
 
 PROGRAMS = Path(__file__).with_name("programs")
+TW_REUSE = Path("/proc/sys/net/ipv4/tcp_tw_reuse")
 MADE = REPOSITORY / "build" / "apps" / "programs"
 
 PYTHON = ("env", f"PYTHONPATH={REPOSITORY}", sys.executable, "-B")
 
 SIZES = (0, 1, 1000, 16_384, 65_537, 1_000_000, 10_000_000)  # of what is got in a check
 ECHOED = (1, 1000, 65_537, 1_000_000)
-# A check over plain TCP takes one second, on an emulated CPU many times as long.
+# For all of a check, more on an emulated CPU; silence.py sees what stalls within one.
 PATIENCE_S = float(os.environ.get("TB_PATIENCE_S", "40"))
 
 
@@ -121,10 +122,18 @@ def requests_of(client: str, size: int) -> LoadRun:
     return run
 
 
-def wrk_of(size: int, connections: int = 8, *, scheme: str = "http") -> LoadRun:
-    """A load: wrk gets an answer of this size on so many connections."""
+def wrk_of(
+    size: int, connections: int = 8, *, scheme: str = "http", is_fresh: bool = False
+) -> LoadRun:
+    """A load: wrk gets an answer of this size on so many connections at once.
+
+    is_fresh: each request has a connection of its own, which ends with the answer.
+    """
 
     def run(place: Place, seconds: float) -> Figures:
+        if is_fresh:  # else the client's ports run out in TIME_WAIT
+            with place.front.client.pod.netns.entered():
+                TW_REUSE.write_text("1")
         client, url = place.front.client, f"{scheme}://{place.front.address}/bytes/{size}"
         return application.of_load(
             wrk.run(
@@ -134,6 +143,7 @@ def wrk_of(size: int, connections: int = 8, *, scheme: str = "http") -> LoadRun:
                 connections=connections,
                 seconds=max(1, round(seconds)),
                 cpus=client.cpus,
+                header="Connection: close" if is_fresh else "",
             ),
             size,
         )

@@ -38,13 +38,15 @@ def run(
     seconds: int,
     cpus: str = "-",
     container: str = APP,
+    header: str = "",
 ) -> Load:
-    """Keep `connections` requests under way for some seconds.
+    """Keep `connections` requests under way for some seconds, each with the header if it is given.
 
     Raises:
         RuntimeError: a request failed or was not answered with success.
     """
     options = ["-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(SCRIPT)]
+    options += ["-H", header] if header else []
     out = pod.run(["wrk", *options, url], container=container, cpus=cpus, timeout_s=seconds + 30)
     load, socket_errors, status_errors = parse(out)
     if load.requests == 0 or socket_errors or status_errors:

@@ -122,6 +122,21 @@ BOUND = _mutant(
     (r"if \(unread > tb_bound\(&conn->peer\)\)", "if (0)"),
     (r"return conn->run > TB_STREAM \? TB_REASON_STREAM : TB_REASON_NONE;", "return 0;"),
 )
+STREAM = _mutant(
+    "bound: a stream that is never answered stays on the bypass",
+    (r"return conn->run > TB_STREAM \? TB_REASON_STREAM : TB_REASON_NONE;", "return 0;"),
+)
+MEMORY = _mutant(
+    "memory: nothing is left of the limit of the reader's container",
+    (r"if \(unread > tb_room\(conn->peer\.sk\)\)", "if (0)"),
+)
+MEMORY_OF_POD = _mutant(
+    "memory: nor of the limit of the pod", (r"#define TB_LEVELS 4", "#define TB_LEVELS 1")
+)
+PRESSURE = _mutant(
+    "memory: redirects while the kernel's memory for TCP is short",
+    (r"if \(tb_is_under_pressure\(conn->there\.prot\)\)", "if (0)"),
+)
 FRESH_EDGE = _mutant(
     "edges: no fresh edge",
     (r"return is_empty && has_more && !is_owned;", "return 0;"),

@@ -25,6 +25,7 @@ RCVBUF = 131_072
 SNDBUF = 2_629_632  # what a socket begins with on lo
 LOOK = 16_384  # TB_LOOK
 MESSAGE_COST = 1024  # TB_MESSAGE_COST
+STREAM = 256 * 1024  # TB_STREAM
 BOUND = RCVBUF + SNDBUF // 2  # tb_bound() of a sidecar, and more than that of an application
 STRICT_BOUND = RCVBUF // 4
 TICK_NS = 1_000_000
@@ -113,6 +114,9 @@ class End:
     deciding: int = 0  # threads before their verdict
     said: int = 0  # messages
     heard: int = 0
+    sent: int = 0  # messages, since it joined first
+    peer_sent: int = 0  # what the peer had sent then, at this end's last message
+    run: int = 0  # bytes since the peer last sent, with what messages cost
     went_by_bypass: bool = False  # the last message
     tcp_at: int = 0  # when a message last went by TCP, or it joined
     has_edge: bool = False
@@ -147,6 +151,8 @@ class Connection:
         self.ends = [End(isn[0], isn[1], bool(proxies[0])), End(isn[1], isn[0], bool(proxies[1]))]
         self.flags = 0
         self.now = TICK_NS
+        self._free: int | None = None  # bytes that the kernel can charge the ends' container
+        self._is_short = False
         self._broken: list[Exception] = []
         self._steps: list[Step] = []
         self._meanwhile = _MEANWHILE(self._take_steps)
@@ -224,8 +230,14 @@ class Connection:
 
     def limit_memory(self, *, limit: int, used: int, cached: int, of_pod: bool) -> None:
         """Of both ends' container, or of the pod above it, in MB."""
+        self._free = (limit - used + max(cached, 0)) << 20
         pages = [ctypes.c_uint64(mb << 8) for mb in (limit, used, cached)]
         self.rules.host_limit_memory(int(of_pod), *pages)
+
+    def run_short(self) -> None:
+        """The kernel's memory for TCP passes its mark."""
+        self._is_short = True
+        self.rules.host_memory_pressure(1)
 
     # ---- Sending ----
 
@@ -249,6 +261,10 @@ class Connection:
         end.went_by_bypass, went_by_bypass = False, end.went_by_bypass
         if not self.is_in_sockhash(sender):
             return False
+        sent = self.ends[1 - sender].sent
+        end.run = size + MESSAGE_COST + (end.run if sent == end.peer_sent else 0)
+        end.peer_sent = sent
+        end.sent += 1
         # With steps in between, there is no one moment to judge it by.
         wrong = set() if self._steps else self._forbidden(sender, went_by_bypass)
         end.deciding += 1
@@ -264,6 +280,8 @@ class Connection:
     def _forbidden(self, sender: int, went_by_bypass: bool) -> set[str]:
         """Why this message must not be bypassed."""
         end, peer = self.ends[sender], self.ends[1 - sender]
+        if self._is_short:
+            return {"a redirect may fail with ENOMEM"}
         if peer.bypass_queue:
             return set()
         wrong = {
@@ -279,6 +297,7 @@ class Connection:
                 "the lock": peer.is_owned and not peer.is_proxy,
                 "corked": end.is_corked,
                 "kTLS": end.has_ulp or peer.has_ulp,
+                "a stream": end.run > STREAM,
                 "conntrack": self.now - end.tcp_at > REFRESH_NS + TICK_NS,
             }
         return {reason for reason, holds in wrong.items() if holds}
@@ -308,6 +327,8 @@ class Connection:
         unread = sum(each.left for each in peer.bypass_queue)
         if unread > self._bound and not end.redirects:
             raise Broken(f"{unread} bypassed bytes lie unread")
+        if self._free is not None and unread > max(self._free, LOOK):
+            raise Broken("the kernel kills a process of the reader's container")
 
     def send(self, sender: int, size: int) -> bool:
         """One message, delivered at once; says whether it went by bypass."""

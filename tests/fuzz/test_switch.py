@@ -362,6 +362,34 @@ def never_read(make: Make) -> None:
             connection.send(sender, 65_536)
 
 
+def never_answered(make: Make) -> None:
+    """A stream, which its reader reads at once."""
+    connection = make()
+    for _ in range(40):
+        connection.send(0, 16_384)
+        connection.read_everything(1)
+
+
+def never_read_in_little_memory(*, of_pod: bool) -> Callable[[Make], None]:
+    """A MB is left of the limit of the container, or of the pod."""
+
+    def story(make: Make) -> None:
+        connection = make(sidecar=True)
+        connection.limit_memory(limit=64, used=63, cached=0, of_pod=of_pod)
+        for _ in range(100):
+            connection.send(0, 16_384)
+
+    story.__name__ = f"never_read_in_little_memory_of_{'pod' if of_pod else 'container'}"
+    return story
+
+
+def short_of_memory(make: Make) -> None:
+    connection = make()
+    assert echo(connection)
+    connection.run_short()
+    echo(connection)
+
+
 def rests_behind_the_bound(make: Make) -> None:
     """The reader reads what was bypassed, and takes the short read for the end."""
     connection = make()
@@ -611,6 +639,10 @@ BREAKS = [
     (mutants.OPTIONS, options_on_the_way_to_the_bypass),
     (mutants.READERS, reader_refuses),
     (mutants.BOUND, never_read),
+    (mutants.STREAM, never_answered),
+    (mutants.MEMORY, never_read_in_little_memory(of_pod=False)),
+    (mutants.MEMORY_OF_POD, never_read_in_little_memory(of_pod=True)),
+    (mutants.PRESSURE, short_of_memory),
     (mutants.FRESH_EDGE, rests_behind_the_bound),
     (mutants.EDGE_UNASKED, rests_behind_the_bound),
     (mutants.EDGE_ONCE, rests_on),
@@ -686,8 +718,8 @@ def test_leaves_a_container_its_memory(
 
 def test_leaves_soon_when_memory_is_short() -> None:
     connection = fresh()
-    connection.rules.host_memory_pressure(1)
-    assert unread(connection) <= LOOK
+    connection.run_short()
+    assert unread(connection) == 0
 
 
 @pytest.mark.parametrize("offered", [0, RCVBUF // 4, RCVBUF * 3 // 4, RCVBUF * 15 // 16])

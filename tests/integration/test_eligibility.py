@@ -267,16 +267,61 @@ def test_a_socket_of_another_programs_sockmap(
                 exchange(left, right)
                 if kind == "sk_skb parser":
                     continue  # the kernel's stream parser stalls on a pipeline, without us as well
-                pipelined = os.urandom(50_000)
-                sender = threading.Thread(target=trickle, args=(left, pipelined))
-                sender.start()
-                assert receive(right, len(pipelined)) == pipelined
-                sender.join()
+                pipeline(left, right)
         # The other takes each socket as it is born; ours would come later, and leaves it alone.
         assert (theirs.joined(), theirs.refused()) == (6, 0)
         assert outcomes(client, server)["busy"] >= 3
         assert node.sockets() == 0
         assert bypassed(client, server) == 0
+
+
+@pytest.mark.parametrize("kind", traffic_sockmap.KINDS)
+def test_another_programs_sockmap_takes_a_member(
+    pods: tuple[LightPod, LightPod], kind: traffic_sockmap.Kind
+) -> None:
+    """The kernel refuses a second sk_msg program. To where a sk_skb program has come, all goes by
+    TCP. A socket that both have leaves once the other has let it go."""
+    client, server = pods
+    node = client.node
+    theirs = traffic_sockmap.OtherProgram(kind)
+    with no_kernel_complaint(), connected(client, server) as ends:
+        exchange(*ends)
+        assert bypassed(client, server) > 0
+        is_refused = kind == "sk_msg"
+        assert [theirs.take(each) for each in ends] == [errno.EBUSY * is_refused] * 2
+        before = bypassed(client, server)
+        for sender, receiver in (ends, ends[::-1]) * 2:
+            exchange(*ends)
+            if kind != "sk_skb parser":  # see above
+                pipeline(sender, receiver)
+        goes_by_tcp = kind.startswith("sk_skb")
+        assert (bypassed(client, server) == before) is goes_by_tcp
+        assert ("leaving" in client.total().tcp_messages) is goes_by_tcp
+        with node.leaving():
+            leave(ends, node)
+            assert node.sockets() == (0 if is_refused else 2)
+            for each in () if is_refused else ends:
+                theirs.let_go(each)
+            leave(ends, node)
+            assert node.sockets() == 0
+            exchange(*ends)
+    assert outcomes(client, server) == {"paired": 2}
+
+
+def leave(ends: tuple[socket.socket, socket.socket], node: LightNode) -> None:
+    """As many visits as leaving takes, and traffic between them."""
+    for _ in range(5):
+        node.visit()
+        exchange(*ends)
+
+
+def pipeline(sender: socket.socket, receiver: socket.socket) -> None:
+    """Many messages, while they are read."""
+    data = os.urandom(50_000)
+    sending = threading.Thread(target=trickle, args=(sender, data))
+    sending.start()
+    assert receive(receiver, len(data)) == data
+    sending.join()
 
 
 def trickle(sock: socket.socket, data: bytes) -> None:

@@ -310,9 +310,20 @@ class LightNode:
 
     def pause(self, paused: bool) -> None:
         """From the next message on, all bytes go by TCP, or again may not."""
-        flags = abi.CONTROL_PAUSED if paused else 0
+        self._control(abi.CONTROL_PAUSED if paused else 0)
+
+    def _control(self, flags: int) -> None:
         control = bytes(abi.Control(flags, 0))
         bpfsys.map_update(self.programs.fds[names.CONTROL], bytes(4), control)
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """For as long as the context lasts, every visit takes sockets out of the sockhash."""
+        self._control(abi.CONTROL_LEAVE)
+        try:
+            yield
+        finally:
+            self._control(0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another program's sockmap: it takes every connection of a cgroup before we can, or after."""
+"""Another program's sockmap: it takes every connection of a cgroup before we can, or a member."""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import sys
 from pathlib import Path
 from typing import Literal, get_args
 
 from bcc import BPF, lib
 
 from bpf.loader import SOURCE as OURS
+from cni_plugin import bpfsys
 
 Kind = Literal["no program", "sk_msg", "sk_skb verdict", "sk_skb parser"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -74,14 +78,33 @@ class OtherProgram:
 
     def _attach(self, function: str, program_type: int, attach_type: int) -> None:
         program = self._bpf.load_func(function, program_type)
-        sockhash = lib.bpf_table_fd(self._bpf.module, b"theirs")
-        assert lib.bpf_prog_attach(program.fd, sockhash, attach_type, 0) == 0
+        assert lib.bpf_prog_attach(program.fd, self._sockhash, attach_type, 0) == 0
 
     def attach(self, cgroup: Path) -> None:
         """To a cgroup, behind what is attached already; goes with the cgroup."""
         fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
         assert lib.bpf_prog_attach(self._sock_ops.fd, fd, CGROUP_SOCK_OPS, ALLOW_MULTI) == 0
         os.close(fd)
+
+    def take(self, sock: socket.socket) -> int:
+        """Puts an open socket into it, as a program in user space does.
+
+        Returns the kernel's errno, 0 when it has the socket now.
+        """
+        key = sock.fileno().to_bytes(8, sys.byteorder)
+        try:
+            bpfsys.map_update(self._sockhash, key, key[:4])
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def let_go(self, sock: socket.socket) -> None:
+        """Takes out what take() has put into it."""
+        bpfsys.map_delete(self._sockhash, sock.fileno().to_bytes(8, sys.byteorder))
+
+    @property
+    def _sockhash(self) -> int:
+        return int(lib.bpf_table_fd(self._bpf.module, b"theirs"))
 
     def joined(self) -> int:
         """How many sockets it took."""

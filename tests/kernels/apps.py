@@ -17,17 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
-from bpf.stats import HopCounters
 from cni_plugin import bpfsys, names
-from install import passes, report
-from install.commands import Node
+from install import passes
 from install.generations import Generations
 from tests.apps import bed, tools
 from tests.apps.application import Application
 from tests.apps.bed import AppNode
 from tests.apps.place import HopName
 from tests.apps.registry import APPLICATIONS
-from tests.bed.pairs import Pair
+from tests.bed.pairs import Bytes
 
 NAMES = ("nginx-proxy", "node", "go", "go-copy", "haproxy-splice-auto", "java", "java-blocking")
 HOPS: tuple[HopName, ...] = ("outbound", "inbound")
@@ -78,19 +76,10 @@ def passing(node: AppNode) -> Iterator[None]:
             thread.join()
 
 
-def counters(node: AppNode, pair: Pair, hop: HopName) -> HopCounters:
-    """What the programs have counted on a hop of these pods."""
-    wanted, total = {pair.client.name, pair.server.name}, HopCounters()
-    for pod in report.report(Node(node.bed.node.bpffs, node.bed.node.state_dir))["pods"]:
-        if pod["name"] in wanted and hop in pod["hops"]:
-            total += HopCounters(**pod["hops"][hop])
-    return total
-
-
 @contextmanager
 def opened() -> Iterator[AppNode]:
     """The node in mode `auto`; its sockets join soon."""
-    with bed.opened(("auto",), "bypass") as nodes, passing(nodes["auto"]):
+    with bed.opened({"auto": ("bypass",)}) as nodes, passing(nodes["auto"]):
         yield nodes["auto"]
 
 
@@ -100,9 +89,9 @@ def checked(node: AppNode, application: Application, hop: HopName, mode: str) ->
     must_bypass = mode == "full" and application.reader == "event loop"
     try:
         with bed.served(node, application, hop, "bypass") as where:
-            before = bed.bypassed_bytes(node, where.pair)
+            before = bed.total(node, where.pair).bypassed
             bed.check(node, application, where, must_bypass=must_bypass, within_s=BYPASS_WITHIN_S)
-            bypassed = bed.bypassed_bytes(node, where.pair) - before
+            bypassed = bed.total(node, where.pair).bypassed - before
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     return Found(application.name, hop, error, bypassed)
@@ -111,16 +100,16 @@ def checked(node: AppNode, application: Application, hop: HopName, mode: str) ->
 def share(node: AppNode, application: Application, hop: HopName) -> float:
     """Of the bytes of a connection that has joined, the part that bypasses, 0 to 1."""
     with bed.served(node, application, hop, "bypass") as where, ThreadPoolExecutor(1) as pool:
-        before = counters(node, where.pair, hop)
+        before = bed.counted(node, where.pair)[hop]
         load = pool.submit(next(iter(application.loads.values())), where, LOAD_S)
-        while not load.done() and not counters(node, where.pair, hop).since(before).joined:
+        while not load.done() and bed.counted(node, where.pair)[hop].bypassed == before.bypassed:
             time.sleep(0.1)
         time.sleep(1)
-        before = counters(node, where.pair, hop)
+        before = bed.counted(node, where.pair)[hop]
         time.sleep(5)
-        found = counters(node, where.pair, hop).since(before)
+        after = bed.counted(node, where.pair)[hop]
         load.result()
-    return found.bypassed_bytes / max(found.bypassed_bytes + found.tcp_bytes, 1)
+    return Bytes(after.bypassed - before.bypassed, after.by_tcp - before.by_tcp).share
 
 
 def applications() -> dict[str, object]:
@@ -154,7 +143,7 @@ def transfers(count: int) -> dict[str, object]:
                 except Exception as failure:
                     errors.append(f"{type(failure).__name__}: {failure}")
                 print(size, f"{time.monotonic() - start:.1f} s", errors[-1:], file=sys.stderr)
-            bypassed = bed.bypassed_bytes(node, where.pair)
+            bypassed = bed.total(node, where.pair).bypassed
     return {"mode": mode, "right": right, "errors": errors, "bypassed_bytes": bypassed}
 
 

@@ -250,7 +250,7 @@ _ALL = (
         "fionread", (f"{_BIN}/python", "-m", "tests.kernels.fionread", "100000"), _fionread, 1800
     ),
     Suite("mend-life", (f"{_BIN}/python", "-m", "tests.kernels.mend_life"), _mend_life, 600),
-    Suite("apps", _APPS, _apps, 1800, {"TB_PATIENCE_S": "400"}),
+    Suite("apps", _APPS, _apps, 1800, {"TB_PATIENCE_S": "400", "TB_SILENCE_S": "120"}),
     Suite("transfers", (*_APPS, "--transfers", "100"), _transfers, 3600),
     Suite("ktls-joins", (*_PASSES, "churn", "120", "ktls"), _passes, 900),
     Suite("churn", (*_PASSES, "churn", "240"), _passes, 900),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.apps import application, report
+from tests.apps import __main__ as command
+from tests.apps import application, report, silence
 from tests.apps.registry import APPLICATIONS
 from tests.bench.results import Results, Sample, Section
 
@@ -79,6 +80,78 @@ def test_the_page_has_each_application_and_its_reader(results: Results, tmp_path
     assert report.is_incomplete(results, "gunicorn")
     assert not report.is_incomplete(results, "redis")
     assert report.is_incomplete(results, "nginx")
+
+
+def test_the_median_of_event_loops_is_judged(results: Results) -> None:
+    """Blocking readers may be at 1.0."""
+    assert not any(line.startswith("event loops") for line in report.misses(results))
+    alike = values(1000, 50, 10)
+    for name in ("nginx", "node"):
+        results.sections[name] = section("direct/1 KB", alike, values(1200, 50, 10))
+    said = list(report.misses(results))
+    assert said[-1] == "event loops: their median is 1.20, not 1.3"
+
+
+@pytest.mark.parametrize(
+    ("counted", "share"),
+    [
+        ({"bypassed_bytes": 750, "tcp_bytes": 250}, "75 %"),
+        ({"bypassed_bytes": 0, "tcp_bytes": 250}, "0 %"),
+        ({"bypassed_bytes": 0, "tcp_bytes": 0}, "0 %"),
+        ({}, "–"),  # noqa: RUF001 - of results from before it was counted
+    ],
+)
+def test_a_row_says_how_much_has_bypassed(
+    counted: dict[str, float], share: str, tmp_path: Path
+) -> None:
+    plain = values(1000, 50, 10)
+    found = Results({"redis": section("outbound/GET", plain, {**plain, **counted})})
+    report.write(found, tmp_path / "page.md", tmp_path / "picture.png")
+    text = (tmp_path / "page.md").read_text()
+    assert "| CPU per request, us | bypassed |" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| outbound | GET |")]
+    assert row.endswith(f"| {share} |")
+
+
+def test_a_check_that_takes_much_longer_than_over_tcp_is_refused() -> None:
+    command.refuse_stalls({"plain": 1.0, "bypass": 5.9})
+    with pytest.raises(AssertionError, match=r"took 6\.1 s, over TCP 1\.0 s"):
+        command.refuse_stalls({"plain": 1.0, "bypass": 6.1})
+
+
+def test_what_a_run_says_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log"
+    with path.open("w", buffering=1) as file:
+        command.Logged(file).print("[bold]redis[/bold]", 1)
+    assert path.read_text() == capsys.readouterr().out == "redis 1\n"
+
+
+@pytest.mark.parametrize(
+    ("moved", "longest"),
+    [
+        ((0, 5000, 10_000, 15_000), 0),
+        ((0, 5000, 5000, 5000), 2),
+        ((0, 5000, 5500, 6000, 11_000, 11_000), 2),  # probes are no bytes
+        ((0,), 0),
+    ],
+)
+def test_a_silence_lasts_from_byte_to_byte(moved: tuple[int, ...], longest: float) -> None:
+    assert silence.longest_s([(float(at), size) for at, size in enumerate(moved)]) == longest
+
+
+def test_a_silence_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silence, "SILENCE_S", 0)
+    with pytest.raises(AssertionError, match="no byte has moved"), silence.refused(lambda: 0):
+        pass
+
+
+def test_a_silence_does_not_hide_what_went_wrong() -> None:
+    def check() -> None:
+        with silence.refused(lambda: 0):
+            raise ValueError("wrong byte")
+
+    with pytest.raises(ValueError, match="wrong byte"):
+        check()
 
 
 def test_figures_are_of_all_requests() -> None:

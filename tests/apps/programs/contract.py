@@ -40,13 +40,13 @@ Get = Callable[[str], bytes]
 Post = Callable[[str, bytes], bytes]
 
 
-def passes(sizes: Sequence[int]) -> Iterator[int]:
+def passes(sizes: Sequence[int], lasting_s: float = LASTING_S) -> Iterator[int]:
     """The sizes as often as each is due."""
     yield from sizes
     small = [each for each in sizes if each < LARGE]
     if not small:
         return
-    done, end = 1, time.monotonic() + LASTING_S
+    done, end = 1, time.monotonic() + lasting_s
     while done < PASSES or time.monotonic() < end:
         yield from small
         done += 1
@@ -60,7 +60,8 @@ def main(get: Get, post: Post) -> None:
         for size in passes([int(each) for each in arguments if "=" not in each]):
             compare(get(f"/bytes/{size}"), pattern(size))
             checked += 1
-        for size in passes([int(each[len("echo=") :]) for each in arguments if "=" in each]):
+        echoed = [int(each[len("echo=") :]) for each in arguments if "=" in each]
+        for size in passes(echoed, 0 if checked else LASTING_S):  # the connection has joined by now
             compare(post("/echo", pattern(size)), pattern(size))
             checked += 1
         print(f"checked {checked}")

@@ -7,7 +7,7 @@ import asyncio
 import sys
 
 PIECES = 10
-PAUSE_S = 0.05
+PAUSE_S = 0.02
 
 
 async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
