@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 JOINER_PATIENCE_S = 60.0
 SHOWN = 5  # pods named in one line; --json has all
+_OTHER_PLUGIN = "make freeze builds a plugin for older nodes; the image brings that one"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _runtime(asked)
     yield _conflist(asked)
     yield _plugin(asked)
-    yield _runs(asked)
+    yield _runs(asked, facts.plugin_problem)
     yield _entry(asked)
     yield _programs(asked, facts)
     yield _joiner(asked)
@@ -101,10 +102,17 @@ def _plugin(asked: Asked) -> Finding:
     return finding.broken("plugin", f"{files.link} {found}", hint, THE_PROGRAM)
 
 
-def _runs(asked: Asked) -> Finding:
+def _runs(asked: Asked, problem: str = "") -> Finding:
+    """``problem`` is what the last installation has met, of a plugin that may not be here."""
+    found = _tried(asked)
+    if not problem or found.status == exits.NOT:
+        return found
+    return finding.broken("plugin runs", problem, _OTHER_PLUGIN, THE_PROGRAM)
+
+
+def _tried(asked: Asked) -> Finding:
     """Tried: the plugin that the runtime calls; when there is none, the one to be installed."""
     files = asked.places.files
-    hint = "make freeze builds a plugin for older nodes; the image brings that one"
     is_installed = files.link.exists() and not files.has_stub
     if not is_installed and not (files.source / names.PLUGIN).is_file():
         hint = "run make build, or name the frozen plugin's folder with --plugin-dir"
@@ -115,7 +123,7 @@ def _runs(asked: Asked) -> Finding:
         else:
             files.check_source_runs()
     except DoesNotRun as error:
-        return finding.broken("plugin runs", str(error), hint, THE_PROGRAM)
+        return finding.broken("plugin runs", str(error), _OTHER_PLUGIN, THE_PROGRAM)
     except InstallError as error:
         hint = "try again; `install` tries it, too"
         return finding.less("plugin runs", str(error), hint, THE_PROGRAM)

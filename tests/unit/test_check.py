@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from cni_plugin import names
-from install import exits
+from install import exits, host
+from install import node as program
 from install.check import command, finding, kernel, pods
 from install.check import node as of_node
 from install.check.finding import Finding
@@ -229,6 +230,34 @@ def test_the_plugin_is_tried(tmp_path: Path) -> None:
     assert "it asks for /lib/ld-musl-x86_64.so.1" in found.found
     plugin(bin_dir, PLUGIN)
     assert of_node._runs(asked).status == exits.WELL
+
+
+def test_why_the_last_installation_was_refused_is_said(tmp_path: Path) -> None:
+    """After a withdrawal the stub stands there, and an older plugin that runs tells nothing."""
+    source, bin_dir = tmp_path / "plugin", tmp_path / "bin"
+    asked = Asked(Node(tmp_path, tmp_path), Places(tmp_path, bin_dir, source, OWN_PROC), (), ROOT)
+    plugin(source, PLUGIN)
+    plugin(bin_dir, PLUGIN)
+    facts = replace(WELL, plugin_problem="the node cannot run the plugin: no glibc")
+    (found,) = [each for each in of_node.installed(asked, facts) if each.name == "plugin runs"]
+    assert (found.status, found.found) == (exits.NOT, facts.plugin_problem)
+    (found,) = [each for each in of_node.installed(asked, WELL) if each.name == "plugin runs"]
+    assert found.status == exits.WELL
+
+
+def test_in_a_pod_the_node_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an option, as `kubectl exec ... -- tcpip-bypass-node check` is documented."""
+    monkeypatch.setattr(host, "POD_PROC", tmp_path)
+    commands = ("check", "bugreport", "install", "uninstall", "load", "estimate", "compare")
+    for mounted in (OWN_PROC, tmp_path):
+        if mounted == tmp_path:
+            (tmp_path / "1").mkdir()
+        parser = program.build_parser()
+        assert {parser.parse_args([each]).host_proc for each in commands} == {mounted}
+        given = parser.parse_args(["check", "--host-proc", "/proc"])
+        assert given.host_proc == OWN_PROC
+        assert parser.parse_args(["agent"]).host_proc == mounted
+    assert program.places_of(parser.parse_args(["check"])).files.proc == tmp_path
 
 
 def test_the_joiner_is_missed(tmp_path: Path) -> None:
