@@ -33,6 +33,7 @@ from install.commands import Node
 from install.conf_dir import ConfDir
 from install.conflist import Entry
 from install.freshness import reason_to_load
+from install.in_force import in_force
 from install.installer import Places, Withdrawn
 from install.lock import FolderLock
 from install.plugin_files import DoesNotRun, InstallError
@@ -238,15 +239,19 @@ class Agent:
 
     def _remarks(self) -> list[str]:
         """Why pods that start now are not accelerated, and should not be."""
+        folder, state = self._settings.places.conf_dir, self._node.state
+        found = []
         with contextlib.suppress(OSError):
-            ours = ConfDir(self._settings.places.conf_dir).ours()
-            mode = str(ours.entry.get("mode", "auto")) if ours else "auto"
-            reason = "the configuration says so"
-            if mode == "auto":
-                mode, reason = self._node.state.node_mode()
-            if mode == "off":
-                return [f"mode is off: {reason}"]
-        return []
+            ours = ConfDir(folder).ours()
+            try:
+                now = in_force(state, ours.entry if ours else {}, ours.path if ours else folder)
+            except ValueError as error:
+                return [str(error)]
+            if now.mode == "off":
+                found.append(f"mode is off: {now.reason}")
+            if (kept := switches.kept(state)) and kept.switch.paused:
+                found.append(f"all bytes go by TCP: the ConfigMap {switches.CONFIGMAP} says so")
+        return found
 
     def _folders(self) -> dict[str, set[Path]]:
         places, node = self._settings.places, self._node

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from bpf import abi
-from cni_plugin import attachment, names, netconf, policy
+from cni_plugin import attachment, names, policy
 from cni_plugin.netconf import NetConf
 from cni_plugin.policy import Plan
 from cni_plugin.state import Key
-from install import conf_dir, log
+from install import log
 from install.agent.cri import CriError, Network, Runtime, Sandbox, connected
 from install.commands import LOCK_PATIENCE_S, Node, NodeError
 from install.conf_dir import ConfDir
+from install.in_force import InForce, in_force
 from install.installer import Places
 from install.pods import programs_of
 
@@ -132,11 +133,11 @@ def adopt(
     if current not in node.generations.complete():
         return  # nothing is loaded, as the plugin would say for each of them
     program_id = current.sock_ops_id()
-    conf = _in_force(node, plugin)
-    mode = node.state.node_mode() if conf.mode == "auto" else (conf.mode, "")
+    now = _in_force(node, plugin)
+    conf = now.conf
     for sandbox in sandboxes:
         # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
-        plan = _plan(conf, mode, sandbox) if sandbox.ready else None
+        plan = _plan(now, sandbox) if sandbox.ready else None
         if plan is None or _is_attached(node, sandbox, program_id, conf, plan):
             continue
         about = {"pod": f"{sandbox.pod_namespace}/{sandbox.pod_name}", "container": sandbox.id}
@@ -153,18 +154,16 @@ def adopt(
             log.info("pod_left_alone", said, **about)
 
 
-def _in_force(node: Node, plugin: Plugin) -> NetConf:
-    """Our entry, with the cluster's switch on top."""
+def _in_force(node: Node, plugin: Plugin) -> InForce:
     try:
-        conf = conf_dir.parsed(plugin.entry, plugin.conflist)
-        return netconf.under_switch(conf, node.state.switch())
+        return in_force(node.state, plugin.entry, plugin.conflist)
     except ValueError as error:
         raise NodeError(str(error)) from error
 
 
-def _plan(conf: NetConf, mode: tuple[str, str], sandbox: Sandbox) -> Plan | None:
+def _plan(now: InForce, sandbox: Sandbox) -> Plan | None:
     pod = policy.Pod(sandbox.pod_namespace, sandbox.pod_name, sandbox.pod_uid, sandbox.annotations)
-    return policy.decide(conf, pod, mode).plan
+    return policy.decide(now.conf, pod, now.decided).plan
 
 
 def _is_attached(node: Node, sandbox: Sandbox, program_id: int, conf: NetConf, plan: Plan) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cni_plugin import names
-from install import exits, joiner, report, selftest
+from install import exits, in_force, joiner, report, selftest, switch
 from install.check import finding
 from install.check import pods as of_pods
 from install.check.finding import THE_PROGRAM, Finding
@@ -59,10 +59,13 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _entry(asked)
     yield _programs(asked, facts)
     yield _joiner(asked)
-    yield _mode("mode", facts.mode, facts.reason, facts.forced)
-    if facts.paused:
-        hint = "tcpip-bypass-node resume"
-        yield finding.less("paused", "all bytes of this node go by TCP", hint)
+    yield _mode("mode", facts.mode, facts.reason, facts.named_mode)
+    if facts.paused_by:
+        by_switch = report.SWITCH in facts.paused_by
+        hint = of_pods.undoing(facts.paused_by, "tcpip-bypass-node resume")
+        link = finding.SWITCH if by_switch else finding.CHECKS
+        by = "the cluster's switch" if by_switch else "an operator"
+        yield finding.less("paused", f"{by} lets all bytes of this node go by TCP", hint, link)
 
 
 def _runtime(asked: Asked) -> Finding:
@@ -161,13 +164,23 @@ def _joiner(asked: Asked) -> Finding:
     return finding.broken("joiner", f"{found}: no connection joins", hint)
 
 
-def _mode(name: str, allowed: str, reason: str, forced: str | None) -> Finding:
-    mode = forced or allowed
-    found = mode if allowed == "full" and not forced else f"{mode}: {reason}"
-    if forced:
-        found = f"{forced}, forced; the self-test allows {allowed}: {reason}"
-    hint = "" if mode == "full" else "another kernel may allow more: tcpip-bypass-node selftest"
-    return Finding(name, exits.of_mode(mode), found, hint, finding.KERNEL_TRIED)
+def _mode(name: str, allowed: str, reason: str, named: tuple[str, str] | None) -> Finding:
+    """``named`` is the mode that is forced, and what forces it."""
+    if named is not None:
+        return _forced(name, named, f"the self-test allows {allowed}: {reason}")
+    found = allowed if allowed == "full" else f"{allowed}: {reason}"
+    hint = "" if allowed == "full" else "another kernel may allow more: tcpip-bypass-node selftest"
+    return Finding(name, exits.of_mode(allowed), found, hint, finding.KERNEL_TRIED)
+
+
+def _forced(name: str, named: tuple[str, str], allowed: str) -> Finding:
+    mode, by = named
+    hint, link = "key `mode` of our entry", finding.OUR_ENTRY
+    if by == in_force.SWITCH:
+        hint, link = f"key `mode` of the ConfigMap {switch.CONFIGMAP}", finding.SWITCH
+    status = exits.of_mode(mode)
+    hint = "" if status == exits.WELL else hint
+    return Finding(name, status, f"{mode}, forced by {by}; {allowed}", hint, link)
 
 
 def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:
@@ -179,8 +192,8 @@ def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:
     try:
         ours = ConfDir(asked.places.conf_dir).ours()
         if asked.socket and ours:
-            mode = (facts.mode, facts.reason)
-            found += of_pods.others(of_pods.sandboxes_of(asked.socket), found, ours, mode)
+            now = in_force.in_force(asked.node.state, ours.entry, ours.path)
+            found += of_pods.others(of_pods.sandboxes_of(asked.socket), found, now)
     except (CriError, OSError, ValueError) as error:
         unseen = f"others are not known: {error}"
     return _summary(found, unseen), found

@@ -139,6 +139,35 @@ def test_status_of_all_nodes(cluster: Cluster) -> None:
     assert "agent not ready" in cluster.call(paused, "status").said
 
 
+@pytest.mark.parametrize(
+    ("by", "state"),
+    [
+        (["switch"], "paused by the switch"),
+        (["operator"], "paused"),
+        (["operator", "switch"], "paused"),
+        (None, "paused"),  # an agent of an older version
+    ],
+)
+def test_a_pause_by_the_switch_is_told_from_an_operators(
+    cluster: Cluster, by: list[str] | None, state: str
+) -> None:
+    found = json.loads((RECORDED / "status-two.json").read_text())
+
+    def said() -> str:
+        rules = [nodes("a"), rule("exec", "agent-a", "status", text=json.dumps(found))]
+        return table(cluster.call(rules, "status").said)[1][1]
+
+    assert said() == "loaded"
+    found["pods"][0] |= {"paused": True, "paused_by": by} if by else {"paused": True}
+    if not by:
+        del found["pods"][0]["paused_by"]
+    assert said() == f"pods {state}"
+    found |= {"paused": True, "paused_by": by}
+    if not by:
+        del found["paused_by"]
+    assert said() == state
+
+
 def test_only_get_and_exec_are_used(cluster: Cluster) -> None:
     rules = [
         nodes("a"),
