@@ -32,7 +32,7 @@ from install.agent.watch import Watch
 from install.commands import Node
 from install.conf_dir import ConfDir
 from install.conflist import Entry
-from install.freshness import reason_to_load
+from install.freshness import reason_to_load, reason_to_publish
 from install.in_force import in_force
 from install.installer import Places, Withdrawn
 from install.lock import FolderLock
@@ -293,15 +293,21 @@ class Agent:
         if reason is None:
             self._was_loaded = True
             return True
-        log.info("loading", f"loading the programs: {reason}")
+        is_loaded = reason_to_publish(node) is None
+        if is_loaded:
+            log.info("trying", f"trying the kernel again: {reason}")
+        else:
+            log.info("loading", f"loading the programs: {reason}")
         try:
             self._child("load", self._settings.load_options, LOAD_S)
         except NotDone:
             self._metrics.failed("pins")
             raise
+        if is_loaded and reason_to_load(node) is not None:
+            return False  # in vain
         mode, why = node.state.node_mode()
         log.info("loaded", "the programs are loaded", mode=mode, reason=why)
-        if self._was_loaded:
+        if self._was_loaded and not is_loaded:
             self._metrics.repaired("pins")
         self._was_loaded = True
         self._joining.start_over(time.monotonic())
