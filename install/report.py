@@ -20,7 +20,7 @@ from install import VERSION, exits, in_force, pauses
 from install import switch as switches
 from install.conf_dir import ConfDir
 from install.generations import Generation, opened
-from install.pods import programs_of
+from install.pods import has_cgroup, programs_of
 from install.switch import Kept
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Facts:
     plugin_problem: str = ""  # why the node cannot run the plugin; empty when it can
     switch: Kept = field(default_factory=Kept)  # the cluster's
     forced: str | None = None  # the mode that the network configuration forces, if it does
+    gone: frozenset[int] = frozenset()  # IDs of pods whose cgroup is there no more
     lost_answers: int | None = None  # that the mend of FIONREAD could not write; None: no mend
 
     @property
@@ -104,6 +105,8 @@ def facts(node: Node) -> Facts:
     paused = pauses.in_kernel(complete)
     mode, reason = node.state.node_mode()
     attachments = node.attachments()
+    attached = frozenset(record.pod_id for record in attachments if programs_of(record))
+    lost = [record for record in attachments if record.pod_id not in attached]
     return Facts(
         current=node.generations.current(),
         generations=complete,
@@ -112,7 +115,8 @@ def facts(node: Node) -> Facts:
         mode=mode,
         reason=reason,
         attachments=attachments,
-        attached=frozenset(record.pod_id for record in attachments if programs_of(record)),
+        attached=attached,
+        gone=frozenset(record.pod_id for record in lost if not has_cgroup(record)),
         failures=_failures(node),
         plugin_problem=node.plugin_problem,
         switch=switches.kept(node.state) or Kept(),

@@ -134,7 +134,8 @@ def _table(found: Facts, pods: dict[int, Hops], width: int, passed_s: float | No
 def _labels(record: Attachment, found: Facts) -> list[Text]:
     labels = [Text(f"{record.pod_namespace}/{record.pod_name}", "bold")]
     if record.pod_id not in found.attached:
-        labels.append(Text("lost its programs", "red"))
+        is_gone = record.pod_id in found.gone
+        labels.append(Text("its cgroup is gone" if is_gone else "lost its programs", "red"))
     if by := found.pod_paused_by(record):
         is_switch = by == (report.SWITCH,)
         labels.append(Text("paused by the switch" if is_switch else "paused", "yellow"))

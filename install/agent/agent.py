@@ -394,6 +394,8 @@ class Agent:
         if done["failed"]:
             self._metrics.failed("sandbox")
             raise NotDone(f"{done['failed']} pods or attachments could not be repaired, see above")
+        if done["young_s"]:  # of pods that went with a runtime, say: no event wakes us then
+            self._sandboxes.look_again(done["young_s"] + SETTLE_S)
         calm = not (done["attached"] or self._second_look)
         self._second_look = False
         return calm

@@ -35,7 +35,7 @@ IFNAME = "eth0"  # what every CRI runtime calls a pod's interface
 PLUGIN_TIMEOUT_S = 60
 # ADD runs before the runtime lists the sandbox, which then still has to start. When the clock is
 # set forward meanwhile, a record may seem older and go; the repair that follows makes it again.
-YOUNG_S = 300
+YOUNG_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Tally:
     removed: int = 0
     attached: int = 0
     failed: int = 0
+    young_s: float = 0.0  # until records that were too young to be judged are not; 0: none was
 
 
 def run(node: Node, places: Places, socket: Path, *, attach: bool) -> Tally:
@@ -85,7 +86,10 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
     """
     alive = {sandbox.id for sandbox in sandboxes}
     for key in node.state.keys():  # noqa: SIM118 - not a dict
-        if key.container_id in alive or _is_young(node, key):
+        if key.container_id in alive:
+            continue
+        if young_s := _young_s(node, key):
+            tally.young_s = max(tally.young_s, young_s)
             continue
         try:
             gone = _undo(node, network, key)
@@ -106,13 +110,17 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
             )
 
 
-def _is_young(node: Node, key: Key) -> bool:
-    """Whether its record, whole or half written, was made just now or in the clock's future."""
+def _young_s(node: Node, key: Key) -> float:
+    """For how long its record, whole or half written, is too young yet; YOUNG_S at most.
+
+    So long it is also when it was made in the clock's future.
+    """
     files = (node.state_dir / names.ATTACHMENTS).glob(f"{key.container_id}:{key.ifname}.*")
     try:
-        return any(time.time() - file.stat().st_mtime < YOUNG_S for file in files)
+        left = [file.stat().st_mtime + YOUNG_S - time.time() for file in files]
     except FileNotFoundError:
-        return True  # it changes at this moment
+        return YOUNG_S  # it changes at this moment
+    return min(max(0.0, *left), YOUNG_S) if left else 0.0
 
 
 def _undo(node: Node, network: str, key: Key) -> bool:

@@ -48,7 +48,8 @@ def recorded(facts: Facts) -> list[PodState]:
     for record in facts.attachments:
         state, why = ACCELERATED, ""
         if record.pod_id not in facts.attached:
-            state, why = LOST, "its program is no longer on its cgroup; the agent repairs that"
+            what = "its cgroup is gone" if record.pod_id in facts.gone else "it lost its programs"
+            state, why = LOST, f"{what}; the agent sees to it"
         elif facts.paused:
             undo = undoing(facts.paused_by, "tcpip-bypass-node resume")
             state, why = PAUSED, f"the node is paused: {undo}"
