@@ -71,6 +71,14 @@ class Node:
         return (self.fionread or report.configured(self).get("fionread", mend)) == mend
 
     @property
+    def is_mended(self) -> bool:
+        """Whether the mode rests on the mend, as the last load has found."""
+        try:
+            return bool(json.loads((self.state_dir / names.NODE_JSON).read_bytes())["mended"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
+    @property
     def plugin_problem(self) -> str:
         """Why the node cannot run the plugin, as install found it; empty when it can."""
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cni_plugin import names
-from install import exits, in_force, joiner, report, selftest, switch
+from install import canary, exits, in_force, joiner, report, selftest, switch
 from install.check import finding
 from install.check import pods as of_pods
 from install.check.finding import THE_PROGRAM, Finding
@@ -59,6 +59,7 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _entry(asked)
     yield _programs(asked, facts)
     yield _joiner(asked)
+    yield from _mend(asked, facts)
     yield _mode("mode", facts.mode, facts.reason, facts.named_mode)
     if facts.paused_by:
         by_switch = report.SWITCH in facts.paused_by
@@ -162,6 +163,25 @@ def _joiner(asked: Asked) -> Finding:
     hint = "the agent runs it; on a node without agent: tcpip-bypass-node join"
     found = "none has run" if silent_s is None else f"none has run for {silent_s:.0f} s"
     return finding.broken("joiner", f"{found}: no connection joins", hint)
+
+
+def _mend(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
+    """Where the mode rests on it: the joiner's canary, asked here."""
+    if facts.current not in facts.generations or not asked.node.is_mended:
+        return
+    hint = "sysctl kernel.ftrace_enabled=1, then tcpip-bypass-node load; sockets go back to TCP"
+    try:
+        why_not = canary.why_not_mended(facts.current)
+    except OSError as error:
+        why_not = f"it could not be tried: {error}"
+    if why_not:
+        yield finding.broken("fionread", f"it is mended no more: {why_not}", hint, finding.MEND)
+    elif facts.lost_answers:
+        found = f"it is mended, but {facts.lost_answers} answers could not be written"
+        hint = "these reads were told the kernel's wrong number; `fionread` of our entry: leave"
+        yield finding.less("fionread", found, hint, finding.MEND)
+    else:
+        yield finding.well("fionread", "the kernel gets it wrong, and it is mended", finding.MEND)
 
 
 def _mode(name: str, allowed: str, reason: str, named: tuple[str, str] | None) -> Finding:

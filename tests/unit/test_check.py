@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cni_plugin import names
 from cni_plugin.state import State
-from install import exits, host, report
+from install import canary, exits, host, report, selftest
 from install import node as program
 from install import status as tables
 from install.agent.agent import Agent, Settings
@@ -91,10 +91,24 @@ def test_what_status_exits_with(facts: Facts, status: int) -> None:
 
 @pytest.mark.parametrize(
     ("release", "status"),
-    [("5.9.16", exits.NOT), ("5.10.0-33-amd64", exits.WELL), ("6.18.44", exits.WELL)],
+    [
+        ("5.10.0-33-amd64", exits.NOT),
+        ("6.0.19", exits.NOT),
+        ("6.1.0-37-amd64", exits.WELL),
+        ("6.18.44", exits.WELL),
+        ("10.0", exits.WELL),
+    ],
 )
 def test_kernel(release: str, status: int) -> None:
     assert kernel._version(release).status == status
+
+
+def test_the_oldest_kernel_is_the_readmes() -> None:
+    oldest = ".".join(map(str, kernel.OLDEST))
+    text = (ROOT / "README.md").read_text()
+    assert f"- Linux {oldest} or newer" in text
+    assert f"before {oldest} | `off`" in text
+    assert f"Linux {oldest} is needed" in Path(selftest.__file__).read_text()
 
 
 def test_btf_that_is_missing(tmp_path: Path) -> None:
@@ -134,6 +148,41 @@ def test_the_mend_is_missed_only_where_it_is_needed() -> None:
     locked = finding.broken("lockdown", "confidentiality", "a hint")
     findings = [locked, of_node._mode("mode", "full", "", None)]
     assert command.excused(findings)[0].status == exits.NOT
+
+
+@pytest.mark.parametrize(
+    ("mended", "answers", "lost", "status", "says"),
+    [
+        (True, "", 0, exits.WELL, "it is mended"),
+        (True, "", 3, exits.LESS, "3 answers could not be written"),
+        (True, "it does not answer any more", 0, exits.NOT, "it does not answer any more"),
+        (True, OSError(1, "not permitted"), 0, exits.NOT, "not permitted"),
+        (False, "", None, None, ""),
+    ],
+)
+def test_whether_fionread_is_mended_where_the_mode_rests_on_it(
+    *,
+    mended: bool,
+    answers: str | OSError,
+    lost: int | None,
+    status: int | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def why_not(generation: Generation) -> str:
+        assert generation == GENERATION
+        if isinstance(answers, OSError):
+            raise answers
+        return answers
+
+    monkeypatch.setattr(canary, "why_not_mended", why_not)
+    (tmp_path / names.NODE_JSON).write_text(json.dumps({"mode": "full", "mended": mended}))
+    asked = Asked(Node(tmp_path, tmp_path), PLACES, (), ROOT)
+    facts = replace(WELL, lost_answers=lost)
+    found = [each for each in of_node.installed(asked, facts) if each.name == "fionread"]
+    assert [each.status for each in found] == ([] if status is None else [status])
+    assert all(says in each.found for each in found)
 
 
 def test_a_forced_mode_is_named_with_what_the_self_test_allows() -> None:
