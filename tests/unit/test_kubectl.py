@@ -241,6 +241,28 @@ def test_explain(cluster: Cluster) -> None:
         assert why in answer.complained
 
 
+def test_explain_says_what_to_do_about_connections_that_did_not_fit(cluster: Cluster) -> None:
+    found = json.loads((RECORDED / "status-two.json").read_text())
+    (pod,) = [each for each in found["pods"] if each["name"] == "reviews-1"]
+
+    def said() -> str:
+        rules = [
+            nodes("b"),
+            rule("get", "pod", "reviews-1", text=json.dumps(app_pod("reviews-1", nodeName="b"))),
+            of_node("b", "check", "check"),
+            rule("exec", "agent-b", "status", text=json.dumps(found)),
+        ]
+        return cluster.call(rules, "explain", "reviews-1").said
+
+    assert "mismatch" not in said()
+    pod["hops"]["none"]["connections"] = {"no_peer": 1, "mismatch": 3}
+    assert "connections on TCP: 3 mismatch, 1 no_peer" in said()
+    (advice,) = [line for line in said().splitlines() if line.startswith("  mismatch: ")]
+    assert "dials a ClusterIP" in advice
+    assert "before its pod was taken in: restart it" in advice
+    assert advice.endswith("docs/operating.md#metrics")
+
+
 @pytest.mark.parametrize("command", ["pause", "resume"])
 def test_pause_and_resume(cluster: Cluster, command: str) -> None:
     rules = [

@@ -77,3 +77,10 @@ def test_events() -> None:
     assert unnamed == set()
     gone = {name for name in named if not any(re.fullmatch(each, name) for each in said)}
     assert gone == set()
+
+
+def test_what_to_do_about_a_mismatch() -> None:
+    """Of its causes, the two that an operator can do something about."""
+    (row,) = [line for line in TEXT.splitlines() if line.startswith("| `mismatch` |")]
+    assert "PassthroughCluster" in row
+    assert "restart the server" in row
