@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,13 @@ def facts(node: Node) -> Facts:
         forced=forced_mode(node),
         lost_answers=_lost_answers(complete),
     )
+
+
+def undoing(paused_by: Sequence[str], resume: str) -> str:
+    """What ends such a pause; ``resume`` is the command that ends an operator's."""
+    edit = f"edit the ConfigMap {switches.CONFIGMAP}, the cluster's switch"
+    done = {OPERATOR: resume, SWITCH: edit}
+    return ", and ".join(done[each] for each in paused_by)
 
 
 def configured(node: Node) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _mode("mode", facts.mode, facts.reason, facts.named_mode)
     if facts.paused_by:
         by_switch = report.SWITCH in facts.paused_by
-        hint = of_pods.undoing(facts.paused_by, "tcpip-bypass-node resume")
+        hint = report.undoing(facts.paused_by, "tcpip-bypass-node resume")
         link = finding.SWITCH if by_switch else finding.CHECKS
         by = "the cluster's switch" if by_switch else "an operator"
         yield finding.less("paused", f"{by} lets all bytes of this node go by TCP", hint, link)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cni_plugin import policy
-from install import report, switch
+from install import report
 from install.in_force import InForce
 from install.report import Facts
 
@@ -51,12 +51,12 @@ def recorded(facts: Facts) -> list[PodState]:
             what = "its cgroup is gone" if record.pod_id in facts.gone else "it lost its programs"
             state, why = LOST, f"{what}; the agent sees to it"
         elif facts.paused:
-            undo = undoing(facts.paused_by, "tcpip-bypass-node resume")
+            undo = report.undoing(facts.paused_by, "tcpip-bypass-node resume")
             state, why = PAUSED, f"the node is paused: {undo}"
         elif record.pod_id in facts.paused_pods:
             pod = f"{record.pod_namespace}/{record.pod_name}"
             resume = f"tcpip-bypass-node resume --pod {pod}"
-            undo = undoing(facts.pod_paused_by(record), resume)
+            undo = report.undoing(facts.pod_paused_by(record), resume)
             state, why = PAUSED, f"the pod is paused: {undo}"
         found.append(
             PodState(record.pod_namespace, record.pod_name, record.container_id, state, why)
@@ -66,13 +66,6 @@ def recorded(facts: Facts) -> list[PodState]:
             PodState(failure.namespace, failure.name, failure.container_id, FAILED, failure.reason)
         )
     return found
-
-
-def undoing(paused_by: Sequence[str], resume: str) -> str:
-    """What ends such a pause; ``resume`` is the command that ends an operator's."""
-    edit = f"edit the ConfigMap {switch.CONFIGMAP}, the cluster's switch"
-    done = {report.OPERATOR: resume, report.SWITCH: edit}
-    return ", and ".join(done[each] for each in paused_by)
 
 
 def others(sandboxes: Iterable[Sandbox], known: Sequence[PodState], now: InForce) -> list[PodState]:
