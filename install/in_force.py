@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cni_plugin import netconf
-from cni_plugin.netconf import NetConf
+from cni_plugin.netconf import CONFIGURATION, SWITCH, NetConf
 from cni_plugin.state import State
 from install import conf_dir
 from install.conflist import Json
 
-CONFIGURATION, SWITCH = "the configuration", "the cluster's switch"  # what may name the mode
 AUTO = "auto"  # the mode is the self-test's
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cni_plugin import names
+from cni_plugin import names, netconf
 from install import canary, exits, in_force, joiner, report, selftest, switch
 from install.check import finding
 from install.check import pods as of_pods
@@ -196,7 +196,7 @@ def _mode(name: str, allowed: str, reason: str, named: tuple[str, str] | None) -
 def _forced(name: str, named: tuple[str, str], allowed: str) -> Finding:
     mode, by = named
     hint, link = "key `mode` of our entry", finding.OUR_ENTRY
-    if by == in_force.SWITCH:
+    if by == netconf.SWITCH:
         hint, link = f"key `mode` of the ConfigMap {switch.CONFIGMAP}", finding.SWITCH
     status = exits.of_mode(mode)
     hint = "" if status == exits.WELL else hint
