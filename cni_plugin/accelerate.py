@@ -46,8 +46,9 @@ def accelerate(request: Request, pod: Pod, result: Json) -> None:
     addresses = results.pod_addresses(result, request.call.ifname)
     conf = _configuration(request)
     state = State(conf.state_dir)
-    conf = netconf.under_switch(conf, state.switch())
-    decision = policy.decide(conf, pod, _mode(conf, state))
+    switch = state.switch()
+    conf = netconf.under_switch(conf, switch)
+    decision = policy.decide(conf, pod, _mode(conf, state, netconf.mode_named_by(switch)))
     if decision.plan is None:
         log.say(f"not accelerated: {decision.reason}")
         return
@@ -77,18 +78,15 @@ def _configuration(request: Request) -> NetConf:
     return netconf.parse(request.conf)
 
 
-def _mode(conf: NetConf, state: State) -> tuple[str, str]:
-    """The mode in force and why: the configuration's if it forces one, else the node's."""
+def _mode(conf: NetConf, state: State, by: str) -> tuple[str, str]:
+    """The mode in force and why: what ``by`` forces, if it does, else the node's."""
     if conf.mode == "auto":
         return state.node_mode()
     if conf.mode != "off":
         found, reason = state.node_mode()
         if found != conf.mode:
-            log.say(
-                f"warning: the configuration forces mode {conf.mode}; "
-                f"this node's own is {found}: {reason}"
-            )
-    return conf.mode, "the configuration says so"
+            log.say(f"warning: {by} forces mode {conf.mode}; this node's own is {found}: {reason}")
+    return conf.mode, f"{by} says so"
 
 
 def _draft(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Keys of the specification that ask for what a chained plugin of this kind cannot do.
 _UNSUPPORTED = ("ipam", "ipMasq", "dns")
 
+CONFIGURATION, SWITCH = "the configuration", "the cluster's switch"  # what may name the mode
 _SWITCH_KEYS = ("mode", "excludeNamespaces", "excludePorts")
 
 
@@ -105,6 +106,11 @@ def under_switch(conf: NetConf, switch: Json | None) -> NetConf:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the cluster's switch is damaged: {error}") from error
+
+
+def mode_named_by(switch: Json | None) -> str:
+    """What names the mode of ``under_switch()``, which has accepted this switch."""
+    return SWITCH if switch is not None and switch["mode"] else CONFIGURATION
 
 
 def folders(conf: Json) -> tuple[str, str]:

@@ -25,8 +25,9 @@ def status(request: Request) -> None:
         netconf.refuse_unsupported(request.conf)
         schema.validate(request.conf, Path(netconf.folders(request.conf)[1]))
         conf = netconf.parse(request.conf)
+        conf = netconf.under_switch(conf, State(conf.state_dir).switch())
         missing = [] if conf.mode == "off" else _missing(conf)
-    except CniError as error:
+    except (CniError, OSError, ValueError) as error:
         missing = [str(error)]
     if missing:
         log.say(f"warning: pods are not accelerated: {'; '.join(missing)}")

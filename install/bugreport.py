@@ -8,11 +8,11 @@ credential. Its first file lists what is in it. A part that cannot be had says w
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cni_plugin import names
-from install import VERSION, freshness, report, selftest
+from install import VERSION, freshness, host, report, selftest
 from install.agent.command import sockets_of
 from install.check import command as check
 from install.check.node import Asked
@@ -144,7 +144,9 @@ def _parts(asked: Asked) -> Iterator[Part]:
     yield Part("generations.json", "what is pinned", lambda: _json(_generations(node)))
     yield Part("sysctls.txt", "of the node", lambda: _sysctls(asked.host_root))
     yield Part("agent.log", "the end of the agent's log", lambda: _log(node))
-    yield Part("runtime.log", "what the runtime's log says of the plugin", _journal)
+    proc = asked.places.host_proc
+    about = "what the runtime's log says of the plugin"
+    yield Part("runtime.log", about, lambda: _journal(proc))
     folders = (names.ATTACHMENTS, names.FAILURES)
     for path in sorted(each for name in folders for each in (node.state_dir / name).glob("*")):
         about = "what ADD has recorded for a pod, or noted"
@@ -218,18 +220,25 @@ def _log(node: Node) -> str:
     return "\n".join(lines[-LOG_LINES:]) + "\n" if lines else "no agent has run here\n"
 
 
-def _journal() -> str:
-    program = shutil.which("journalctl")
-    if program is None:
-        return "no journalctl here; on the node: journalctl -u containerd -g tcpip-bypass\n"
+def _journal(proc: Path) -> str:
+    """By the node's journalctl, of the node's journal: the pod has neither."""
     units = [f"--unit={each}" for each in ("containerd", "crio", "k3s", "k3s-agent", "kubelet")]
-    done = subprocess.run(
-        [program, "--quiet", "--no-pager", "--lines=500", "--grep=tcpip-bypass", *units],
-        capture_output=True,
-        text=True,
-        timeout=JOURNAL_S,
-        check=False,
-    )
+    enter = None if proc == host.OWN_PROC else functools.partial(host.enter, proc)
+    try:
+        done = subprocess.run(
+            ["journalctl", "--quiet", "--no-pager", "--lines=500", "--grep=tcpip-bypass", *units],
+            preexec_fn=enter,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=JOURNAL_S,
+            check=False,
+        )
+    except FileNotFoundError:
+        return "the node has no journalctl; look where its runtime writes its log\n"
+    except subprocess.SubprocessError as error:
+        return f"the node could not be entered by {proc}, or its journal takes too long: {error}\n"
     return done.stdout or done.stderr or "nothing\n"
 
 

@@ -63,9 +63,8 @@ class Canary:
     def look(self) -> None:
         """Sends the sockets back to TCP when FIONREAD is wrong, and lets them join once it is right
         again."""
-        answers = {unread_bytes(each) for each in self._sockets}
-        is_pinned = self.generation.is_mended()
-        is_well = is_pinned and answers == {abi.CANARY_ANSWER}
+        is_pinned, why = self.generation.is_mended(), self.why_not_mended()
+        is_well = not why
         if is_well == self.is_well or not (is_pinned or self.has_sockets()):
             return  # the second: it is just being removed
         self.is_well = is_well
@@ -74,9 +73,15 @@ class Canary:
         if is_well:
             log.info("mend_recovered", f"FIONREAD is mended again in {name}", generation=name)
         else:
-            why = "it does not answer any more" if is_pinned else "its pins are gone"
             said = f"FIONREAD is mended no more in {name}: {why}; its sockets go back to TCP"
             log.error("mend_lost", said, generation=name)
+
+    def why_not_mended(self) -> str:
+        """Why FIONREAD is mended no more, tried now; empty when it is."""
+        if not self.generation.is_mended():
+            return "its pins are gone"
+        answers = {unread_bytes(each) for each in self._sockets}
+        return "" if answers == {abi.CANARY_ANSWER} else "it does not answer any more"
 
     def has_sockets(self) -> bool:
         """Whether any are in the sockhash, with or without its pin."""
@@ -97,3 +102,14 @@ class Canary:
             os.close(fd)
         for each in self._sockets:
             each.close()
+
+
+def why_not_mended(generation: Generation) -> str:
+    """As the joiner would find it, without a joiner. Raises OSError."""
+    canary = Canary.of(generation)
+    if canary is None:
+        return "its pins are gone"
+    try:
+        return canary.why_not_mended()
+    finally:
+        canary.close()

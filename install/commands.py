@@ -73,6 +73,14 @@ class Node:
         return (self.fionread or report.configured(self).get("fionread", mend)) == mend
 
     @property
+    def is_mended(self) -> bool:
+        """Whether the mode rests on the mend, as the last load has found."""
+        try:
+            return bool(json.loads((self.state_dir / names.NODE_JSON).read_bytes())["mended"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
+    @property
     def plugin_problem(self) -> str:
         """Why the node cannot run the plugin, as install found it; empty when it can."""
         try:
@@ -125,7 +133,13 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
     _mount_bpffs(node, host_proc)
     verdict = selftests.run(mends=node.mends_fionread)
     for reason in verdict.reasons:
-        log.warning("mode", f"mode {verdict.mode} because of {reason}", mode=verdict.mode)
+        said = f"mode {verdict.mode} because of {reason}"
+        if verdict.is_final:
+            log.warning("mode", said, mode=verdict.mode)
+        else:
+            log.warning("untried", said, mode=verdict.mode)
+    if not verdict.is_mended and _was_missing_alone(node, verdict):
+        return
     try:
         programs = Programs()
         if verdict.is_mended and (why_not := programs.mend_fionread()):
@@ -159,8 +173,18 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
             generations.remove_idle(_attached_ids(generations))
         if verdict.is_mended:
             log.info("fionread_mended", MENDED)
-        if verdict.is_final:
-            _write_node_json(node, verdict, freshness.mark(node, generation))
+        _write_node_json(node, verdict, freshness.mark(node, generation))
+
+
+def _was_missing_alone(node: Node, verdict: selftests.Verdict) -> bool:
+    """Whether only the self-test was missing: the programs stay, and its verdict is kept."""
+    with node.locked():
+        current = node.generations.current()
+        is_alone = freshness.reason_to_try(node) and not freshness.reason_to_publish(node)
+        if current is None or not is_alone:
+            return False
+        _write_node_json(node, verdict, freshness.mark(node, current))
+        return True
 
 
 def _mount_bpffs(node: Node, host_proc: Path) -> None:
@@ -222,7 +246,8 @@ def _attached_ids(generations: Generations) -> set[int]:
 def _write_node_json(
     node: Node, verdict: selftests.Verdict, mark: dict[str, Any] | None = None
 ) -> None:
-    content = {**verdict.as_json(), "kernel": platform.release(), **(mark or {})}
+    tried = {"kernel": platform.release(), "tried": verdict.is_final}
+    content = {**verdict.as_json(), **tried, **(mark or {})}
     whole_file.write(node.state_dir / names.NODE_JSON, json.dumps(content, indent=1))
 
 

@@ -100,7 +100,10 @@ def _accelerated(node: Node) -> list[Attachment]:
     if facts.current is None:
         raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
     if facts.paused or facts.paused_pods:
-        raise NodeError("the node or a pod of it is paused; run tcpip-bypass-node resume first")
+        of_pods = [by for each in facts.attachments for by in facts.pod_paused_by(each)]
+        paused_by = sorted({*facts.paused_by, *of_pods}) or [report.OPERATOR]
+        undo = report.undoing(paused_by, "tcpip-bypass-node resume")
+        raise NodeError(f"the node or a pod of it is paused; first {undo}")
     records = [each for each in facts.attachments if each.pod_id in facts.attached]
     if not records:
         raise NodeError("no pod is accelerated on this node, so there is nothing to compare")

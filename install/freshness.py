@@ -30,7 +30,7 @@ def version() -> str:
 
 
 def mark(node: Node, generation: Generation) -> dict[str, Any]:
-    """What a load that went well leaves in node.json."""
+    """What a load that has come to its end leaves in node.json."""
     return {
         "programs": version(),
         "generation": generation.folder.name,
@@ -39,6 +39,22 @@ def mark(node: Node, generation: Generation) -> dict[str, Any]:
 
 
 def reason_to_load(node: Node) -> str | None:
+    """None when the current generation is whole, of this version, and the kernel was tried."""
+    return reason_to_publish(node) or reason_to_try(node)
+
+
+def reason_to_try(node: Node) -> str | None:
+    """None when the self-test was carried through, whatever it has found."""
+    try:
+        found = json.loads((node.state_dir / names.NODE_JSON).read_bytes())
+        if found.get("tried", True):
+            return None
+    except (OSError, ValueError, AttributeError):
+        return None  # there may have been none
+    return f"the self-test could not be carried through: {node.state.node_mode()[1]}"
+
+
+def reason_to_publish(node: Node) -> str | None:
     """None when the current generation is whole and of this version."""
     generations = node.generations
     current = generations.current()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OWN_PROC = Path("/proc")
+POD_PROC = Path("/host/proc")  # where the DaemonSet's pod has the node's
 _CLONE_NEWNS = 0x00020000  # linux/sched.h
 
 
@@ -27,6 +28,11 @@ class _Mount:
     root: Path  # what of the file system is mounted
     point: Path  # where
     noexec: bool
+
+
+def node_proc() -> Path:
+    """The node's /proc, as far as that can be seen from here: in a pod, the one mounted for it."""
+    return POD_PROC if (POD_PROC / "1").exists() else OWN_PROC
 
 
 def enter_mounts(namespace: Path) -> None:

@@ -48,7 +48,7 @@ def _folder_option(
 
 
 def _host_proc_option(parser: argparse.ArgumentParser) -> None:
-    _folder_option(parser, "--host-proc", host.OWN_PROC, "the /proc of the host")
+    _folder_option(parser, "--host-proc", host.node_proc(), "the /proc of the host")
 
 
 def places_of(arguments: argparse.Namespace) -> installer.Places:

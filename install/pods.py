@@ -39,6 +39,12 @@ class AttachedCgroup:
             attachment.detach(each, self.fd, self.inode)
 
 
+def has_cgroup(record: Attachment) -> bool:
+    """Whether the cgroup that the attachment was made for is still there."""
+    with attachment.open_cgroup(record.cgroup, record.inode) as fd:
+        return fd is not None
+
+
 def programs_of(record: Attachment) -> list[int]:
     """The IDs of our programs on the pod's cgroup that know it by this attachment."""
     with attachment.open_cgroup(record.cgroup, record.inode) as fd:

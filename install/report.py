@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,17 @@ from bpf import abi, stats
 from bpf.stats import HopCounters
 from cni_plugin import bpfsys, names
 from cni_plugin.state import Attachment
-from install import VERSION, exits, pauses
+from install import VERSION, exits, in_force, pauses
 from install import switch as switches
 from install.conf_dir import ConfDir
 from install.generations import Generation, opened
-from install.pods import programs_of
+from install.pods import has_cgroup, programs_of
 from install.switch import Kept
 
 if TYPE_CHECKING:
     from install.commands import Node
+
+OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 
 Hops = dict[str, HopCounters]
 Reading = dict[tuple[int, int], Hops]  # by (ID of the map, pod ID)
@@ -58,13 +60,33 @@ class Facts:
     plugin_problem: str = ""  # why the node cannot run the plugin; empty when it can
     switch: Kept = field(default_factory=Kept)  # the cluster's
     forced: str | None = None  # the mode that the network configuration forces, if it does
+    gone: frozenset[int] = frozenset()  # IDs of pods whose cgroup is there no more
     lost_answers: int | None = None  # that the mend of FIONREAD could not write; None: no mend
+
+    @property
+    def named_mode(self) -> tuple[str, str] | None:
+        """The mode that is forced, and what forces it; None when it is the self-test's."""
+        return in_force.named_mode(self.forced, self.switch.switch.mode)
 
     @property
     def mode_in_force(self) -> str:
         """What holds for pods that start now."""
-        named = self.switch.switch.mode or self.forced or "auto"
-        return self.mode if named == "auto" else named
+        return self.named_mode[0] if self.named_mode else self.mode
+
+    @property
+    def paused_by(self) -> tuple[str, ...]:
+        """Of OPERATOR and SWITCH: each whose pause holds for the whole node."""
+        by_switch = self.switch.switch.is_stop or (self.paused and self.switch.holds_node)
+        by_operator = self.paused and not self.switch.holds_node
+        return (OPERATOR,) * by_operator + (SWITCH,) * by_switch
+
+    def pod_paused_by(self, record: Attachment) -> tuple[str, ...]:
+        """The same of this pod alone."""
+        is_paused = record.pod_id in self.paused_pods
+        is_held = record.pod_id in self.switch.held_pods
+        is_excluded = record.pod_namespace in self.switch.switch.exclude_namespaces
+        by_operator, by_switch = is_paused and not is_held, is_paused and (is_held or is_excluded)
+        return (OPERATOR,) * by_operator + (SWITCH,) * by_switch
 
     @property
     def exit_status(self) -> int:
@@ -83,6 +105,8 @@ def facts(node: Node) -> Facts:
     paused = pauses.in_kernel(complete)
     mode, reason = node.state.node_mode()
     attachments = node.attachments()
+    attached = frozenset(record.pod_id for record in attachments if programs_of(record))
+    lost = [record for record in attachments if record.pod_id not in attached]
     return Facts(
         current=node.generations.current(),
         generations=complete,
@@ -91,13 +115,21 @@ def facts(node: Node) -> Facts:
         mode=mode,
         reason=reason,
         attachments=attachments,
-        attached=frozenset(record.pod_id for record in attachments if programs_of(record)),
+        attached=attached,
+        gone=frozenset(record.pod_id for record in lost if not has_cgroup(record)),
         failures=_failures(node),
         plugin_problem=node.plugin_problem,
         switch=switches.kept(node.state) or Kept(),
         forced=forced_mode(node),
         lost_answers=_lost_answers(complete),
     )
+
+
+def undoing(paused_by: Sequence[str], resume: str) -> str:
+    """What ends such a pause; ``resume`` is the command that ends an operator's."""
+    edit = f"edit the ConfigMap {switches.CONFIGMAP}, the cluster's switch"
+    done = {OPERATOR: resume, SWITCH: edit}
+    return ", and ".join(done[each] for each in paused_by)
 
 
 def configured(node: Node) -> dict[str, Any]:
@@ -212,6 +244,7 @@ def as_json(found: Facts) -> dict[str, Any]:
         "generation": found.current.number if found.current else None,
         "older_generations": [g.number for g in found.generations if g != found.current],
         "paused": found.paused,
+        "paused_by": found.paused_by,
         "switch": found.switch.switch.as_json(),
         "mode": found.mode,
         "forced_mode": found.forced,
@@ -235,6 +268,7 @@ def _pod(record: Attachment, found: Facts, hops: Hops) -> dict[str, Any]:
         "generation": record.generation,
         "attached": record.pod_id in found.attached,
         "paused": record.pod_id in found.paused_pods,
+        "paused_by": found.pod_paused_by(record),
         "proxy_only": bool(record.flags & abi.POD_PROXY_ONLY),
         "forced": bool(record.flags & abi.POD_FORCED),
         "excluded_ports": record.excluded_ports,

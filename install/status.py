@@ -19,7 +19,7 @@ from rich.text import Text
 from bpf import abi
 from bpf.stats import HopCounters
 from cni_plugin.state import Attachment
-from install import report
+from install import report, switch
 from install.report import Facts, Failure, Growth, Hops
 
 if TYPE_CHECKING:
@@ -86,9 +86,10 @@ def _head(found: Facts) -> Iterator[RenderableType]:
         yield f"FIONREAD, which this kernel gets wrong, is mended{lost}."
     if found.plugin_problem:
         yield Text(f"No new pod is accelerated: {found.plugin_problem}", "red")
-    if found.switch.switch.is_stop:
-        yield Text("Paused for the whole cluster, by its switch (a ConfigMap).", "yellow")
-    elif found.paused:
+    if report.SWITCH in found.paused_by:
+        undo = f"edit the ConfigMap {switch.CONFIGMAP}"
+        yield Text(f"Paused for the whole cluster, by its switch: {undo}.", "yellow")
+    if report.OPERATOR in found.paused_by:
         yield Text("Paused: all bytes go by TCP until tcpip-bypass-node resume.", "yellow")
     if older:
         yield f"Older generations that are still in use: {', '.join(map(str, older))}"
@@ -96,9 +97,10 @@ def _head(found: Facts) -> Iterator[RenderableType]:
 
 def _mode(found: Facts) -> str:
     allowed = found.mode if found.mode == "full" else f"{found.mode}: {found.reason}"
-    if found.forced is None:
+    if found.named_mode is None:
         return allowed
-    return f"{found.forced}, which the configuration forces; the self-test allows {allowed}"
+    mode, by = found.named_mode
+    return f"{mode}, which {by} forces; the self-test allows {allowed}"
 
 
 def _table(found: Facts, pods: dict[int, Hops], width: int, passed_s: float | None) -> Table:
@@ -132,9 +134,11 @@ def _table(found: Facts, pods: dict[int, Hops], width: int, passed_s: float | No
 def _labels(record: Attachment, found: Facts) -> list[Text]:
     labels = [Text(f"{record.pod_namespace}/{record.pod_name}", "bold")]
     if record.pod_id not in found.attached:
-        labels.append(Text("lost its programs", "red"))
-    if record.pod_id in found.paused_pods:
-        labels.append(Text("paused", "yellow"))
+        is_gone = record.pod_id in found.gone
+        labels.append(Text("its cgroup is gone" if is_gone else "lost its programs", "red"))
+    if by := found.pod_paused_by(record):
+        is_switch = by == (report.SWITCH,)
+        labels.append(Text("paused by the switch" if is_switch else "paused", "yellow"))
     if record.flags & abi.POD_PROXY_ONLY:
         labels.append(Text("proxy-only", "yellow"))
     return labels + [Text(address, "dim") for address, _ in record.ips]

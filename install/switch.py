@@ -23,6 +23,7 @@ from cni_plugin import names, policy
 from cni_plugin.state import State
 from install import whole_file
 
+CONFIGMAP = "tcpip-bypass-switch"
 MODES = ("auto", *names.MODES)
 _DATA = "..data"  # kubelet, pkg/volume/util/atomic_writer.go
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # as in conf/schema.json

@@ -32,7 +32,8 @@ from install.agent.watch import Watch
 from install.commands import Node
 from install.conf_dir import ConfDir
 from install.conflist import Entry
-from install.freshness import reason_to_load
+from install.freshness import reason_to_load, reason_to_publish
+from install.in_force import in_force
 from install.installer import Places, Withdrawn
 from install.lock import FolderLock
 from install.plugin_files import DoesNotRun, InstallError
@@ -238,15 +239,19 @@ class Agent:
 
     def _remarks(self) -> list[str]:
         """Why pods that start now are not accelerated, and should not be."""
+        folder, state = self._settings.places.conf_dir, self._node.state
+        found = []
         with contextlib.suppress(OSError):
-            ours = ConfDir(self._settings.places.conf_dir).ours()
-            mode = str(ours.entry.get("mode", "auto")) if ours else "auto"
-            reason = "the configuration says so"
-            if mode == "auto":
-                mode, reason = self._node.state.node_mode()
-            if mode == "off":
-                return [f"mode is off: {reason}"]
-        return []
+            ours = ConfDir(folder).ours()
+            try:
+                now = in_force(state, ours.entry if ours else {}, ours.path if ours else folder)
+            except ValueError as error:
+                return [str(error)]
+            if now.mode == "off":
+                found.append(f"mode is off: {now.reason}")
+            if (kept := switches.kept(state)) and kept.switch.paused:
+                found.append(f"all bytes go by TCP: the ConfigMap {switches.CONFIGMAP} says so")
+        return found
 
     def _folders(self) -> dict[str, set[Path]]:
         places, node = self._settings.places, self._node
@@ -288,15 +293,21 @@ class Agent:
         if reason is None:
             self._was_loaded = True
             return True
-        log.info("loading", f"loading the programs: {reason}")
+        is_loaded = reason_to_publish(node) is None
+        if is_loaded:
+            log.info("trying", f"trying the kernel again: {reason}")
+        else:
+            log.info("loading", f"loading the programs: {reason}")
         try:
             self._child("load", self._settings.load_options, LOAD_S)
         except NotDone:
             self._metrics.failed("pins")
             raise
+        if is_loaded and reason_to_load(node) is not None:
+            return False  # in vain
         mode, why = node.state.node_mode()
         log.info("loaded", "the programs are loaded", mode=mode, reason=why)
-        if self._was_loaded:
+        if self._was_loaded and not is_loaded:
             self._metrics.repaired("pins")
         self._was_loaded = True
         self._joining.start_over(time.monotonic())
@@ -383,6 +394,8 @@ class Agent:
         if done["failed"]:
             self._metrics.failed("sandbox")
             raise NotDone(f"{done['failed']} pods or attachments could not be repaired, see above")
+        if done["young_s"]:  # of pods that went with a runtime, say: no event wakes us then
+            self._sandboxes.look_again(done["young_s"] + SETTLE_S)
         calm = not (done["attached"] or self._second_look)
         self._second_look = False
         return calm

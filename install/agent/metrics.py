@@ -184,11 +184,13 @@ def _counter(name: str, text: str, label: str, values: dict[str, int]) -> Metric
 def _state(found: Facts) -> Iterator[Metric]:
     yield _gauge("loaded", "1 when pods that start now find the programs", bool(found.current))
     yield _gauge("plugin_runs", "0 when the node cannot run the plugin", not found.plugin_problem)
-    yield _gauge("paused", "1 when an operator has sent all bytes to TCP", found.paused)
+    yield _gauge(
+        "paused", "1 when an operator or the switch has sent all bytes to TCP", found.paused
+    )
     alive = {record.pod_id for record in found.attachments}
     yield _gauge(
         "paused_pods",
-        "Single pods whose bytes an operator has sent to TCP",
+        "Single pods whose bytes an operator or the switch has sent to TCP",
         len(found.paused_pods & alive),
     )
     yield _gauge(

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from bpf import abi
-from cni_plugin import attachment, names, netconf, policy
+from cni_plugin import attachment, names, policy
 from cni_plugin.netconf import NetConf
 from cni_plugin.policy import Plan
 from cni_plugin.state import Key
-from install import conf_dir, log
+from install import log
 from install.agent.cri import CriError, Network, Runtime, Sandbox, connected
 from install.commands import LOCK_PATIENCE_S, Node, NodeError
 from install.conf_dir import ConfDir
+from install.in_force import InForce, in_force
 from install.installer import Places
 from install.pods import programs_of
 
@@ -34,7 +35,7 @@ IFNAME = "eth0"  # what every CRI runtime calls a pod's interface
 PLUGIN_TIMEOUT_S = 60
 # ADD runs before the runtime lists the sandbox, which then still has to start. When the clock is
 # set forward meanwhile, a record may seem older and go; the repair that follows makes it again.
-YOUNG_S = 300
+YOUNG_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Tally:
     removed: int = 0
     attached: int = 0
     failed: int = 0
+    young_s: float = 0.0  # until records that were too young to be judged are not; 0: none was
 
 
 def run(node: Node, places: Places, socket: Path, *, attach: bool) -> Tally:
@@ -84,7 +86,10 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
     """
     alive = {sandbox.id for sandbox in sandboxes}
     for key in node.state.keys():  # noqa: SIM118 - not a dict
-        if key.container_id in alive or _is_young(node, key):
+        if key.container_id in alive:
+            continue
+        if young_s := _young_s(node, key):
+            tally.young_s = max(tally.young_s, young_s)
             continue
         try:
             gone = _undo(node, network, key)
@@ -105,13 +110,17 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
             )
 
 
-def _is_young(node: Node, key: Key) -> bool:
-    """Whether its record, whole or half written, was made just now or in the clock's future."""
+def _young_s(node: Node, key: Key) -> float:
+    """For how long its record, whole or half written, is too young yet; YOUNG_S at most.
+
+    So long it is also when it was made in the clock's future.
+    """
     files = (node.state_dir / names.ATTACHMENTS).glob(f"{key.container_id}:{key.ifname}.*")
     try:
-        return any(time.time() - file.stat().st_mtime < YOUNG_S for file in files)
+        left = [file.stat().st_mtime + YOUNG_S - time.time() for file in files]
     except FileNotFoundError:
-        return True  # it changes at this moment
+        return YOUNG_S  # it changes at this moment
+    return min(max(0.0, *left), YOUNG_S) if left else 0.0
 
 
 def _undo(node: Node, network: str, key: Key) -> bool:
@@ -132,11 +141,11 @@ def adopt(
     if current not in node.generations.complete():
         return  # nothing is loaded, as the plugin would say for each of them
     program_id = current.sock_ops_id()
-    conf = _in_force(node, plugin)
-    mode = node.state.node_mode() if conf.mode == "auto" else (conf.mode, "")
+    now = _in_force(node, plugin)
+    conf = now.conf
     for sandbox in sandboxes:
         # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
-        plan = _plan(conf, mode, sandbox) if sandbox.ready else None
+        plan = _plan(now, sandbox) if sandbox.ready else None
         if plan is None or _is_attached(node, sandbox, program_id, conf, plan):
             continue
         about = {"pod": f"{sandbox.pod_namespace}/{sandbox.pod_name}", "container": sandbox.id}
@@ -153,18 +162,16 @@ def adopt(
             log.info("pod_left_alone", said, **about)
 
 
-def _in_force(node: Node, plugin: Plugin) -> NetConf:
-    """Our entry, with the cluster's switch on top."""
+def _in_force(node: Node, plugin: Plugin) -> InForce:
     try:
-        conf = conf_dir.parsed(plugin.entry, plugin.conflist)
-        return netconf.under_switch(conf, node.state.switch())
+        return in_force(node.state, plugin.entry, plugin.conflist)
     except ValueError as error:
         raise NodeError(str(error)) from error
 
 
-def _plan(conf: NetConf, mode: tuple[str, str], sandbox: Sandbox) -> Plan | None:
+def _plan(now: InForce, sandbox: Sandbox) -> Plan | None:
     pod = policy.Pod(sandbox.pod_namespace, sandbox.pod_name, sandbox.pod_uid, sandbox.annotations)
-    return policy.decide(conf, pod, mode).plan
+    return policy.decide(now.conf, pod, now.decided).plan
 
 
 def _is_attached(node: Node, sandbox: Sandbox, program_id: int, conf: NetConf, plan: Plan) -> bool:

@@ -42,10 +42,15 @@ class Task:
     over: str = ""  # the problem that this look has found to be gone
     _not_before: float = 0.0
     _pause_s: float = 0.0
+    _again_s: float | None = None
 
     def wake(self, now: float, delay_s: float = 0.0) -> None:
         """Look soon, because something has happened."""
         self.due = min(self.due, max(now + delay_s, self._not_before))
+
+    def look_again(self, delay_s: float) -> None:
+        """For the work: it knows that there will be more to do `delay_s` seconds from now."""
+        self._again_s = delay_s
 
     def start_over(self, now: float, delay_s: float = 0.0) -> None:
         """Look soon, whatever went wrong until now: what it was about is no more."""
@@ -55,6 +60,7 @@ class Task:
     def run(self, now: Callable[[], float]) -> Exception | None:
         """Does the work; returns what went wrong, if that is another problem than last time."""
         before, self.problem, self.over = self.problem, "", ""
+        self._again_s = None
         calm = True
         failure: Exception | None = None
         try:
@@ -78,3 +84,5 @@ class Task:
         elif now > self._not_before + self.longest_pause_s:
             self._pause_s = 0.0
         self.due = now + self.every_s if calm else self._not_before
+        if self._again_s is not None:
+            self.wake(now, self._again_s)

@@ -17,7 +17,12 @@ THE_POD = "docs/deploy.md#what-the-pod-may-do-and-why"
 INSTALLING = "docs/deploy.md#on-a-cluster"
 WHY_NOT = "docs/operating.md#why-is-my-pod-not-accelerated"
 CHECKS = "docs/operating.md#is-it-well"
-LINKS = (NEEDS, KERNEL_TRIED, OUR_ENTRY, THE_PROGRAM, THE_POD, INSTALLING, WHY_NOT, CHECKS)
+SWITCH = "docs/deploy.md#turn-it-off-everywhere"
+MEND = "docs/security.md#what-the-mend-of-fionread-writes"
+LINKS = (
+    *(NEEDS, KERNEL_TRIED, OUR_ENTRY, THE_PROGRAM, THE_POD, INSTALLING),
+    *(WHY_NOT, CHECKS, SWITCH, MEND),
+)
 
 
 @dataclass(frozen=True)

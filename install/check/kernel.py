@@ -13,7 +13,7 @@ from install.check import finding, tracing
 from install.check.finding import Finding
 from install.generations import is_bpffs
 
-OLDEST = (5, 10)
+OLDEST = (6, 1)  # bpf_iter/task_file over the files of one process: install/selftest.py tries it
 FOR_THE_MEND = ("lockdown", "tracing")  # of FIONREAD
 _BTF = Path("/sys/kernel/btf/vmlinux")
 _LOCKDOWN = Path("sys/kernel/security/lockdown")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cni_plugin import names
-from install import exits, joiner, report, selftest
+from cni_plugin import names, netconf
+from install import canary, exits, in_force, joiner, report, selftest, switch
 from install.check import finding
 from install.check import pods as of_pods
 from install.check.finding import THE_PROGRAM, Finding
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 JOINER_PATIENCE_S = 60.0
 SHOWN = 5  # pods named in one line; --json has all
+_OTHER_PLUGIN = "make freeze builds a plugin for older nodes; the image brings that one"
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,18 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _runtime(asked)
     yield _conflist(asked)
     yield _plugin(asked)
-    yield _runs(asked)
+    yield _runs(asked, facts.plugin_problem)
     yield _entry(asked)
     yield _programs(asked, facts)
     yield _joiner(asked)
-    yield _mode("mode", facts.mode, facts.reason, facts.forced)
-    if facts.paused:
-        hint = "tcpip-bypass-node resume"
-        yield finding.less("paused", "all bytes of this node go by TCP", hint)
+    yield from _mend(asked, facts)
+    yield _mode("mode", facts.mode, facts.reason, facts.named_mode)
+    if facts.paused_by:
+        by_switch = report.SWITCH in facts.paused_by
+        hint = report.undoing(facts.paused_by, "tcpip-bypass-node resume")
+        link = finding.SWITCH if by_switch else finding.CHECKS
+        by = "the cluster's switch" if by_switch else "an operator"
+        yield finding.less("paused", f"{by} lets all bytes of this node go by TCP", hint, link)
 
 
 def _runtime(asked: Asked) -> Finding:
@@ -101,10 +106,17 @@ def _plugin(asked: Asked) -> Finding:
     return finding.broken("plugin", f"{files.link} {found}", hint, THE_PROGRAM)
 
 
-def _runs(asked: Asked) -> Finding:
+def _runs(asked: Asked, problem: str = "") -> Finding:
+    """``problem`` is what the last installation has met, of a plugin that may not be here."""
+    found = _tried(asked)
+    if not problem or found.status == exits.NOT:
+        return found
+    return finding.broken("plugin runs", problem, _OTHER_PLUGIN, THE_PROGRAM)
+
+
+def _tried(asked: Asked) -> Finding:
     """Tried: the plugin that the runtime calls; when there is none, the one to be installed."""
     files = asked.places.files
-    hint = "make freeze builds a plugin for older nodes; the image brings that one"
     is_installed = files.link.exists() and not files.has_stub
     if not is_installed and not (files.source / names.PLUGIN).is_file():
         hint = "run make build, or name the frozen plugin's folder with --plugin-dir"
@@ -115,7 +127,7 @@ def _runs(asked: Asked) -> Finding:
         else:
             files.check_source_runs()
     except DoesNotRun as error:
-        return finding.broken("plugin runs", str(error), hint, THE_PROGRAM)
+        return finding.broken("plugin runs", str(error), _OTHER_PLUGIN, THE_PROGRAM)
     except InstallError as error:
         hint = "try again; `install` tries it, too"
         return finding.less("plugin runs", str(error), hint, THE_PROGRAM)
@@ -153,13 +165,42 @@ def _joiner(asked: Asked) -> Finding:
     return finding.broken("joiner", f"{found}: no connection joins", hint)
 
 
-def _mode(name: str, allowed: str, reason: str, forced: str | None) -> Finding:
-    mode = forced or allowed
-    found = mode if allowed == "full" and not forced else f"{mode}: {reason}"
-    if forced:
-        found = f"{forced}, forced; the self-test allows {allowed}: {reason}"
-    hint = "" if mode == "full" else "another kernel may allow more: tcpip-bypass-node selftest"
-    return Finding(name, exits.of_mode(mode), found, hint, finding.KERNEL_TRIED)
+def _mend(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
+    """Where the mode rests on it: the joiner's canary, asked here."""
+    if facts.current not in facts.generations or not asked.node.is_mended:
+        return
+    hint = "sysctl kernel.ftrace_enabled=1, then tcpip-bypass-node load; sockets go back to TCP"
+    try:
+        why_not = canary.why_not_mended(facts.current)
+    except OSError as error:
+        why_not = f"it could not be tried: {error}"
+    if why_not:
+        yield finding.broken("fionread", f"it is mended no more: {why_not}", hint, finding.MEND)
+    elif facts.lost_answers:
+        found = f"it is mended, but {facts.lost_answers} answers could not be written"
+        hint = "these reads were told the kernel's wrong number; `fionread` of our entry: leave"
+        yield finding.less("fionread", found, hint, finding.MEND)
+    else:
+        yield finding.well("fionread", "the kernel gets it wrong, and it is mended", finding.MEND)
+
+
+def _mode(name: str, allowed: str, reason: str, named: tuple[str, str] | None) -> Finding:
+    """``named`` is the mode that is forced, and what forces it."""
+    if named is not None:
+        return _forced(name, named, f"the self-test allows {allowed}: {reason}")
+    found = allowed if allowed == "full" else f"{allowed}: {reason}"
+    hint = "" if allowed == "full" else "another kernel may allow more: tcpip-bypass-node selftest"
+    return Finding(name, exits.of_mode(allowed), found, hint, finding.KERNEL_TRIED)
+
+
+def _forced(name: str, named: tuple[str, str], allowed: str) -> Finding:
+    mode, by = named
+    hint, link = "key `mode` of our entry", finding.OUR_ENTRY
+    if by == netconf.SWITCH:
+        hint, link = f"key `mode` of the ConfigMap {switch.CONFIGMAP}", finding.SWITCH
+    status = exits.of_mode(mode)
+    hint = "" if status == exits.WELL else hint
+    return Finding(name, status, f"{mode}, forced by {by}; {allowed}", hint, link)
 
 
 def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:
@@ -171,8 +212,8 @@ def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:
     try:
         ours = ConfDir(asked.places.conf_dir).ours()
         if asked.socket and ours:
-            mode = (facts.mode, facts.reason)
-            found += of_pods.others(of_pods.sandboxes_of(asked.socket), found, ours, mode)
+            now = in_force.in_force(asked.node.state, ours.entry, ours.path)
+            found += of_pods.others(of_pods.sandboxes_of(asked.socket), found, now)
     except (CriError, OSError, ValueError) as error:
         unseen = f"others are not known: {error}"
     return _summary(found, unseen), found

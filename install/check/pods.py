@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cni_plugin import policy
-from install import conf_dir
-from install.conf_dir import Ours
+from install import report
+from install.in_force import InForce
 from install.report import Facts
 
 if TYPE_CHECKING:
@@ -48,12 +48,16 @@ def recorded(facts: Facts) -> list[PodState]:
     for record in facts.attachments:
         state, why = ACCELERATED, ""
         if record.pod_id not in facts.attached:
-            state, why = LOST, "its program is no longer on its cgroup; the agent repairs that"
+            what = "its cgroup is gone" if record.pod_id in facts.gone else "it lost its programs"
+            state, why = LOST, f"{what}; the agent sees to it"
         elif facts.paused:
-            state, why = PAUSED, "the node is paused: tcpip-bypass-node resume"
+            undo = report.undoing(facts.paused_by, "tcpip-bypass-node resume")
+            state, why = PAUSED, f"the node is paused: {undo}"
         elif record.pod_id in facts.paused_pods:
             pod = f"{record.pod_namespace}/{record.pod_name}"
-            state, why = PAUSED, f"the pod is paused: tcpip-bypass-node resume --pod {pod}"
+            resume = f"tcpip-bypass-node resume --pod {pod}"
+            undo = report.undoing(facts.pod_paused_by(record), resume)
+            state, why = PAUSED, f"the pod is paused: {undo}"
         found.append(
             PodState(record.pod_namespace, record.pod_name, record.container_id, state, why)
         )
@@ -64,24 +68,15 @@ def recorded(facts: Facts) -> list[PodState]:
     return found
 
 
-def others(
-    sandboxes: Iterable[Sandbox], known: Sequence[PodState], ours: Ours, mode: tuple[str, str]
-) -> list[PodState]:
-    """Running sandboxes without a record, by the rule that ADD goes by.
-
-    ``mode`` is the self-test's, and why it is; the configuration may force another one. Raises
-    ValueError when our entry is not valid.
-    """
-    conf = conf_dir.parsed(ours.entry, ours.path)
-    if conf.mode != "auto":
-        mode = (conf.mode, "the configuration says so")
+def others(sandboxes: Iterable[Sandbox], known: Sequence[PodState], now: InForce) -> list[PodState]:
+    """Running sandboxes without a record, by the rule that ADD goes by."""
     recorded_ids = {each.container_id for each in known}
     found = []
     for each in sandboxes:
         if not each.ready or each.id in recorded_ids:
             continue
         pod = policy.Pod(each.pod_namespace, each.pod_name, each.pod_uid, each.annotations)
-        decision = policy.decide(conf, pod, mode)
+        decision = policy.decide(now.conf, pod, now.decided)
         state, why = LEFT_OUT, decision.reason
         if decision.plan is not None:
             state, why = WAITING, "it started without us; the agent, or gc --adopt, takes it in"

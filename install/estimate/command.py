@@ -18,6 +18,7 @@ from install.conf_dir import ConfDir
 from install.estimate import pods as of_pods
 from install.estimate.pods import Pod
 from install.estimate.survey import Estimate, HopTraffic, Survey, Traffic
+from install.in_force import in_force
 
 if TYPE_CHECKING:
     from install.commands import Node
@@ -41,14 +42,14 @@ def run(node: Node, places: Places, arguments: argparse.Namespace) -> int:
 
 
 def configuration(node: Node, places: Places, options: str | None) -> NetConf:
-    """What is given; else what stands in the node's network configuration; else the defaults."""
+    """What is given; else what is in force on the node; else the defaults."""
     entry: dict[str, Any] = {}
     if options:
         given = installer.parse_options(options)
         entry = installer.entry(node.bpffs, node.state_dir, given).over({})
-    elif ours := ConfDir(places.conf_dir).ours():
-        entry = ours.entry
     try:
+        if not options and (ours := ConfDir(places.conf_dir).ours()):
+            return in_force(node.state, ours.entry, ours.path).conf
         return conf_dir.parsed(entry, places.conf_dir)
     except ValueError as error:
         raise NodeError(str(error)) from error

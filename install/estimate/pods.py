@@ -36,7 +36,9 @@ class Pod:
 
 def planned(conf: NetConf, described: policy.Pod, namespace: str, ips: frozenset[str]) -> Pod:
     """A pod as ADD would decide, on a kernel that allows everything."""
-    decision = policy.decide(conf, described, (_mode(conf), "the configuration says so"))
+    decision = policy.decide(
+        conf, described, (_mode(conf), "the configuration, or the cluster's switch, says so")
+    )
     return Pod(
         described.namespace,
         described.name,

@@ -9,7 +9,11 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tests.bed import open_bed
+from install import bugreport
+from install.check.node import Asked
+from install.commands import Node
+from install.installer import Places
+from tests.bed import open_bed, roots
 from tests.bed.node import PROGRAM
 
 PAYLOAD = "what-the-application-says"
@@ -61,3 +65,31 @@ def test_a_report_of_a_pod_that_talks(tmp_path: Path) -> None:
     assert "no pod default/nobody" in texts[folder / "sockets" / "default_nobody.json"]
     could_not = [path for path, text in texts.items() if text.startswith("could not be had")]
     assert could_not == [folder / "sockets" / "default_nobody.json"]
+
+
+JOURNALCTL = """\
+#!/bin/sh
+echo "$0 on a node with $(cat /etc/name): $*"
+"""
+
+
+def test_the_runtimes_log_is_the_nodes(tmp_path: Path) -> None:
+    """In a pod there is no journal, and no journalctl: both are in the node's root."""
+    root = tmp_path / "root"
+    roots.make(root)
+    with roots.running(root) as node:
+        assert "the node has no journalctl" in bugreport._journal(node.proc)
+        program = root / "usr/bin/journalctl"
+        program.parent.mkdir(parents=True)
+        program.write_text(JOURNALCTL)
+        program.chmod(0o755)
+        (root / "bin/cat").symlink_to("busybox")
+        (root / "etc/name").write_text("a root of its own")
+        said = bugreport._journal(node.proc)
+        assert said.startswith("/usr/bin/journalctl on a node with a root of its own: ")
+        assert "--grep=tcpip-bypass --unit=containerd --unit=crio" in said
+        places = Places(tmp_path, tmp_path, tmp_path, node.proc)
+        asked = Asked(Node(tmp_path, tmp_path), places, (), root)
+        (part,) = [each for each in bugreport._parts(asked) if each.name == "runtime.log"]
+        assert part.text() == said
+    assert "could not be entered" in bugreport._journal(tmp_path)

@@ -69,5 +69,5 @@ def test_where_there_is_nothing_to_compare(bed: Bed) -> None:
         assert (done.returncode, "have sent nothing" in done.stderr) == (1, True)
         assert bed.node.status()["paused"] is False
         bed.node.call("pause")
-        assert "resume first" in compare(bed).stderr
+        assert "first tcpip-bypass-node resume" in compare(bed).stderr
         bed.node.call("resume")

@@ -11,14 +11,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bpf import abi
-from install import commands, selftest
+from install import commands, freshness, selftest
 from install.generations import Generations
-from install.selftest import Verdict
+from install.selftest import Check, Verdict
 from tests.bed import cgroups, open_bed
 from tests.bed.bed import Bed
 from tests.bed.node import PROGRAM
@@ -109,6 +110,37 @@ def test_a_new_verdict_holds_for_running_pods_too(
         assert bool(record.flags & abi.POD_PROXY_ONLY) == (not forced)
         must(changed, "CHECK")
     must(changed, "DEL")
+
+
+def test_a_self_test_that_could_not_run_loads_once(
+    bed: Bed, pod: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again alone. When it runs, the mode is its, and pods may bypass."""
+    node, real = in_process(bed), selftest.run
+    pod = Sandbox(**{**vars(pod), "conf": (("mode", "auto"),)})
+    reasons = ["no memory", "no memory", "no cgroup"]
+
+    def run(*, mends: bool) -> Verdict:
+        if not reasons:
+            return replace(real(mends=mends), is_mended=False)  # the kernel's, as it is
+        text = f"load: {reasons.pop(0)}"
+        return Verdict("off", [text], [Check("load", "", "", text, False)])
+
+    monkeypatch.setattr(selftest, "run", run)
+    numbers = []
+    for said in ("no memory", "no memory", "no cgroup"):
+        commands.load(node)
+        found = f"the self-test could not be carried through: load: {said}"
+        assert freshness.reason_to_load(node) == found
+        numbers.append([each.number for each in Generations(node.bpffs).all()])
+        must(pod, "ADD")
+        assert pod.owners() == []
+        must(pod, "DEL")
+    commands.load(node)
+    assert freshness.reason_to_load(node) is None
+    numbers.append([each.number for each in Generations(node.bpffs).all()])
+    assert numbers == 4 * [[2]]  # the bed has loaded before
+    assert node.state.node_mode()[0] != "off"
 
 
 def test_a_load_that_fails_leaves_no_generation(bed: Bed) -> None:

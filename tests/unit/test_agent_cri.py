@@ -4,18 +4,34 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cni_plugin import protocol, results
+from cni_plugin import names, protocol, results
+from install import report
+from install import status as tables
 from install.agent import repair
+from install.agent.agent import Agent, Settings
 from install.agent.cri import Network, Runtime, Sandbox, messages
-from install.agent.repair import Plugin
+from install.agent.http import Health
+from install.agent.metrics import Metrics
+from install.agent.repair import YOUNG_S, Plugin, Tally, collect
+from install.check import pods
+from install.commands import Node
+from install.conf_dir import ConfDir, Ours
+from install.conflist import Entry
+from install.host import OWN_PROC
+from install.installer import Places
+from install.pods import has_cgroup
 from tests.bed.bed import REPOSITORY
+from tests.unit.test_attachment import BLANK
 
 NETNS = "/var/run/netns/cni-1"
 SPEC = {"linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": NETNS}]}}
@@ -24,6 +40,7 @@ CRI_O = {"pid": 1, "image": "pause", "runtimeSpec": SPEC}
 
 ANNOTATIONS = {"sidecar.istio.io/status": "{}"}
 CONFLIST = Path("/etc/cni/net.d/10-pods.conflist")
+GONE = Path("/sys/fs/cgroup/no-such-pod")
 SANDBOX = Sandbox("0123", True, "shop", "cart-7d9", "u-i-d", ANNOTATIONS)
 CAPABILITIES = {"cgroupPath": True, "io.kubernetes.cri.pod-annotations": True}
 
@@ -111,3 +128,70 @@ def test_the_messages_are_made_of_the_interface_as_it_is(module: str, tmp_path: 
     subprocess.run([folder / "messages.sh", sys.executable, tmp_path], check=True)
     made = (tmp_path / "install" / "agent" / module).read_text()
     assert (folder / module).read_text() == made
+
+
+def record(node: Node, name: str, age_s: float) -> Path:
+    """An attachment of that age, of a pod whose cgroup is gone."""
+    made = BLANK._replace(container_id=name, ifname="eth0", network="pods", cgroup=str(GONE))
+    node.state.make()
+    node.state.write(made)
+    path = node.state_dir / names.ATTACHMENTS / f"{name}:eth0.json"
+    os.utime(path, (time.time() - age_s, time.time() - age_s))
+    return path
+
+
+@pytest.mark.parametrize("attached", [0, 1])
+def test_what_a_killed_runtime_leaves_goes_when_it_is_no_longer_young(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attached: int
+) -> None:
+    """Their records were made just now, and no event wakes the agent when they are older."""
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    old, young = record(node, "old", YOUNG_S + 1), record(node, "young", 0.7 * YOUNG_S)
+    known = record(node, "0123", 0)
+    tally = Tally(attached=attached)
+    collect(node, "pods", [SANDBOX], tally)
+    assert (old.exists(), young.exists(), known.exists()) == (False, True, True)
+    assert 0.2 * YOUNG_S < tally.young_s <= 0.3 * YOUNG_S + 1
+    places = Places(tmp_path, tmp_path, tmp_path, OWN_PROC)
+    settings = Settings(places, Entry({}, {}), [], [], [], (), None, None, once=True)
+    agent = Agent(node, settings, Metrics(node), Health())
+    agent._runtime = (tmp_path, 1)
+    monkeypatch.setattr(ConfDir, "ours", lambda _: Ours(CONFLIST, "pods", "1.0.0", {}))
+    monkeypatch.setattr(agent, "_child", lambda *_: json.dumps(asdict(tally)))
+    task, now = agent._sandboxes, time.monotonic()
+    assert task.run(lambda: now) is None
+    if attached:  # its own pause is shorter than that
+        assert task.due - now == task.first_pause_s
+    else:
+        assert tally.young_s < task.due - now < tally.young_s + 1
+    os.utime(young, (0, 0))
+    tally = Tally()
+    collect(node, "pods", [SANDBOX], tally)
+    assert (young.exists(), known.exists()) == (False, True)
+    task.run(lambda: now)
+    assert task.due - now == task.every_s
+
+
+def test_a_record_of_the_clocks_future_is_young_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    node, tally = Node(tmp_path / "bpffs", tmp_path / "state"), Tally()
+    record(node, "future", -10 * YOUNG_S)
+    collect(node, "pods", [], tally)
+    assert (tally.removed, tally.young_s) == (0, YOUNG_S)
+
+
+def test_a_pod_whose_cgroup_is_gone_has_lost_no_program(tmp_path: Path) -> None:
+    folder = tmp_path / "cgroup"
+    folder.mkdir()
+    there = BLANK._replace(cgroup=str(folder), inode=folder.stat().st_ino)
+    assert has_cgroup(there)
+    assert not has_cgroup(there._replace(inode=there.inode + 1))  # another pod has its path
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    record(node, "gone", 0)
+    facts = report.facts(node)
+    assert facts.gone == frozenset({BLANK.pod_id})
+    (labels,) = [tables._labels(each, facts) for each in facts.attachments]
+    assert "its cgroup is gone" in [text.plain for text in labels]
+    (pod,) = pods.recorded(facts)
+    assert (pod.state, "its cgroup is gone" in pod.why) == (pods.LOST, True)
+    labels = tables._labels(facts.attachments[0], replace(facts, gone=frozenset()))
+    assert "lost its programs" in [text.plain for text in labels]

@@ -150,3 +150,21 @@ def test_what_was_told_is_told_to_be_over_once() -> None:
         failure = task.run(clock)
         said.append((str(failure or ""), task.over))
     assert said == [("no conflist", ""), ("", ""), ("", "no conflist"), ("", "")]
+
+
+def test_work_that_knows_when_there_will_be_more() -> None:
+    """One look at that time and not before, and then as ever; a pause that is due comes first."""
+    clock, more, calm = Clock(), [200.0, None, 20.0], [True, True, False]
+
+    def work() -> bool:
+        if (again_s := more.pop(0)) is not None:
+            task.look_again(again_s)
+        return calm.pop(0)
+
+    task = Task("pods", work, every_s=900, first_pause_s=50, longest_pause_s=300)
+    due = []
+    while more:
+        task.run(clock)
+        due.append(task.due - clock.now)
+        clock.now = task.due
+    assert due == [200, 900, 50]

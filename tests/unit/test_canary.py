@@ -94,6 +94,26 @@ def test_a_mend_that_is_silenced_and_comes_back(node: Node) -> None:
     assert node.events == ["mend_lost", "mend_recovered"]
 
 
+def test_check_asks_as_the_joiner_does(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves all to the joiner."""
+    closed: list[Canary] = []
+
+    def close(each: Canary) -> None:
+        closed.append(each)
+
+    monkeypatch.setattr(Canary, "of", lambda _generation: node.canary)
+    monkeypatch.setattr(Canary, "close", close)
+    ask = canary.why_not_mended
+    assert ask(node.canary.generation) == ""
+    node.kernel.answer = 0
+    assert ask(node.canary.generation) == "it does not answer any more"
+    node.unpin()
+    assert ask(node.canary.generation) == "its pins are gone"
+    assert (node.leaves, node.events, len(closed)) == (False, [], 3)
+    monkeypatch.undo()
+    assert ask(node.canary.generation) == "its pins are gone"
+
+
 def test_pins_that_are_removed(node: Node) -> None:
     node.unpin()
     node.canary.look()

@@ -3,28 +3,40 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cni_plugin import names
-from install import exits
+from cni_plugin.state import State
+from install import canary, exits, host, report, selftest
+from install import node as program
+from install import status as tables
+from install.agent.agent import Agent, Settings
+from install.agent.http import Health
+from install.agent.metrics import Metrics
 from install.check import command, finding, kernel, pods
 from install.check import node as of_node
 from install.check.finding import Finding
 from install.check.node import Asked
 from install.commands import Node
-from install.conf_dir import Ours
+from install.conflist import Entry
 from install.generations import Generation
 from install.host import OWN_PROC
+from install.in_force import in_force
 from install.installer import Places
 from install.joiner import Passes
 from install.report import Facts, Failure
+from install.switch import Kept, Switch, keep
 from tests.unit.cases import ROOT
 from tests.unit.test_attachment import BLANK
 
@@ -40,6 +52,7 @@ WELL = Facts(
     attached=frozenset({1}),
     failures=[],
 )
+PLACES = Places(GENERATION.folder, GENERATION.folder, GENERATION.folder, OWN_PROC)
 FAILURE = Failure("c0ffee", "eth0", "shop", "late", "CgroupNotFound: none", 0)
 
 
@@ -78,10 +91,24 @@ def test_what_status_exits_with(facts: Facts, status: int) -> None:
 
 @pytest.mark.parametrize(
     ("release", "status"),
-    [("5.9.16", exits.NOT), ("5.10.0-33-amd64", exits.WELL), ("6.18.44", exits.WELL)],
+    [
+        ("5.10.0-33-amd64", exits.NOT),
+        ("6.0.19", exits.NOT),
+        ("6.1.0-37-amd64", exits.WELL),
+        ("6.18.44", exits.WELL),
+        ("10.0", exits.WELL),
+    ],
 )
 def test_kernel(release: str, status: int) -> None:
     assert kernel._version(release).status == status
+
+
+def test_the_oldest_kernel_is_the_readmes() -> None:
+    oldest = ".".join(map(str, kernel.OLDEST))
+    text = (ROOT / "README.md").read_text()
+    assert f"- Linux {oldest} or newer" in text
+    assert f"before {oldest} | `off`" in text
+    assert f"Linux {oldest} is needed" in Path(selftest.__file__).read_text()
 
 
 def test_btf_that_is_missing(tmp_path: Path) -> None:
@@ -123,10 +150,46 @@ def test_the_mend_is_missed_only_where_it_is_needed() -> None:
     assert command.excused(findings)[0].status == exits.NOT
 
 
+@pytest.mark.parametrize(
+    ("mended", "answers", "lost", "status", "says"),
+    [
+        (True, "", 0, exits.WELL, "it is mended"),
+        (True, "", 3, exits.LESS, "3 answers could not be written"),
+        (True, "it does not answer any more", 0, exits.NOT, "it does not answer any more"),
+        (True, OSError(1, "not permitted"), 0, exits.NOT, "not permitted"),
+        (False, "", None, None, ""),
+    ],
+)
+def test_whether_fionread_is_mended_where_the_mode_rests_on_it(
+    *,
+    mended: bool,
+    answers: str | OSError,
+    lost: int | None,
+    status: int | None,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def why_not(generation: Generation) -> str:
+        assert generation == GENERATION
+        if isinstance(answers, OSError):
+            raise answers
+        return answers
+
+    monkeypatch.setattr(canary, "why_not_mended", why_not)
+    (tmp_path / names.NODE_JSON).write_text(json.dumps({"mode": "full", "mended": mended}))
+    asked = Asked(Node(tmp_path, tmp_path), PLACES, (), ROOT)
+    facts = replace(WELL, lost_answers=lost)
+    found = [each for each in of_node.installed(asked, facts) if each.name == "fionread"]
+    assert [each.status for each in found] == ([] if status is None else [status])
+    assert all(says in each.found for each in found)
+
+
 def test_a_forced_mode_is_named_with_what_the_self_test_allows() -> None:
-    found = of_node._mode("mode", "proxy-only", "FIONREAD", "full")
+    found = of_node._mode("mode", "proxy-only", "FIONREAD", ("full", "the configuration"))
     assert (found.status, found.hint) == (exits.WELL, "")
-    assert found.found == "full, forced; the self-test allows proxy-only: FIONREAD"
+    said = "full, forced by the configuration; the self-test allows proxy-only: FIONREAD"
+    assert found.found == said
 
 
 class Box:
@@ -162,8 +225,8 @@ def test_every_pod_has_a_state_and_a_reason() -> None:
         Box("opted", {**mesh, names.ENABLED: "false"}),
         Box("ended", mesh, ready=False),
     ]
-    ours = Ours(Path("10.conflist"), "pods", "1.0.0", {"type": names.PLUGIN})
-    found = {each.name: each for each in [*known, *pods.others(boxes, known, ours, ("full", ""))]}
+    now = in_force(State("/no/state"), {"mode": "full"}, Path("10.conflist"))
+    found = {each.name: each for each in [*known, *pods.others(boxes, known, now)]}
     assert {name: each.state for name, each in found.items()} == {
         "fast": pods.ACCELERATED,
         "lost": pods.LOST,
@@ -183,10 +246,174 @@ def test_every_pod_has_a_state_and_a_reason() -> None:
     assert of_node._summary([found["fast"], found["plain"]], "").status == exits.WELL
 
 
-def test_an_entry_that_is_not_valid_is_said() -> None:
-    ours = Ours(Path("10.conflist"), "pods", "1.0.0", {"excludePorts": ["no-port"]})
-    with pytest.raises(ValueError, match=r"10\.conflist is not valid"):
-        pods.others([], [], ours, ("full", ""))
+def node_with(folder: Path, entry: dict[str, Any], switch: Switch | None = None) -> Asked:
+    """A node whose runtime uses this entry of ours, with the cluster's switch."""
+    state = State(str(folder / "state"))
+    state.make()
+    (folder / "state" / names.NODE_JSON).write_text('{"mode": "full"}')
+    if switch is not None:
+        keep(state, Kept(switch))
+    (folder / "net.d").mkdir()
+    ours = {"type": names.PLUGIN, "stateDir": str(folder / "state"), **entry}
+    conflist = {"cniVersion": "1.0.0", "name": "any", "plugins": [{"type": "first"}, ours]}
+    (folder / "net.d" / "10.conflist").write_text(json.dumps(conflist))
+    with socket.socket(socket.AF_UNIX) as runtime:
+        runtime.bind(str(folder / "cri.sock"))
+    node = Node(folder / "bpffs", folder / "state", folder / "net.d")
+    places = Places(folder / "net.d", folder, folder, OWN_PROC)
+    return Asked(node, places, (folder / "cri.sock",), ROOT)
+
+
+@pytest.mark.parametrize(
+    ("given", "state", "why"),
+    [
+        (({}, None), pods.WAITING, "it started without us"),
+        (({}, Switch()), pods.WAITING, "it started without us"),
+        (({}, Switch(paused=True)), pods.WAITING, "it started without us"),  # ADD takes it in
+        (({}, Switch(mode="off")), pods.LEFT_OUT, "off on this node: the cluster's switch says so"),
+        (({"mode": "full"}, Switch(mode="off")), pods.LEFT_OUT, "the cluster's switch says so"),
+        (({"mode": "off"}, Switch()), pods.LEFT_OUT, "off on this node: the configuration says so"),
+        (({"mode": "off"}, Switch(mode="auto")), pods.WAITING, "it started without us"),
+        (({}, Switch(exclude_namespaces=("shop",))), pods.LEFT_OUT, "namespace shop is excluded"),
+        (({}, Switch(exclude_namespaces=("web",))), pods.WAITING, "it started without us"),
+    ],
+)
+def test_no_pod_waits_that_the_switch_excludes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: tuple[dict[str, Any], Switch | None],
+    state: str,
+    why: str,
+) -> None:
+    asked = node_with(tmp_path, *given)
+    boxes = [Box("new", {names.SIDECAR_STATUS: "{}"})]
+    monkeypatch.setattr(pods, "sandboxes_of", lambda _socket: boxes)
+    summary, (found,) = of_node.pods(asked, report.facts(asked.node))
+    assert found.state == state
+    assert why in found.why
+    assert summary.status == (exits.LESS if state == pods.WAITING else exits.WELL)
+
+
+@pytest.mark.parametrize(
+    ("entry", "switch", "says"),
+    [
+        ({"excludePorts": ["no-port"]}, "{}", "10.conflist is not valid"),
+        ({}, "{", "the cluster's switch"),  # ADD leaves every pod alone until it is mended
+        ({}, '{"mode": "off"}', "the cluster's switch is damaged"),
+    ],
+)
+def test_an_entry_or_a_switch_that_makes_no_sense_is_said(
+    tmp_path: Path, entry: dict[str, Any], switch: str, says: str
+) -> None:
+    asked = node_with(tmp_path, entry)
+    (tmp_path / "state" / names.SWITCH_JSON).write_text(switch)
+    summary, _ = of_node.pods(asked, WELL)
+    assert summary.status == exits.LESS
+    assert says in summary.found
+
+
+BY_SWITCH = Kept(Switch(paused=True), holds_node=True)
+BY_BOTH = Kept(Switch(paused=True))
+RESUME, EDIT = "tcpip-bypass-node resume", "edit the ConfigMap tcpip-bypass-switch"
+
+
+@pytest.mark.parametrize(
+    ("kept", "by", "hints"),
+    [
+        (Kept(), ("operator",), {RESUME}),
+        (BY_SWITCH, ("switch",), {EDIT}),
+        (Kept(Switch(mode="off"), holds_node=True), ("switch",), {EDIT}),
+        (BY_BOTH, ("operator", "switch"), {RESUME, EDIT}),
+    ],
+)
+def test_each_pause_has_its_own_hint(kept: Kept, by: tuple[str, ...], hints: set[str]) -> None:
+    facts = replace(WELL, paused=True, switch=kept)
+    document = report.as_json(replace(facts, generations=[]))
+    assert document["paused_by"] == by
+    assert facts.paused_by == by
+    asked = Asked(Node(GENERATION.folder, GENERATION.folder), PLACES, (), ROOT)
+    (found,) = [each for each in of_node.installed(asked, facts) if each.name == "paused"]
+    (pod,) = pods.recorded(facts)
+    assert pod.state == pods.PAUSED
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*tables._head(facts))
+    for text in (found.hint, pod.why, console.export_text()):
+        assert {each for each in (RESUME, EDIT) if each in text} == hints
+    assert found.link == (finding.SWITCH if "switch" in by else finding.CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("kept", "by", "hint"),
+    [
+        (Kept(), ("operator",), f"{RESUME} --pod shop/cart"),
+        (Kept(Switch(exclude_namespaces=("shop",)), False, frozenset({1})), ("switch",), EDIT),
+    ],
+)
+def test_each_pause_of_a_pod_has_its_own_hint(kept: Kept, by: tuple[str, ...], hint: str) -> None:
+    facts = replace(WELL, paused_pods=frozenset({1}), switch=kept)
+    (pod,) = pods.recorded(facts)
+    assert (pod.state, pod.why.split(": ")[1].startswith(hint)) == (pods.PAUSED, True)
+    (document,) = report.as_json(replace(facts, generations=[]))["pods"]
+    assert document["paused_by"] == by
+    labels = [text.plain for text in tables._labels(facts.attachments[0], facts)]
+    assert labels[1] == ("paused by the switch" if by == ("switch",) else "paused")
+
+
+@pytest.mark.parametrize(
+    ("forced", "named", "head", "hint"),
+    [
+        (None, None, "mode proxy-only: it is", "another kernel"),
+        ("full", None, "mode full, which the configuration forces; the self-test allows", ""),
+        ("full", "off", "mode off, which the cluster's switch forces; the self-test", "ConfigMap"),
+        ("full", "auto", "mode proxy-only: it is", "another kernel"),
+        ("off", None, "mode off, which the configuration forces", "of our entry"),
+    ],
+)
+def test_the_mode_in_force_is_named(
+    forced: str | None, named: str | None, head: str, hint: str
+) -> None:
+    facts = replace(WELL, mode="proxy-only", forced=forced, switch=Kept(Switch(mode=named)))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(*tables._head(facts))
+    assert head in console.export_text()
+    found = of_node._mode("mode", facts.mode, facts.reason, facts.named_mode)
+    assert found.found.startswith(facts.mode_in_force)
+    assert found.status == exits.of_mode(facts.mode_in_force)
+    assert hint in found.hint
+    assert bool(found.hint) == bool(hint)
+
+
+@pytest.mark.parametrize(
+    ("entry", "switch", "said"),
+    [
+        ({}, None, []),
+        ({"mode": "off"}, None, ["mode is off: the configuration says so"]),
+        ({}, Switch(mode="off"), ["mode is off: the cluster's switch says so"]),
+        ({"mode": "off"}, Switch(mode="full"), []),
+        (
+            {},
+            Switch(paused=True),
+            ["all bytes go by TCP: the ConfigMap tcpip-bypass-switch says so"],
+        ),
+    ],
+)
+def test_what_readyz_remarks(
+    tmp_path: Path, entry: dict[str, Any], switch: Switch | None, said: list[str]
+) -> None:
+    asked, health = node_with(tmp_path, entry, switch), Health()
+    settings = Settings(
+        places=asked.places,
+        entry=Entry({}, {}),
+        load_options=[],
+        gc_options=[],
+        join_options=[],
+        cri_sockets=(),
+        question=None,
+        switch_dir=None,
+        once=True,
+    )
+    Agent(asked.node, settings, Metrics(asked.node), health)
+    assert health.remarks() == said
 
 
 def test_the_gravest_finding_is_the_answer() -> None:
@@ -229,6 +456,34 @@ def test_the_plugin_is_tried(tmp_path: Path) -> None:
     assert "it asks for /lib/ld-musl-x86_64.so.1" in found.found
     plugin(bin_dir, PLUGIN)
     assert of_node._runs(asked).status == exits.WELL
+
+
+def test_why_the_last_installation_was_refused_is_said(tmp_path: Path) -> None:
+    """After a withdrawal the stub stands there, and an older plugin that runs tells nothing."""
+    source, bin_dir = tmp_path / "plugin", tmp_path / "bin"
+    asked = Asked(Node(tmp_path, tmp_path), Places(tmp_path, bin_dir, source, OWN_PROC), (), ROOT)
+    plugin(source, PLUGIN)
+    plugin(bin_dir, PLUGIN)
+    facts = replace(WELL, plugin_problem="the node cannot run the plugin: no glibc")
+    (found,) = [each for each in of_node.installed(asked, facts) if each.name == "plugin runs"]
+    assert (found.status, found.found) == (exits.NOT, facts.plugin_problem)
+    (found,) = [each for each in of_node.installed(asked, WELL) if each.name == "plugin runs"]
+    assert found.status == exits.WELL
+
+
+def test_in_a_pod_the_node_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an option, as `kubectl exec ... -- tcpip-bypass-node check` is documented."""
+    monkeypatch.setattr(host, "POD_PROC", tmp_path)
+    commands = ("check", "bugreport", "install", "uninstall", "load", "estimate", "compare")
+    for mounted in (OWN_PROC, tmp_path):
+        if mounted == tmp_path:
+            (tmp_path / "1").mkdir()
+        parser = program.build_parser()
+        assert {parser.parse_args([each]).host_proc for each in commands} == {mounted}
+        given = parser.parse_args(["check", "--host-proc", "/proc"])
+        assert given.host_proc == OWN_PROC
+        assert parser.parse_args(["agent"]).host_proc == mounted
+    assert program.places_of(parser.parse_args(["check"])).files.proc == tmp_path
 
 
 def test_the_joiner_is_missed(tmp_path: Path) -> None:

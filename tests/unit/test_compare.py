@@ -7,14 +7,18 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from install import compare
+from install import compare, report
 from install.commands import Node, NodeError
 from install.compare import Comparison, Phase
+from install.report import Facts
+from install.switch import Kept, Switch
+from tests.unit.test_check import WELL
 
 
 def phase(*, paused: bool, cpu_s: float = 1.0, size: int = 1_000_000) -> Phase:
@@ -116,3 +120,25 @@ def test_a_fault_resumes(node: FakeNode) -> None:
     with pytest.raises(ZeroDivisionError):
         paused_until(node, lambda: print(1 // 0))
     assert node.generation.said == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("facts", "first"),
+    [
+        (replace(WELL, paused=True), "first tcpip-bypass-node resume"),
+        (replace(WELL, paused_pods=frozenset({1})), "first tcpip-bypass-node resume"),
+        (replace(WELL, paused_pods=frozenset({7})), "first tcpip-bypass-node resume"),  # has ended
+        (replace(WELL, paused=True, switch=Kept(Switch(paused=True), True)), "first edit the Conf"),
+        (
+            replace(WELL, paused_pods=frozenset({1}), switch=Kept(held_pods=frozenset({1}))),
+            "first edit the ConfigMap",
+        ),
+    ],
+)
+def test_a_node_that_is_paused_is_not_compared(
+    monkeypatch: pytest.MonkeyPatch, facts: Facts, first: str
+) -> None:
+    monkeypatch.setattr(report, "facts", lambda _node: facts)
+    with pytest.raises(NodeError) as raised:
+        compare._accelerated(Node(Path("/no/bpffs"), Path("/no/state")))
+    assert str(raised.value).partition("; ")[2].startswith(first)

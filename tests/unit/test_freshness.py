@@ -9,11 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from bpf.loader import PINS
+from bpf.loader import PINS, LoadError
 from cni_plugin import names
-from install import freshness
+from install import commands, freshness, log, selftest
+from install.agent import bpffs
+from install.agent.agent import Agent, Settings
+from install.agent.http import Health
+from install.agent.metrics import Metrics
 from install.commands import Node
+from install.conflist import Entry
 from install.freshness import reason_to_load
+from install.host import OWN_PROC
+from install.installer import Places
+from install.selftest import Check, Verdict
 
 
 @pytest.fixture
@@ -62,6 +70,79 @@ def test_a_pin_is_lost(node: Node, pin: str) -> None:
 def test_it_is_not_known_to_be_ours(node: Node, document: object) -> None:
     write(node, document)
     assert "gen-3" in (reason_to_load(node) or "")
+
+
+def verdict(mode: str, name: str = "order", *, is_mended: bool = False) -> Verdict:
+    check = Check(name, "", "right", "wrong", False)
+    return Verdict(mode, [f"{name}: wrong"], [check], is_mended)
+
+
+UNTRIED = verdict("off", "load")
+
+
+def test_a_selftest_that_could_not_run_is_tried_again_and_no_more(
+    node: Node, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The programs that are loaded stay, and the agent says why it tries, not another reason."""
+    assert not UNTRIED.is_final
+    verdicts = [UNTRIED, replace(UNTRIED, reasons=["load: no memory"]), verdict("proxy-only")]
+    monkeypatch.setattr(selftest, "run", lambda **_: verdicts.pop(0))
+    monkeypatch.setattr(commands, "is_bpffs", lambda _folder: True)
+    monkeypatch.setattr(commands, "Programs", lambda: pytest.fail("it would load anew"))
+    path = node.state_dir / names.NODE_JSON
+    write(node, {**json.loads(path.read_text()), "mode": "off", "reasons": ["x"], "tried": False})
+    for why in ("load: wrong", "load: no memory"):
+        commands.load(node)
+        found = "the self-test could not be carried through: " + why
+        assert reason_to_load(node) == freshness.reason_to_try(node) == found
+        assert node.state.node_mode() == ("off", why)
+        assert "of another version" not in found
+    assert freshness.reason_to_publish(node) is None
+    commands.load(node)
+    assert reason_to_load(node) is None
+    assert node.state.node_mode() == ("proxy-only", "order: wrong")
+    assert [each.number for each in node.generations.all()] == [3]
+    assert "mode proxy-only because of order: wrong" in capfd.readouterr().err
+
+
+def test_what_the_agent_says_of_it(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whether it counts as right: a task that is not is looked at later and later."""
+    places = Places(node.state_dir, node.state_dir, node.state_dir, OWN_PROC)
+    settings = Settings(places, Entry({}, {}), [], [], [], (), None, None, once=True)
+    agent, events = Agent(node, settings, Metrics(node), Health()), list[str]()
+    monkeypatch.setattr(bpffs, "mount", lambda *_: False)
+    monkeypatch.setattr(log, "info", lambda event, *_, **__: events.append(event))
+    path = node.state_dir / names.NODE_JSON
+    tried = json.loads(path.read_text())
+    after = [{**tried, "tried": False}, tried]
+    monkeypatch.setattr(agent, "_child", lambda *_: write(node, after.pop(0)))
+    write(node, {**tried, "tried": False})
+    assert [agent._keep_programs() for _ in range(3)] == [False, False, True]
+    assert events == ["trying", "trying", "loaded"]
+
+
+@pytest.mark.parametrize(
+    ("found", "lost"),
+    [
+        (verdict("full", is_mended=True), ""),  # these programs are to be mended before they load
+        (UNTRIED, PINS[0]),
+    ],
+)
+def test_a_selftest_is_not_all_that_is_missing(
+    node: Node, monkeypatch: pytest.MonkeyPatch, found: Verdict, lost: str
+) -> None:
+    def programs() -> None:
+        raise LoadError("asked for")
+
+    monkeypatch.setattr(selftest, "run", lambda **_: found)
+    monkeypatch.setattr(commands, "is_bpffs", lambda _folder: True)
+    monkeypatch.setattr(commands, "Programs", programs)
+    path = node.state_dir / names.NODE_JSON
+    write(node, {**json.loads(path.read_text()), "tried": False})
+    if lost:
+        (node.bpffs / "gen-3" / lost).unlink()
+    with pytest.raises(LoadError, match="asked for"):
+        commands.load(node)
 
 
 def test_fionread_is_to_be_left_from_now_on(node: Node) -> None:

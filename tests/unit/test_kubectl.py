@@ -139,6 +139,35 @@ def test_status_of_all_nodes(cluster: Cluster) -> None:
     assert "agent not ready" in cluster.call(paused, "status").said
 
 
+@pytest.mark.parametrize(
+    ("by", "state"),
+    [
+        (["switch"], "paused by the switch"),
+        (["operator"], "paused"),
+        (["operator", "switch"], "paused"),
+        (None, "paused"),  # an agent of an older version
+    ],
+)
+def test_a_pause_by_the_switch_is_told_from_an_operators(
+    cluster: Cluster, by: list[str] | None, state: str
+) -> None:
+    found = json.loads((RECORDED / "status-two.json").read_text())
+
+    def said() -> str:
+        rules = [nodes("a"), rule("exec", "agent-a", "status", text=json.dumps(found))]
+        return table(cluster.call(rules, "status").said)[1][1]
+
+    assert said() == "loaded"
+    found["pods"][0] |= {"paused": True, "paused_by": by} if by else {"paused": True}
+    if not by:
+        del found["pods"][0]["paused_by"]
+    assert said() == f"pods {state}"
+    found |= {"paused": True, "paused_by": by}
+    if not by:
+        del found["paused_by"]
+    assert said() == state
+
+
 def test_only_get_and_exec_are_used(cluster: Cluster) -> None:
     rules = [
         nodes("a"),
@@ -210,6 +239,28 @@ def test_explain(cluster: Cluster) -> None:
         answer = cluster.call(rules, "explain", pod)
         assert (answer.status, answer.said) == (2, "")
         assert why in answer.complained
+
+
+def test_explain_says_what_to_do_about_connections_that_did_not_fit(cluster: Cluster) -> None:
+    found = json.loads((RECORDED / "status-two.json").read_text())
+    (pod,) = [each for each in found["pods"] if each["name"] == "reviews-1"]
+
+    def said() -> str:
+        rules = [
+            nodes("b"),
+            rule("get", "pod", "reviews-1", text=json.dumps(app_pod("reviews-1", nodeName="b"))),
+            of_node("b", "check", "check"),
+            rule("exec", "agent-b", "status", text=json.dumps(found)),
+        ]
+        return cluster.call(rules, "explain", "reviews-1").said
+
+    assert "mismatch" not in said()
+    pod["hops"]["none"]["connections"] = {"no_peer": 1, "mismatch": 3}
+    assert "connections on TCP: 3 mismatch, 1 no_peer" in said()
+    (advice,) = [line for line in said().splitlines() if line.startswith("  mismatch: ")]
+    assert "dials a ClusterIP" in advice
+    assert "before its pod was taken in: restart it" in advice
+    assert advice.endswith("docs/operating.md#metrics")
 
 
 @pytest.mark.parametrize("command", ["pause", "resume"])

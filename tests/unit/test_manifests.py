@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
+import shlex
+import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -156,8 +161,57 @@ def test_the_arguments_are_the_programs_own() -> None:
 def test_the_uninstalling_command_is_the_programs_own() -> None:
     (patch,) = manifests.documents(manifests.UNINSTALL)
     (script,) = manifests.agent([patch])["args"]
-    (command,) = re.findall(r"tcpip-bypass-node ([^;]+);", script)
+    (command,) = re.findall(r"^tcpip-bypass-node (.+)$", script, re.MULTILINE)
     assert node.build_parser().parse_args(command.split()).command == "uninstall"
+
+
+def probes(objects: list[manifests.Json]) -> Iterator[manifests.Json]:
+    for container in manifests.pod_spec(objects)["containers"]:
+        yield from (probe for key, probe in container.items() if key.endswith("Probe") and probe)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_probe_takes_the_nodes_process_1_for_the_pods(name: str) -> None:
+    """With hostPID /proc/1 is the node's init, whatever runs in the pod."""
+    (patch,) = manifests.documents(manifests.UNINSTALL)
+    objects = manifests.kustomized(manifests.OVERLAYS / name)
+    uninstalling = [manifests.patched(manifests.daemonset(objects), patch)]
+    for each in (objects, uninstalling):
+        assert manifests.pod_spec(each)["hostPID"]
+        found = list(probes(each))
+        assert found
+        assert "/proc" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_pod_that_uninstalls_is_ready_once_its_node_is_clean(tmp_path: Path, status: int) -> None:
+    (patch,) = manifests.documents(manifests.UNINSTALL)
+    container = manifests.agent([patch])
+
+    def here(words: list[str]) -> list[str]:
+        return [each.replace("/dev/shm", str(tmp_path)) for each in words]
+
+    probe = here(container["readinessProbe"]["exec"]["command"])
+    assert any(str(tmp_path) in each for each in probe)
+    meanwhile = f"{shlex.join(probe)} && touch {tmp_path}/too-early\nexit {status}"
+    for name, script in (("tcpip-bypass-node", meanwhile), ("sleep", "touch at-rest")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def is_ready() -> bool:
+        return subprocess.run(probe, check=False).returncode == 0
+
+    assert not is_ready()
+    for _ in range(2):  # a container that is started again has what the first one left
+        done = subprocess.run(
+            here([*container["command"], *container["args"]]),
+            env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == status  # sleep's, or the uninstall's
+        assert is_ready() == (tmp_path / "at-rest").exists() == (status == 0)
+        assert not (tmp_path / "too-early").exists()
 
 
 def test_there_is_one_version() -> None:

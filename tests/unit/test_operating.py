@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bpf import abi
+from install import switch
 from install.agent.metrics import REPAIRS, Metrics
+from install.check import finding
 from install.commands import Node
 from tests.unit.cases import ROOT
 
@@ -77,3 +79,18 @@ def test_events() -> None:
     assert unnamed == set()
     gone = {name for name in named if not any(re.fullmatch(each, name) for each in said)}
     assert gone == set()
+
+
+def test_what_to_do_about_a_mismatch() -> None:
+    """Of its causes, the two that an operator can do something about."""
+    (row,) = [line for line in TEXT.splitlines() if line.startswith("| `mismatch` |")]
+    assert "PassthroughCluster" in row
+    assert "restart the server" in row
+
+
+def test_the_way_to_turn_it_off_everywhere() -> None:
+    text = (ROOT / "SECURITY.md").read_text().partition("everywhere")[2]
+    link = "docs/deploy.md#turn-it-off-everywhere"
+    assert link == finding.SWITCH
+    assert f"`{switch.CONFIGMAP}` ([docs/deploy.md]({link}))" in " ".join(text.split())
+    assert "`paused`" in text
