@@ -6,6 +6,7 @@ Only the node program imports this: libbcc brings 220 MB of compiler with it.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import os
@@ -391,6 +392,13 @@ class Programs:
             self.fds["tb_sk_msg"], self.fds[names.SOCKHASH], sk_msg_verdict, 0
         ):
             raise LoadError("the kernel refused to attach tb_sk_msg to the sockhash")
+
+    def close(self) -> None:
+        """Closes all file descriptors: the kernel keeps what is pinned, attached or in use."""
+        for name in self.fds.keys() - {*MAP_PINS, names.FIONREAD}:
+            os.close(self.fds.pop(name))
+        self._bpf.cleanup()  # the maps'
+        atexit.unregister(self._bpf.cleanup)
 
     def pin(self, folder: Path, obj_pin: Callable[[int, str], None]) -> None:
         """Pins programs and maps in `folder`, a new folder on a bpffs."""

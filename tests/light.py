@@ -12,7 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -145,10 +145,14 @@ def accelerated(programs: Programs | None = None, *, passes: bool = True) -> Ite
     Its sockets join as soon as they have made one exchange: passes go on all the time meanwhile,
     unless the caller means to make them.
     """
+    if programs is None:
+        with closing(Programs(LIMITS)) as made, accelerated(made, passes=passes) as pod:
+            yield pod
+        return
     folder = _mount() / f"tb-light-{os.getpid()}-{next(_numbers)}"
     folder.mkdir()
     try:
-        pod = LightPod(folder, programs or Programs(LIMITS))
+        pod = LightPod(folder, programs)
         try:
             # BlockingIOError: the test makes a pass by itself.
             with repeated(pod.visit, PASSES_S, BlockingIOError) if passes else nullcontext():

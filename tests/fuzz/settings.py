@@ -184,6 +184,7 @@ class Loopback:
             self._pod.control(self._flags)
         for _ in range(RETIRING_PASSES):
             self._pass(old.fds[VISIT])
+        old.close()
 
     def _pass(self, visit: int) -> None:
         """One pass, as soon as the new programs' are not at it."""

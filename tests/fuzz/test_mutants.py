@@ -7,6 +7,8 @@ rule; here are those that need no moment which a test cannot choose.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 
 from bpf.loader import Programs
@@ -46,6 +48,7 @@ def case_holds(programs: Programs, case: Case) -> bool:
 
 @pytest.mark.parametrize(("mutant", "case"), BREAKS, ids=name_of)
 def test_case_fails_without_the_rule(mutant: Mutant, case: Case) -> None:
-    assert case_holds(Programs(LIMITS), case)
-    programs = mutant.programs()
-    assert not all(case_holds(programs, case) for _ in range(CHANCES)), mutant.rule
+    with closing(Programs(LIMITS)) as programs:
+        assert case_holds(programs, case)
+    with closing(mutant.programs()) as programs:
+        assert not all(case_holds(programs, case) for _ in range(CHANCES)), mutant.rule

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import closing
 from pathlib import Path
 
 from bpf.loader import Programs
@@ -48,8 +49,7 @@ def left_behind() -> set[str]:
 
 def test_a_reader_that_rests_outlives_the_pins() -> None:
     before = left_behind()
-    with open_bed() as bed:
-        programs = Programs(LIMITS)
+    with open_bed() as bed, closing(Programs(LIMITS)) as programs:
         generation = Generations(bed.node.bpffs).publish(programs)
         with accelerated(programs, passes=False) as pod:
             (ready, is_ready), (go, going) = os.pipe(), os.pipe()

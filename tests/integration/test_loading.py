@@ -48,7 +48,10 @@ def test_a_refused_function_leaves_no_map_behind(monkeypatch: pytest.MonkeyPatch
     function = refused()
     monkeypatch.setattr(loader, "rdonly_cast", lambda _: function)
     again = loader.Programs(traffic_pods.LIMITS)
-    assert open_files() - before == 2 * once, (programs, again)
+    assert open_files() - before == 2 * once
+    for each in (programs, again):
+        each.close()
+    assert open_files() == before
 
 
 def test_only_the_placeholder_is_linked() -> None:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -373,7 +373,7 @@ def node(limits: Limits = LIMITS, *extra_flags: str) -> Iterator[LightNode]:
     _remove_dead()
     name = f"tl-{os.getpid()}-{next(_numbers)}"
     with ExitStack() as stack:
-        programs = Programs(limits, extra_flags)
+        programs = stack.enter_context(closing(Programs(limits, extra_flags)))
         cgroup = stack.enter_context(cgroups.made(cgroups.mount_point() / name))
         switch = stack.enter_context(netns.created(f"{name}-switch"))
         with switch.entered(), pyroute2.IPRoute() as route:
