@@ -10,6 +10,9 @@ Which one, as their sources have it:
   version. So our program is in place before our entry is, and goes after it.
 * containerd takes the first one; when that is not valid, it has no network at all until the next
   change. A later file is then not used by it, and our entry in there does no harm.
+* Of several files with one network name CRI-O keeps the first. So the file of one plugin, which its
+  owner and others look for, stays as it is: a list of our own stands right before it, with the same
+  network. It follows the file, and goes with it.
 * containerd reloads on every event in the folder but the creation of a file (syncLoop in its
   cni_conf_syncer.go). A new file that is renamed into place from *another* folder is no more than
   a creation to it; so ours are written here, under names that no runtime reads.
@@ -21,7 +24,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +37,8 @@ from install.conflist import ConfError, Conflist, Entry, Json, NotValid
 _LIST = ".conflist"
 _SINGLE = (".conf", ".json")
 _BAKED = ".cilium_bak"  # Cilium's name for a configuration that it may give back later
-_OURS = ".tcpip-bypass"  # ends the names of files that we wrote here or moved aside
+_OWN = f"-{names.PLUGIN}{_LIST}"  # ends the names of our lists: "-" sorts before "."
+_OURS = f".{names.PLUGIN}"  # ends the names of files that no runtime reads
 _WITHDRAWN = f"entry{_OURS}"  # what our entry held when it was withdrawn
 _TRIES = 5
 
@@ -86,10 +90,33 @@ class _File:
         """Raises NotValid when a runtime would not take it."""
         if self.path.is_symlink() and not self.path.exists():
             raise NotValid(f"it is a link to {self.path.readlink()}, which is not to be seen here")
-        if self.path.suffix in _SINGLE:
+        if self.is_single:
             return conflist.list_of_single(self.text, self.path.name)
-        Conflist.parse(self.text).check_valid()
+        self.chain.check_valid()
         return self.text
+
+    @property
+    def is_single(self) -> bool:
+        return self.path.suffix in _SINGLE
+
+    @property
+    def chain(self) -> Conflist:
+        """Raises NotValid when it is no list of plugins."""
+        return Conflist.parse(self.text)
+
+    @property
+    def original(self) -> Path | None:
+        """Of a list of our own: the file of one plugin that it follows. It may be gone."""
+        with contextlib.suppress(ConfError):
+            made_from = self.chain.made_from
+            if made_from and _own_name(made_from) == self.path.name.removesuffix(_BAKED):
+                return self.path.with_name(made_from)
+        return None
+
+
+def _own_name(single: str) -> str:
+    """Our list of it. No file sorts between the two that a runtime would not have preferred."""
+    return single.rpartition(".")[0] + _OWN
 
 
 @dataclass(frozen=True)
@@ -106,6 +133,8 @@ class ConfDir:
         Raises:
             OSError: something cannot be read or written, or somebody else never stops writing.
         """
+        if any(map(_first_edition, self._files((_LIST,)))):
+            self.withdraw()
         outcome = self._until_settled(lambda: self._put_in(entry, dry=False))
         if outcome.conflist and self._withdrawn.exists():
             _unlink(self._withdrawn)
@@ -131,7 +160,7 @@ class ConfDir:
         return None
 
     def take_out(self) -> Outcome:
-        """Our entry out of every configuration; one that we made into a list is itself again.
+        """Our entry out of every configuration; our own lists go.
 
         Raises:
             OSError: as with put_in; our entry may be left then.
@@ -152,13 +181,13 @@ class ConfDir:
     def _withdrawn(self) -> Path:
         return self.path / _WITHDRAWN
 
-    def _as_before(self, entry: Entry) -> Entry:
-        """The entry, with what was withdrawn."""
-        try:
-            before = json.loads(_read(self._withdrawn) or b"{}")
-        except ValueError:  # not ours, or damaged
-            return entry
-        return replace(entry, withdrawn=before) if isinstance(before, dict) else entry
+    def _as_before(self, entry: Entry, own: Iterable[_File]) -> Entry:
+        """The entry, with what was withdrawn, or stands in a list of our own that may go."""
+        chains = [file.chain for file in own]
+        found = [chain.plugins[at].value for chain in chains for at in chain.ours()]
+        with contextlib.suppress(ValueError):  # not ours, or damaged
+            found.insert(0, json.loads(_read(self._withdrawn) or b"null"))
+        return replace(entry, withdrawn=next((e for e in found if isinstance(e, dict)), {}))
 
     def _until_settled(self, change: Callable[[], Outcome]) -> Outcome:
         for _ in range(_TRIES):
@@ -179,91 +208,125 @@ class ConfDir:
                 yield _File(path, _read(path))
 
     def _put_in(self, entry: Entry, *, dry: bool) -> Outcome:
-        problems, entry = [], self._as_before(entry)
-        for file in self._files((_LIST, *_SINGLE)):
+        files = list(self._files((_LIST, *_SINGLE)))
+        own = {file.path: file for file in files if file.original}
+        problems, entry = [], self._as_before(entry, own.values())
+        used, changed = None, False
+        for file in files:
+            if file.path in own:
+                continue
+            mine = own.get(self.path / _own_name(file.path.name)) if file.is_single else file
             try:
                 before = file.as_list
             except ConfError as error:
-                problems.append(
-                    f"{file.path} is left alone: {error}; containerd uses no later file either"
-                )
-                continue
+                if mine is None or mine.original != file.path:
+                    effect = "containerd uses no later file either"
+                    problems.append(f"{file.path} is left alone: {error}; {effect}")
+                    continue
+                problems.append(f"{mine.path} is left as it was: {file.path.name}: {error}")
+                before = mine.text
             try:
-                after = conflist.with_entry(before, entry)
-                return self._written(file, after, tuple(problems), dry=dry)
+                used, changed = self._written(file, before, mine, entry, dry=dry)
             except ConfError as error:
                 changed = self._is_spared(file, dry=dry)
                 done = "no longer has our entry" if changed else "is left alone"
                 problems.append(f"{file.path} {done}: {error}")
-                return Outcome(None, changed, tuple(problems))
-        problems.append(f"there is no network configuration in {self.path} yet")
-        return Outcome(None, False, tuple(problems))
+            break
+        else:
+            problems.append(f"there is no network configuration in {self.path} yet")
+        for file in own.values():
+            if file.path != used:
+                changed |= self._let_go(file, files, dry=dry)
+        return Outcome(used, changed, tuple(problems))
 
     def _is_spared(self, file: _File, *, dry: bool) -> bool:
         """Whether our entry had to go: in the list's version we answer each ADD with an error."""
-        chain = Conflist.parse(file.as_list)
-        is_one_of_several = 0 < len(chain.ours()) < len(chain.plugins)
-        if not (is_one_of_several and chain.unknown_versions()):
+        if file.is_single:
+            return False
+        is_one_of_several = 0 < len(file.chain.ours()) < len(file.chain.plugins)
+        if not (is_one_of_several and file.chain.unknown_versions()):
             return False
         if not dry:
             _replace(file, conflist.without_entry(file.text))
         return True
 
-    def _written(self, file: _File, text: str, problems: tuple[str, ...], *, dry: bool) -> Outcome:
-        if file.path.suffix not in _SINGLE:
-            if text != file.text and not dry:
-                _replace(file, text)
-            return Outcome(file.path, text != file.text, problems)
-        as_list = file.path.with_suffix(_LIST)
-        if as_list.exists() and not self._is_made_by_us(as_list, file.path):
-            raise ConfError(f"it would become {as_list.name}, which is there already")
-        if not dry:
-            # At any moment one of the two is there and valid. (A runtime that has listed the one
-            # before it goes, and reads it after, finds no network, and reads again at once.)
-            _keep_aside(file.path)
-            _write(as_list, text, file.path.stat())
-            _check_unchanged(file)
-            _unlink(file.path)
-        return Outcome(as_list, True, problems)
+    def _written(
+        self, file: _File, before: str, mine: _File | None, entry: Entry, *, dry: bool
+    ) -> tuple[Path, bool]:
+        """The list that has our entry now, and whether it was changed: `mine`, if there is one.
 
-    def _is_made_by_us(self, as_list: Path, single: Path) -> bool:
-        there = as_list.read_bytes().decode("utf-8", "surrogateescape")
-        return _aside(single).exists() and conflist.has_entry(there)
+        Raises:
+            ConfError: the network of this file cannot have our entry.
+        """
+        after = conflist.with_entry(before, entry)
+        if mine is None:
+            path = self.path / _own_name(file.path.name)
+            if os.path.lexists(path):
+                raise ConfError(f"{path.name} is in the way, and not ours; rename or remove it")
+            if not dry:
+                _write(path, after, file.path.stat())
+                _check_unchanged(file)
+            return path, True
+        after = conflist.with_entry(conflist.made_anew(mine.text, before), entry)
+        if after != mine.text and not dry:
+            _replace(mine, after)
+            if mine is not file:
+                _check_unchanged(file)
+        return mine.path, after != mine.text
+
+    def _let_go(self, file: _File, files: list[_File], *, dry: bool) -> bool:
+        """A list of our own without our entry: as a rule, none. Returns whether it was changed.
+
+        It stays as long as its original is there and others need it: istio-cni, which has put its
+        plugin there, would wait for it for ever (getCNIConfigFilepath in cni/pkg/install of
+        istio/istio, 86c9f01). Multus' daemon names it if it was the first when that started, and
+        would fail each ADD.
+        """
+        original = file.original
+        assert original
+        others = [kind for kind in file.chain.types() if kind != names.PLUGIN]
+        is_named = any(os.fsencode(file.path.name) in other.data for other in files)
+        if not (os.path.lexists(original) and others and (is_named or len(others) > 1)):
+            if not dry:
+                _check_unchanged(file)
+                _unlink(file.path)
+            return True
+        text = file.text
+        with contextlib.suppress(ConfError):  # it stays as it was while its original is not valid
+            text = conflist.made_anew(text, _File(original, _read(original)).as_list)
+        text = conflist.without_entry(text)
+        if text != file.text and not dry:
+            _replace(file, text)
+        return text != file.text
 
     def _take_out(self, *, for_good: bool) -> Outcome:
         problems, changed = [], None
-        for file in self._files((_LIST, *_SINGLE, _BAKED)):
+        files = list(self._files((_LIST, *_SINGLE, _BAKED)))
+        for file in files:
             try:
-                if not conflist.has_entry(file.text):
+                if file.original:
+                    if self._let_go(file, files, dry=False):
+                        changed = changed or file.path
+                    continue
+                if not file.chain.ours():
                     continue
                 bare = conflist.without_entry(file.text)
             except ConfError as error:
-                if names.PLUGIN.encode() in file.data:
+                if f'"{names.PLUGIN}"'.encode() in file.data:
                     problems.append(f"{file.path} is left alone: {error}")
                 continue
-            if not self._given_back(file, bare):
+            if single := _first_edition(file):
+                _check_unchanged(file)
+                _give_back(single, file.path)
+            else:
                 _replace(file, bare)
             changed = changed or file.path
         if for_good and not problems:
             self._sweep()
         return Outcome(changed, changed is not None, tuple(problems))
 
-    def _given_back(self, file: _File, bare: str) -> bool:
-        """If we made this of another configuration and nobody touched it since: that one again."""
-        for suffix in _SINGLE:
-            original = file.path.with_suffix(suffix)
-            for kept in (_aside(original), original):
-                if not _is_list_of(bare, kept, original.name):
-                    continue
-                _check_unchanged(file)
-                if not original.exists():
-                    _rename(kept, original)
-                _unlink(file.path)
-                return True
-        return False
-
     def _sweep(self) -> None:
-        """What we moved aside or did not get to finish; by now no list needs it."""
+        """What was moved aside or not finished; by now no list needs it."""
         for path in self.path.glob(f"*{_OURS}"):
             _unlink(path)
 
@@ -277,26 +340,29 @@ def _read(path: Path) -> bytes:
 
 
 def _aside(single: Path) -> Path:
-    """Where a configuration waits that we made into a list: no runtime reads that suffix."""
+    """Where the first edition kept a file of one plugin that it had made into a list."""
     return single.with_name(single.name + _OURS)
 
 
-def _keep_aside(single: Path) -> None:
-    """Another name for it (or for the link that it is); replaces one that was kept before."""
-    staged = _staged(_aside(single))
-    staged.unlink(missing_ok=True)
-    os.link(single, staged, follow_symlinks=False)
-    _rename(staged, _aside(single))
-    staged.unlink(missing_ok=True)  # rename(2) leaves it when both are the same file already
+def _first_edition(file: _File) -> Path | None:
+    """The file of one plugin of which this list was made, if it has no more than our entry."""
+    with contextlib.suppress(ConfError):
+        if file.chain.ours():
+            bare = conflist.without_entry(file.text)
+            for single in map(file.path.with_suffix, _SINGLE):
+                kept = _read(_aside(single)).decode("utf-8", "surrogateescape")
+                if kept and conflist.is_same(bare, conflist.list_of_single(kept, single.name)):
+                    return single
+    return None
 
 
-def _is_list_of(bare: str, single: Path, name: str) -> bool:
-    """Whether the list is what a runtime makes of that configuration, and no more."""
-    try:
-        text = _read(single).decode("utf-8", "surrogateescape")
-        return conflist.is_same(bare, conflist.list_of_single(text, name))
-    except ConfError:
-        return False
+def _give_back(single: Path, as_list: Path) -> None:
+    """At any moment one of the two is there and valid. An owner's newer file stays."""
+    if not os.path.lexists(single):
+        os.link(_aside(single), single, follow_symlinks=False)
+        sync_folder(single.parent)
+    _unlink(as_list)
+    _unlink(_aside(single))
 
 
 def _check_unchanged(file: _File) -> None:

@@ -25,7 +25,8 @@ Json = dict[str, Any]
 
 CAPABILITIES = {names.CGROUP_PATH: True, names.POD_ANNOTATIONS: True}
 _ISTIO_CNI = "istio-cni"
-_MULTUS = ("multus", "multus-shim")
+_MULTUS = "multus"
+_MADE_FROM = "tcpip-bypass/made-from"  # in a list of our own: the file of the plugin in it
 _NO_VERSION = "0.1.0"  # what libcni takes a configuration without cniVersion for
 _FLAGS = ("disableCheck", "disableGC", "loadOnlyInlinedPlugins")
 _PLUGIN_KEYS = {"name": str, "cniVersion": str, "capabilities": dict, "ipam": dict, "dns": dict}
@@ -186,6 +187,11 @@ class Conflist:
         spoken = _versions(self.members)
         return max((v for v in names.CNI_VERSIONS if v in spoken), default=None)
 
+    @property
+    def made_from(self) -> str | None:
+        """Of a list of our own: the name of the file of one plugin that it follows."""
+        return str(self.members[_MADE_FROM].value) if _MADE_FROM in self.members else None
+
     def types(self) -> list[str]:
         """The plugins' types; empty for what is no plugin."""
         values = [each.value for each in self.plugins]
@@ -206,13 +212,16 @@ class Conflist:
                 f"its cniVersion is {unknown[0]}; {names.PLUGIN} can run in a chain of "
                 f"{', '.join(names.CNI_VERSIONS)}"
             )
-        for multus in set(_MULTUS) & set(self.types()):
-            # Multus writes this file anew at each start, and hands its delegates only the
-            # runtimeConfig that it knows: neither the pod's cgroup nor its annotations
-            # (RuntimeConfig in pkg/types/types.go of k8snetworkplumbingwg/multus-cni, 95a0932).
+        if _MULTUS in self.types() and not self.ours():
+            # Multus without a daemon writes this file anew at each start. The network that it
+            # delegates to is the first in a folder, by default this one: it would take a list of
+            # ours, and so call itself (getMasterConfigPath in cmd/thin_entrypoint/main.go of
+            # k8snetworkplumbingwg/multus-cni, 95a0932). Its daemon, whose plugin is multus-shim,
+            # skips names that begin with 00-multus (findMasterPlugin in pkg/server/config).
             raise ConfError(
-                f"{multus} delegates to other configurations and writes this file itself; "
-                f"write a list of {multus} and {names.PLUGIN} whose name sorts before it"
+                f"{_MULTUS} writes this file itself, and would call itself by a list of ours; if "
+                f"its --multus-autoconfig-dir is another folder, write a list of {_MULTUS} and "
+                f"{names.PLUGIN} whose name sorts before it"
             )
         if len(self.ours()) == len(self.plugins):
             raise ConfError(f"{names.PLUGIN} is the only plugin in it, and makes no interface")
@@ -243,6 +252,7 @@ def list_of_single(text: str, file_name: str) -> str:
 
     After ConfListFromConf in libcni: the plugin stays whole, name and version stand above it. A
     network without a name gets its file's, as CRI-O has it (loadNetworks in cri-o/ocicni 18fd1eb).
+    A key that no runtime knows says of which file the list is.
 
     Raises:
         NotValid: the text is not one plugin's configuration.
@@ -256,6 +266,7 @@ def list_of_single(text: str, file_name: str) -> str:
     heads = [f'"name": {named}']
     if version := members.get("cniVersion"):
         heads.append('"cniVersion": ' + text[version.start : version.end])
+    heads.append(f'"{_MADE_FROM}": {json.dumps(file_name)}')
     tail = text[start + len(body) :]
     if "\n" not in body:
         return f'{{{", ".join(heads)}, "plugins": [{body}]}}{tail}'
@@ -302,10 +313,9 @@ def _rendered(entry: Json, text: str, beside: _Value) -> str:
     return json.dumps(entry, indent=style.unit).replace("\n", style.newline + style.base)
 
 
-def _inserted(chain: Conflist, entry: Json) -> str:
-    """After istio-cni when that is there, else last."""
-    istio = [i for i, each in enumerate(chain.types()) if each.endswith(_ISTIO_CNI)]
-    beside = chain.plugins[istio[-1] if istio else -1]
+def _inserted(chain: Conflist, entry: Json, behind: int) -> str:
+    """The entry behind the plugin at that position."""
+    beside = chain.plugins[behind]
     before = chain.text[: beside.start]
     gap = before[len(before.rstrip(" \t\r\n")) :]
     if not gap and "\n" in chain.text[beside.start : beside.end]:
@@ -323,7 +333,7 @@ def _cut(chain: Conflist, position: int) -> str:
 
 
 def with_entry(text: str, entry: Entry) -> str:
-    """Our entry once, with these options, somewhere behind the plugin that makes the interface.
+    """Our entry once, with these options: behind istio-cni when that is there, else last.
 
     An entry that is there keeps its place, before or after istio-cni, and its text when it says
     the same.
@@ -342,17 +352,13 @@ def with_entry(text: str, entry: Entry) -> str:
         ours = chain.ours()
     wanted = entry.over(existing)
     if not ours:
-        return _inserted(chain, wanted)
+        istio = [i for i, each in enumerate(chain.types()) if each.endswith(_ISTIO_CNI)]
+        return _inserted(chain, wanted, istio[-1] if istio else -1)
     this = chain.plugins[ours[0]]
     if this.value == wanted:
         return chain.text
     rendered = _rendered(wanted, chain.text, this)
     return chain.text[: this.start] + rendered + chain.text[this.end :]
-
-
-def has_entry(text: str) -> bool:
-    """Raises NotValid when it is no list of plugins."""
-    return bool(Conflist.parse(text).ours())
 
 
 def without_entry(text: str) -> str:
@@ -370,7 +376,28 @@ def without_entry(text: str) -> str:
     return chain.text
 
 
+def made_anew(text: str, fresh: str) -> str:
+    """A list of our own, with its plugin as it is in the fresh one, which has no other.
+
+    What stands behind that plugin stays: our entry, and what others have put there. The text stays,
+    too, when it says the same.
+
+    Raises:
+        NotValid: one of them is no list of plugins.
+    """
+    if text == fresh:
+        return text
+    anew, old = Conflist.parse(fresh), Conflist.parse(text)
+    for each, kind in list(zip(old.plugins, old.types(), strict=True))[1:]:
+        if kind not in ("", anew.types()[0]):
+            anew = Conflist.parse(_inserted(anew, each.value, -1))
+    return text if is_same(text, anew.text) else anew.text
+
+
 def is_same(text: str, other: str) -> bool:
-    """Whether two texts are the same JSON value."""
-    same: bool = _DECODER.decode(text.strip()) == _DECODER.decode(other.strip())
-    return same
+    """Whether two lists say the same, wherever they are from. Raises NotValid."""
+    one, two = (
+        {key: each.value for key, each in _members(each).items() if key != _MADE_FROM}
+        for each in (text, other)
+    )
+    return one == two

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,27 @@ def test_a_new_file_takes_precedence(agent: Agent) -> None:
         assert plugins_in(first) == plugins_in(agent.conflist)
     finally:
         first.unlink()
+
+
+def test_a_file_of_one_plugin_is_followed(agent: Agent) -> None:
+    """It keeps its name, is rewritten in place, and goes; the list that we made of it goes then."""
+    single = agent.conf_dir / "05-other.conf"
+    ours = agent.conf_dir / "05-other-tcpip-bypass.conflist"
+    conf = {"cniVersion": "1.0.0", "name": "other", **cni.bridge(Path("/nowhere"))}
+    try:
+        for text in (json.dumps({**conf, "mtu": mtu}) for mtu in (1500, 1400)):
+            single.write_text(text)
+            agent.wait_until("followed", partial(is_made_of, ours, json.loads(text)))
+            assert plugins_in(ours) == ["bridge", "tcpip-bypass"]
+            assert single.read_text() == text
+    finally:
+        single.unlink()
+    agent.wait_until("gone", lambda: not ours.exists())
+
+
+def is_made_of(conflist: Path, plugin: Json) -> bool:
+    """Whether that plugin is the first in the list, if the list is there."""
+    return conflist.exists() and json.loads(conflist.read_text())["plugins"][0] == plugin
 
 
 def test_an_idle_agent_is_small_and_asleep(agent: Agent) -> None:

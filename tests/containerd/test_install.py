@@ -85,7 +85,7 @@ def plugins_called(bed: RuntimeBed, sandbox: str) -> list[str]:
     """The chain that the runtime ran for a sandbox, as libcni keeps it for the DEL."""
     (kept,) = (bed.node.folder / inventory.CNI_RESULTS).glob(f"{NETWORK}-{sandbox}-*")
     conf = json.loads(base64.b64decode(json.loads(kept.read_text())["config"]))
-    return [plugin["type"] for plugin in conf["plugins"]]
+    return [f"{each['type']} {each.get('mtu', '')}".rstrip() for each in conf["plugins"]]
 
 
 @contextmanager
@@ -129,12 +129,19 @@ def run_until_called(bed: RuntimeBed, name: str, expected: list[str]) -> None:
 def test_install_and_uninstall_while_pods_come_and_go(
     bed: RuntimeBed, places: Places, request: pytest.FixtureRequest
 ) -> None:
-    replaces_a_file = request.node.callspec.params["places"] == "single"
-    with always_ready(bed, but_for=0.01 * replaces_a_file), bed.pod("old", handler=PLAIN) as old:
+    removes_a_file = request.node.callspec.params["places"] == "single"
+    with (
+        always_ready(bed, but_for=0.01 * removes_a_file),
+        bed.pod("early", handler=PLAIN) as early,
+        bed.pod("old", handler=PLAIN) as old,
+    ):
         for _ in range(ROUNDS):
+            before = early.run_sandbox()
             done = installer.install(places, OURS)
             assert done.conf.conflist is not None
             run_until_called(bed, "new", ["bridge", "tcpip-bypass"])
+            assert plugins_called(bed, before) == ["bridge"]
+            early.end_sandbox(before)
             sandbox = old.run_sandbox()
             left = installer.uninstall(places, lambda: None, purge=False)
             assert left.left_stub
@@ -142,3 +149,21 @@ def test_install_and_uninstall_while_pods_come_and_go(
             run_until_called(bed, "late", ["bridge"])
             assert plugins_called(bed, sandbox) == ["bridge", "tcpip-bypass"]
             old.end_sandbox(sandbox)
+
+
+@pytest.mark.parametrize("places", ["single"], indirect=True)
+def test_owner_rewrites_its_file(bed: RuntimeBed, places: Places) -> None:
+    """In place, as Multus' daemon does: the list that the runtime uses follows at the next call."""
+    single = places.conf_dir / "10-pods.conf"
+    original = single.read_text()
+    installer.install(places, OURS)
+    run_until_called(bed, "new", ["bridge", "tcpip-bypass"])
+    with bed.pod("old", handler=PLAIN) as old:
+        sandbox = old.run_sandbox()
+        single.write_text(json.dumps({**json.loads(original), "mtu": 1400}))
+        assert installer.install(places, OURS).conf.changed
+        run_until_called(bed, "rewritten", ["bridge 1400", "tcpip-bypass"])
+        old.end_sandbox(sandbox)
+    single.write_text(original)
+    installer.uninstall(places, lambda: None, purge=True)
+    run_until_called(bed, "late", ["bridge"])

@@ -60,7 +60,11 @@ def containerd(folder: Path) -> Network | None:
 
 
 def crio(folder: Path, bin_dir: Path | None = None) -> Network | None:
-    """The first file that is valid; with a bin_dir, our plugin in it must speak its version."""
+    """The network of the first valid file, and of the files with its name the first valid one.
+
+    With a bin_dir, our plugin in a file must speak its version.
+    """
+    found: dict[str, Network] = {}
     for path in _files(folder):
         try:
             network = _load(path)
@@ -69,8 +73,8 @@ def crio(folder: Path, bin_dir: Path | None = None) -> Network | None:
         names_us = network != network.without_us()
         if bin_dir and names_us and network.version not in spoken(bin_dir / "tcpip-bypass"):
             continue
-        return network
-    return None
+        found.setdefault(network.name, network)
+    return next(iter(found.values()), None)
 
 
 def spoken(program: Path) -> list[str]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from cni_plugin import names
 from install import conflist, installer
-from install.conf_dir import ConfDir, Outcome
+from install.conf_dir import ConfDir, Ours, Outcome
 from install.conflist import ConfError, Entry
 from tests.unit import networks, runtimes
 
@@ -33,6 +33,10 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def entry_of(case: networks.Network) -> Entry:
     return installer.entry(Path(names.BPFFS), Path(names.STATE_DIR), case.options)
+
+
+def has_entry(path: Path) -> bool:
+    return bool(conflist.Conflist.parse(path.read_text()).ours())
 
 
 def stats_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -53,7 +57,6 @@ def test_case(case: networks.Network, tmp_path: Path) -> None:
         conf.path.mkdir()
         for name, content in case.before.items():
             (conf.path / name).write_bytes(content)
-    network = runtimes.crio(conf.path)
 
     stats = stats_of(conf.path)
     done = conf.put_in(entry_of(case))
@@ -63,7 +66,7 @@ def test_case(case: networks.Network, tmp_path: Path) -> None:
     assert (done.conflist and done.conflist.name) == case.uses
     for problem, text in zip(done.problems, case.problems, strict=True):
         assert text in problem
-    _check_runtimes(conf, network, case.uses)
+    after, ours = runtimes.crio(conf.path), conf.ours()
 
     stats = stats_of(conf.path)
     again = conf.put_in(entry_of(case))
@@ -73,22 +76,29 @@ def test_case(case: networks.Network, tmp_path: Path) -> None:
     conf.take_out()
     assert files_in(conf.path) == case.removed
     assert not conf.take_out().changed
+    _check_runtimes(after, ours, runtimes.crio(conf.path), case.uses)
 
 
-def _check_runtimes(conf: ConfDir, before: runtimes.Network | None, uses: str | None) -> None:
-    """The runtime's network is the one from before, with us once and not first, or not at all."""
-    after = runtimes.crio(conf.path)
+def _check_runtimes(
+    after: runtimes.Network | None,
+    ours: Ours | None,
+    without: runtimes.Network | None,
+    uses: str | None,
+) -> None:
+    """The runtime's network is the one without us, with us once and not first, or not at all.
+
+    With its name and version: they are how libcni finds the cached result for the DEL of a pod.
+    """
     if uses is None:
-        assert after == before
-        assert conf.ours() is None
+        assert after == without
+        assert ours is None
         return
     assert after is not None
-    assert before is not None
-    assert after.without_us() == before.without_us()
+    assert without is not None
+    assert after.without_us() == without.without_us()
     types = [plugin["type"] for plugin in after.plugins]
     assert types.count(names.PLUGIN) == 1
     assert types[0] != names.PLUGIN
-    ours = conf.ours()
     assert ours is not None
     assert (ours.path.name, ours.network, ours.cni_version) == (uses, after.name, after.version)
     assert ours.entry in after.plugins
@@ -148,6 +158,7 @@ def test_any_single(plugin: dict[str, Any], indent: int | None, space: str) -> N
     value = {**plugin, "name": "n", "cniVersion": "0.4.0"}
     text = space + json.dumps(value, indent=indent) + space
     as_list = json.loads(conflist.list_of_single(text, "file.conf"))
+    assert as_list.pop("tcpip-bypass/made-from") == "file.conf"
     assert as_list == {"name": "n", "cniVersion": "0.4.0", "plugins": [value]}
 
 
@@ -198,7 +209,7 @@ def test_link_is_written_through(conf: ConfDir, tmp_path: Path) -> None:
     event_before = link.lstat().st_ino
     assert conf.put_in(PLAIN).conflist == link
     assert link.readlink() == Path("../kept/real")
-    assert conflist.has_entry(target.read_text())
+    assert has_entry(target)
     assert link.lstat().st_ino != event_before, "no event in the folder that is watched"
     conf.take_out()
     assert target.read_text() == FLANNEL
@@ -211,7 +222,12 @@ def test_single_behind_a_link(conf: ConfDir, tmp_path: Path) -> None:
     link = conf.path / "10-ptp.conf"
     link.symlink_to("../single")
     done = conf.put_in(PLAIN)
-    assert done.conflist == conf.path / "10-ptp.conflist"
+    assert done.conflist == conf.path / "10-ptp-tcpip-bypass.conflist"
+    assert link.readlink() == Path("../single")
+    target.write_text(SINGLE.replace("1450", "1400"))
+    assert conf.put_in(PLAIN).changed
+    assert "1400" in done.conflist.read_text()
+    target.write_text(SINGLE)
     conf.take_out()
     assert link.readlink() == Path("../single")
     assert target.read_text() == SINGLE
@@ -252,45 +268,132 @@ def test_another_writer_is_not_overwritten(
     done = conf.put_in(PLAIN) if step == "put_in" else conf.take_out()
     assert done.changed
     assert "changed" in path.read_text()
-    assert conflist.has_entry(path.read_text()) == (step == "put_in")
+    assert has_entry(path) == (step == "put_in")
 
 
-def test_owner_changes_a_single_while_it_becomes_a_list(
-    conf: ConfDir, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_there", [False, True])
+def test_owner_changes_a_single_while_its_list_is_written(
+    conf: ConfDir, is_there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = conf.path / "10-ptp.conf"
+    path, changed = conf.path / "10-ptp.conf", SINGLE.replace("1450", "1400")
     path.write_text(SINGLE)
-    at_first_sync(monkeypatch, lambda: path.write_text(SINGLE.replace("1450", "1400")))
+    if is_there:
+        conf.put_in(PLAIN)
+        path.write_text(SINGLE.replace("1450", "1300"))
+    at_first_sync(monkeypatch, lambda: path.write_text(changed))
     done = conf.put_in(PLAIN)
     assert done.conflist is not None
     assert "1400" in done.conflist.read_text()
     conf.take_out()
-    assert files_in(conf.path) == {path.name: SINGLE.replace("1450", "1400").encode()}
+    assert files_in(conf.path) == {path.name: changed.encode()}
 
 
-def test_owner_writes_a_single_again(conf: ConfDir) -> None:
-    """It is the first one again; what we made of the older one is no more than ours to replace."""
-    path = conf.path / "10-ptp.conf"
-    for mtu in ("1450", "1400"):
-        path.write_text(SINGLE.replace("1450", mtu))
-        done = conf.put_in(PLAIN)
-        assert done.conflist is not None
-        assert mtu in done.conflist.read_text()
-        assert not path.exists()
+def test_owner_writes_a_single_again_and_again(conf: ConfDir) -> None:
+    """In place, by rename, as another plugin's, and half: each is followed at the next look."""
+    path, part = conf.path / "10-ptp.conf", conf.path / "part"
+    path.write_text(SINGLE)
+    done = conf.put_in(Entry({"scope": "all"}, {}))
+    assert done.conflist is not None
+    for text in (SINGLE.replace("1450", "1400"), SINGLE.replace("ptp", "bridge"), SINGLE):
+        path.write_text("{")
+        half, before = conf.put_in(PLAIN), files_in(conf.path)
+        assert half == Outcome(done.conflist, False, half.problems)
+        assert "left as it was: 10-ptp.conf: it is not JSON" in half.problems[0]
+        part.write_text(text)
+        part.rename(path)
+        assert conf.lacks(PLAIN)
+        assert conf.put_in(PLAIN) == Outcome(done.conflist, True, ())
+        assert files_in(conf.path).keys() == before.keys()
+        plugin, ours = json.loads(done.conflist.read_text())["plugins"]
+        assert plugin == json.loads(text)
+        assert ours["scope"] == "all"
     conf.take_out()
-    assert files_in(conf.path) == {path.name: SINGLE.replace("1450", "1400").encode()}
+    assert files_in(conf.path) == {path.name: SINGLE.encode()}
 
 
-def test_list_of_a_single_that_was_changed_stays(conf: ConfDir) -> None:
+def test_owner_takes_its_single_away_and_brings_it_again(conf: ConfDir) -> None:
+    path = conf.path / "10-ptp.conf"
+    for _ in range(2):
+        path.write_text(SINGLE)
+        assert conf.put_in(PLAIN).conflist == conf.path / "10-ptp-tcpip-bypass.conflist"
+        path.unlink()
+        assert conf.lacks(PLAIN)
+        done = conf.put_in(PLAIN)
+        assert done == Outcome(None, True, done.problems)
+        assert files_in(conf.path) == {}
+
+
+def test_owner_makes_its_single_one_that_we_cannot_serve(conf: ConfDir) -> None:
+    path = conf.path / "10-ptp.conf"
+    for wrong in (
+        '"0.2.0", "name": "pods", "type": "ptp"',
+        '"0.4.0", "name": "m", "type": "multus"',
+    ):
+        path.write_text(SINGLE)
+        conf.put_in(PLAIN)
+        path.write_text(f'{{"cniVersion": {wrong}}}')
+        assert conf.put_in(PLAIN).conflist is None
+        assert list(files_in(conf.path)) == [path.name]
+
+
+@pytest.mark.parametrize("mark", ["", "/", "..", "../10-ptp.conf", "20-ptp.conf", None, 7, {}])
+def test_list_with_the_name_of_ours_is_its_owners(conf: ConfDir, mark: object) -> None:
+    """The runtime uses it, and so do we; it is never taken for a list that we made."""
+    (conf.path / "10-ptp.conf").write_text(SINGLE)
+    path = conf.path / "10-ptp-tcpip-bypass.conflist"
+    foreign = FLANNEL.replace("{", f'{{"tcpip-bypass/made-from": {json.dumps(mark)}, ', 1)
+    path.write_text(foreign)
+    for _ in range(2):
+        assert conf.put_in(PLAIN).conflist == path
+        assert "cbr0" in path.read_text()
+    conf.take_out()
+    assert files_in(conf.path) == {path.name: foreign.encode(), "10-ptp.conf": SINGLE.encode()}
+
+
+def test_list_of_a_single_keeps_what_others_put_there(conf: ConfDir) -> None:
+    """istio-cni would wait for ever for a file of that name that has gone."""
     (conf.path / "10-ptp.conf").write_text(SINGLE)
     done = conf.put_in(PLAIN)
     assert done.conflist is not None
-    with_istio = done.conflist.read_text().replace('"plugins": [', '"plugins": [{"type": "x"}, ')
-    done.conflist.write_text(with_istio)
+    whole = json.loads(done.conflist.read_text())
+    whole["plugins"].append({"type": "istio-cni", "name": "istio-cni"})
+    done.conflist.write_text(json.dumps(whole, indent=2))  # as Go has it: a layout of its own
+    for text in (SINGLE, "{", SINGLE):
+        (conf.path / "10-ptp.conf").write_text(text)
+        assert not conf.lacks(PLAIN)
+        assert not conf.put_in(PLAIN).changed
     conf.take_out()
-    left = files_in(conf.path)
-    assert list(left) == ["10-ptp.conflist"]
-    assert [p["type"] for p in json.loads(left["10-ptp.conflist"])["plugins"]] == ["x", "ptp"]
+    left = json.loads(done.conflist.read_text())
+    assert [plugin["type"] for plugin in left["plugins"]] == ["ptp", "istio-cni"]
+    conf.put_in(PLAIN)
+    assert has_entry(done.conflist)
+    (conf.path / "10-ptp.conf").unlink()
+    conf.take_out()
+    assert files_in(conf.path) == {}
+
+
+def test_list_of_the_first_edition_that_was_changed_stays(conf: ConfDir) -> None:
+    as_list = conf.path / "10-ptp.conflist"
+    (conf.path / "10-ptp.conf.tcpip-bypass").write_text(SINGLE)
+    chain = json.loads(conflist.list_of_single(SINGLE, "10-ptp.conf"))
+    chain["plugins"] += [{"type": "tcpip-bypass"}, {"type": "x"}]
+    as_list.write_text(json.dumps(chain))
+    assert conf.put_in(PLAIN).conflist == as_list
+    conf.take_out()
+    assert list(files_in(conf.path)) == [as_list.name]
+    left = json.loads(as_list.read_text())
+    assert [plugin["type"] for plugin in left["plugins"]] == ["ptp", "x"]
+
+
+def test_lists_that_cilium_moved_aside_go(conf: ConfDir) -> None:
+    path = conf.path / "10-ptp.conf"
+    path.write_text(SINGLE)
+    done = conf.put_in(PLAIN)
+    assert done.conflist is not None
+    for each in (path, done.conflist):
+        each.rename(f"{each}.cilium_bak")
+    conf.take_out()
+    assert list(files_in(conf.path)) == ["10-ptp.conf.cilium_bak"]
 
 
 def test_entry_is_taken_out_of_a_list_that_no_runtime_takes(conf: ConfDir) -> None:

@@ -233,7 +233,8 @@ def test_program_stays_as_long_as_it_is_named(node: Node, monkeypatch: pytest.Mo
         raise OSError(30, "Read-only file system")
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "rename", refuse)
+        for call in ("rename", "unlink"):
+            patched.setattr(os, call, refuse)
         with pytest.raises(OSError, match="Read-only"):
             node.uninstall()
     network = runtimes.crio(node.places.conf_dir, node.places.bin_dir)
@@ -343,6 +344,38 @@ def test_killed_anywhere_while_uninstalling(node: Node) -> None:
         assert [path.name for path in node.places.bin_dir.iterdir()] == [names.PLUGIN]
         steps += 1
     assert steps > 8
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("node", ["10-bridge.conf"], indirect=True)
+def test_killed_anywhere_while_taking_over_from_the_first_edition(node: Node) -> None:
+    """It had made 10-bridge.conf a list, and had moved it aside."""
+    expected = runtimes.crio(node.places.conf_dir)
+    assert expected is not None
+    single = node.places.conf_dir / "10-bridge.conf"
+    before = node.files()
+    done = installer.install(node.places, Entry({"scope": "all"}, {})).conf
+    assert done.conflist is not None
+    wanted = node.files()
+    kept = single.with_name("10-bridge.conf.tcpip-bypass")
+
+    def first_edition() -> None:
+        assert done.conflist is not None
+        single.rename(kept)
+        done.conflist.rename(single.with_suffix(".conflist"))
+
+    first_edition()
+    steps = 0
+    while dying_at(steps, lambda: installer.install(node.places, PLAIN)):
+        check_has_network(node, expected)
+        installer.install(node.places, PLAIN)
+        kept.unlink(missing_ok=True)  # which no runtime reads, and uninstall sweeps
+        assert node.files() == wanted
+        first_edition()
+        steps += 1
+    assert steps > 8
+    node.uninstall()
+    assert node.files() == before
 
 
 def test_two_installs_at_once(node: Node) -> None:
