@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from install import exits
+from tests.bed import loading
 
 PROGRAM = Path(__file__).parents[2] / ".venv" / "bin" / "tcpip-bypass-node"
 TIMEOUT_S = 600  # a soak leaves a load of the programs little of the CPU, an emulator less
@@ -38,9 +40,12 @@ class NodeProgram:
         Raises:
             RuntimeError: it failed; the message holds what it said.
         """
+        return self._run([PROGRAM], command, *options)
+
+    def _run(self, program: Sequence[str | Path], command: str, *options: str) -> str:
         folders = ["--bpffs", str(self.bpffs), "--state-dir", str(self.state_dir)]
         done = subprocess.run(
-            [PROGRAM, command, *options, *folders],
+            [*program, command, *options, *folders],
             text=True,
             capture_output=True,
             timeout=TIMEOUT_S,
@@ -51,11 +56,15 @@ class NodeProgram:
             raise RuntimeError(f"tcpip-bypass-node {command}: {done.stdout}{done.stderr}")
         return done.stdout
 
+    def load(self) -> str:
+        """As call("load"), but for the self-test: this kernel is tried once (loading.py)."""
+        return self._run([sys.executable, loading.__file__], "load")
+
     @contextmanager
     def loaded(self) -> Iterator[None]:
         """The programs loaded and pinned; unloaded on leaving."""
         try:
-            self.call("load")
+            self.load()
             with self.joining():
                 yield
         finally:

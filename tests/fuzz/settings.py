@@ -257,7 +257,7 @@ class Pods:
 
     def reload(self) -> None:
         counted = self.counters()
-        self.bed.node.call("load")
+        self.bed.node.load()
         if not report.report(self._node)["older_generations"]:
             self._before = counted  # had no connection left: gone, and its counters with it
 

@@ -56,7 +56,7 @@ def test_paused(bed: Bed, metrics: Metrics) -> None:
 def test_unloaded(bed: Bed, metrics: Metrics) -> None:
     bed.node.call("unload")
     assert firing(metrics) == {"TcpipBypassNotLoaded"}
-    bed.node.call("load")
+    bed.node.load()
     assert firing(metrics) == set()
 
 

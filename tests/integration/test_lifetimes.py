@@ -575,7 +575,7 @@ def test_load_and_unload_during_transfers() -> None:
         streams.flow()
         assert sidecars() > 0
         assert not is_empty(1)
-        bed.node.call("load")
+        bed.node.load()
         assert eventually(lambda: is_empty(1))
         second = connection(8081)
         more = Streams(*second, seed=4)
@@ -585,7 +585,7 @@ def test_load_and_unload_during_transfers() -> None:
         assert {pod["generation"] for pod in status["pods"]} == {"gen-2"}
         exchange(*silent)
         new = bpf_objects.pinned(bed.node.bpffs) - old
-        bed.node.call("load")  # removes what is idle
+        bed.node.load()  # removes what is idle
         assert eventually(lambda: bpf_objects.surviving(old) == [], JOINER_S)
         more.flow()
         bed.node.call("unload")

@@ -67,7 +67,7 @@ def test_load_leaves_a_re_created_pod_to_its_new_sandbox(
 def test_load_and_unload_find_a_pod_whose_record_is_lost(bed: Bed, pod: Sandbox) -> None:
     must(pod, "ADD")
     shutil.rmtree(bed.node.state_dir / "attachments")
-    bed.node.call("load")
+    bed.node.load()
     assert pod.owners() == [pod.pod_id]
     status = bed.node.status()
     assert (status["generation"], status["older_generations"]) == (2, [])
@@ -149,7 +149,7 @@ def test_a_load_that_fails_leaves_no_generation(bed: Bed) -> None:
     node_json.unlink()
     node_json.mkdir()  # nothing can be written over it
     with pytest.raises(RuntimeError, match=r"node\.json"):
-        bed.node.call("load")
+        bed.node.load()
     assert [path.name for path in bed.node.bpffs.glob("gen-*")] == [f"gen-{before}"]
 
 
@@ -161,7 +161,7 @@ def test_load_when_the_current_generation_is_damaged(bed: Bed, lost: str) -> Non
             pin.unlink()
     if lost == ".":
         damaged.rmdir()
-    bed.node.call("load")
+    bed.node.load()
     status = bed.node.status()
     assert (status["loaded"], status["older_generations"]) == (True, [])
     assert sorted(path.name for path in bed.node.bpffs.glob("gen-*")) == [
@@ -172,7 +172,7 @@ def test_load_when_the_current_generation_is_damaged(bed: Bed, lost: str) -> Non
 def test_an_upgrade_from_a_version_that_can_only_be_paused_pauses_nothing_else(bed: Bed) -> None:
     """Version 0.1 has no map `due`. Its sockets leave as they close, paused until then."""
     (bed.node.bpffs / "current" / "due").unlink()
-    bed.node.call("load")
+    bed.node.load()
     current = Generations(bed.node.bpffs).current()
     assert current is not None
     assert current.flags() == 0

@@ -147,7 +147,7 @@ def test_another_program_on_the_cgroup_stays(pod: Sandbox) -> None:
 def test_a_new_generation_replaces_the_old_one(pod: Sandbox) -> None:
     must(pod, "ADD")
     first = State(str(pod.bed.node.state_dir)).read(pod.key)
-    pod.bed.node.call("load")
+    pod.bed.node.load()
     must(pod, "ADD")
     second = State(str(pod.bed.node.state_dir)).read(pod.key)
     assert first is not None

@@ -72,7 +72,7 @@ def test_adds_while_others_are_deleted(pods: list[Sandbox]) -> None:
 def test_programs_loaded_anew_meanwhile(pods: list[Sandbox]) -> None:
     """An ADD never fails, and ends with its pod on some generation or on the newest."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        loads = pool.submit(lambda: [pods[0].bed.node.call("load") for _ in range(2)])
+        loads = pool.submit(lambda: [pods[0].bed.node.load() for _ in range(2)])
         while not loads.done():
             calls = list(pool.map(lambda pod: pod.call("ADD"), pods))
             assert [call.document for call in calls] == [pod.result for pod in pods]

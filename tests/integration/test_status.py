@@ -238,7 +238,7 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
             check()
             sent += talk(pod, 50 * (3 - turn))
             check()
-            bed.node.call("load")
+            bed.node.load()
             check()
             sent += talk(pod, 10)
             check()
@@ -250,7 +250,7 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
     bed.node.call("unload")
     check()
     assert seen[-1]["tcpip_bypass_loaded{}"] == 0
-    bed.node.call("load")
+    bed.node.load()
     with bed.pod("last", interception=None, annotations=ACCELERATED) as pod:
         sent += talk(pod, 5)
         check()
