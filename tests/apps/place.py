@@ -27,7 +27,7 @@ from tests.bed.pod import APP, PROXY
 HopName = Literal["outbound", "inbound", "direct", "mesh"]
 HOPS: tuple[HopName, ...] = ("outbound", "inbound", "direct", "mesh")
 TWO_HOPS: tuple[HopName, ...] = ("inbound", "mesh")  # for those that others stand for on the rest
-READY_TIMEOUT_S = 60
+READY_TIMEOUT_S = 240  # for Java on an emulated CPU; a server that has ended is noticed at once
 BACKEND_PORT = 8081
 
 

@@ -53,7 +53,8 @@ class NodeProgram:
             check=False,
         )
         if done.returncode != 0 and not is_report(command, done.returncode, done.stdout):
-            raise RuntimeError(f"tcpip-bypass-node {command}: {done.stdout}{done.stderr}")
+            said = f"ended with {done.returncode}: {done.stdout}{done.stderr}"
+            raise RuntimeError(f"tcpip-bypass-node {command} {said}")
         return done.stdout
 
     def load(self) -> str:

@@ -112,38 +112,33 @@ def share(node: AppNode, application: Application, hop: HopName) -> float:
     return Bytes(after.bypassed - before.bypassed, after.by_tcp - before.by_tcp).share
 
 
-def applications() -> dict[str, object]:
+def applications(node: AppNode, mode: str) -> dict[str, object]:
     """Every application on both hops inside a pod."""
-    with opened() as node:
-        mode = bed.mode_of_kernel(node)
-        found = []
-        for name in NAMES:
-            application = APPLICATIONS[name]
-            for hop in HOPS:
-                if hop in application.hops:
-                    found.append(checked(node, application, hop, mode))
-                    print(found[-1], file=sys.stderr)
-        share_of_go = share(node, APPLICATIONS["go"], "inbound") if mode == "full" else None
+    found = []
+    for application in map(APPLICATIONS.__getitem__, NAMES):
+        for hop in HOPS:
+            if hop in application.hops:
+                found.append(checked(node, application, hop, mode))
+                print(found[-1], file=sys.stderr)
+    share_of_go = share(node, APPLICATIONS["go"], "inbound") if mode == "full" else None
     return {"mode": mode, "found": [asdict(each) for each in found], "go_share": share_of_go}
 
 
-def transfers(count: int) -> dict[str, object]:
+def transfers(node: AppNode, mode: str, count: int) -> dict[str, object]:
     """So many bodies of 50 MB down and up through nginx's proxy_pass; all compared."""
     errors, right = [], 0
-    with opened() as node:
-        mode = bed.mode_of_kernel(node)
-        with bed.served(node, APPLICATIONS["nginx-proxy"], "inbound", "bypass") as where:
-            for number in range(count // AT_ONCE):
-                size: object = BODY if number % 2 else f"echo={BODY}"
-                argv = tools.CLIENTS["http.client"](where.front.url, "check", *([size] * AT_ONCE))
-                start = time.monotonic()
-                try:
-                    where.front.client.run(argv, timeout_s=TRANSFER_S)
-                    right += AT_ONCE
-                except Exception as failure:
-                    errors.append(f"{type(failure).__name__}: {failure}")
-                print(size, f"{time.monotonic() - start:.1f} s", errors[-1:], file=sys.stderr)
-            bypassed = bed.total(node, where.pair).bypassed
+    with bed.served(node, APPLICATIONS["nginx-proxy"], "inbound", "bypass") as where:
+        for number in range(count // AT_ONCE):
+            size: object = BODY if number % 2 else f"echo={BODY}"
+            argv = tools.CLIENTS["http.client"](where.front.url, "check", *([size] * AT_ONCE))
+            start = time.monotonic()
+            try:
+                where.front.client.run(argv, timeout_s=TRANSFER_S)
+                right += AT_ONCE
+            except Exception as failure:
+                errors.append(f"{type(failure).__name__}: {failure}")
+            print(size, f"{time.monotonic() - start:.1f} s", errors[-1:], file=sys.stderr)
+        bypassed = bed.total(node, where.pair).bypassed
     return {"mode": mode, "right": right, "errors": errors, "bypassed_bytes": bypassed}
 
 
@@ -153,7 +148,10 @@ def main() -> int:
         "--transfers", type=int, default=0, metavar="N", help="by nginx, only these"
     )
     chosen = parser.parse_args()
-    print(json.dumps(transfers(chosen.transfers) if chosen.transfers else applications()))
+    with opened() as node:
+        mode, count = bed.mode_of_kernel(node), chosen.transfers
+        found = transfers(node, mode, count) if count else applications(node, mode)
+        print(json.dumps(found), flush=True)
     return 0
 
 
