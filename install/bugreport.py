@@ -8,7 +8,6 @@ credential. Its first file lists what is in it. A part that cannot be had says w
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
 import platform
@@ -220,14 +219,19 @@ def _log(node: Node) -> str:
     return "\n".join(lines[-LOG_LINES:]) + "\n" if lines else "no agent has run here\n"
 
 
+_NO_JOURNAL = "the node has no journalctl; look where its runtime writes its log\n"
+
+
 def _journal(proc: Path) -> str:
     """By the node's journalctl, of the node's journal: the pod has neither."""
     units = [f"--unit={each}" for each in ("containerd", "crio", "k3s", "k3s-agent", "kubelet")]
-    enter = None if proc == host.OWN_PROC else functools.partial(host.enter, proc)
+    argv = ["journalctl", "--quiet", "--no-pager", "--lines=500", "--grep=tcpip-bypass", *units]
+    if proc != host.OWN_PROC:
+        argv = [sys.executable, "-m", host.__name__, str(proc), *argv]
     try:
         done = subprocess.run(
-            ["journalctl", "--quiet", "--no-pager", "--lines=500", "--grep=tcpip-bypass", *units],
-            preexec_fn=enter,
+            argv,
+            cwd=Path(__file__).parents[1],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -236,9 +240,13 @@ def _journal(proc: Path) -> str:
             check=False,
         )
     except FileNotFoundError:
-        return "the node has no journalctl; look where its runtime writes its log\n"
-    except subprocess.SubprocessError as error:
-        return f"the node could not be entered by {proc}, or its journal takes too long: {error}\n"
+        return _NO_JOURNAL
+    except subprocess.TimeoutExpired as error:
+        return f"the node's journal takes too long: {error}\n"
+    if done.returncode == host.CANNOT_ENTER:
+        return f"the node could not be entered: {done.stderr}"
+    if done.returncode == host.NOT_THERE:
+        return _NO_JOURNAL
     return done.stdout or done.stderr or "nothing\n"
 
 

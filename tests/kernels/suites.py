@@ -241,9 +241,9 @@ _APPS = (f"{_BIN}/python", "-m", "tests.kernels.apps")
 _SELFTEST = (f"{_BIN}/tcpip-bypass-node", "selftest", "--json")
 
 _ALL = (
-    Suite("selftest", _SELFTEST, _selftest, 300),
-    Suite("selftest-left", (*_SELFTEST, "--fionread", "leave"), _selftest_left, 300),
-    Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 240),
+    Suite("selftest", _SELFTEST, _selftest, 900),
+    Suite("selftest-left", (*_SELFTEST, "--fionread", "leave"), _selftest_left, 900),
+    Suite("probe", (f"{_BIN}/python", "-m", "tests.kernels.probe"), _probe, 900),
     Suite("ktls", (f"{_BIN}/python", "-m", "tests.kernels.ktls"), _ktls, 120),
     Suite("memory", (f"{_BIN}/python", "-m", "tests.kernels.memory"), _memory, 180),
     Suite(
