@@ -91,8 +91,8 @@ def _selftest_left(printed: dict[str, Any]) -> Finding:
 
 
 def _probe(printed: dict[str, Any]) -> Finding:
-    sent = printed["sent_bytes"]
-    shares = {hop: printed["bypassed_bytes"].get(hop, 0) / sent for hop in ("inbound", "outbound")}
+    sent, bypassed = printed["sent_bytes"], printed["bypassed_bytes"]
+    shares = {hop: bypassed.get(hop, 0) / (sent or 1) for hop in ("inbound", "outbound")}
     summary = ", ".join(f"{hop} {share:.0%} bypassed" for hop, share in shares.items())
     agreeing = frozenset(names.MODES if all(shares.values()) else {OFF})
     ends = printed["mptcp_joined"]
