@@ -5,8 +5,8 @@
  * RULE (splice). splice(2) takes bytes from TCP's own queue alone (tcp_splice_read): it never sees
  * bypassed ones. A socket that has spliced never joins; readers that splice mostly begin with it,
  * before a connection has made the exchanges that joining takes. A member that splices for the
- * first time is seen at that moment, and leaves. Where this program cannot be attached, as under
- * lockdown, no application's socket joins (install/selftest.py).
+ * first time is seen at that moment, and leaves. Where this program cannot be attached, no
+ * application's socket joins (install/selftest.py).
  */
 
 /* Attached to the entry of tcp_splice_read(struct socket *, ...), net/ipv4/tcp.c. */

@@ -24,9 +24,9 @@ class RoundTrip:
 
 
 ROUND_TRIPS = {
-    "inbound": RoundTrip(15.8, 8.71),
-    "outbound": RoundTrip(17.0, 8.71),
-    "sidecars": RoundTrip(19.9, 8.78),
+    "inbound": RoundTrip(21.9, 15.0),
+    "outbound": RoundTrip(28.6, 13.6),
+    "sidecars": RoundTrip(26.6, 13.6),
 }
 # Hops without a sidecar were not measured by themselves: inside a pod as towards the application,
 # between two as between sidecars.
