@@ -224,7 +224,9 @@ def test_the_page_is_short_and_what_the_generator_writes() -> None:
     measured = [each for each in tables.CHAPTERS.values() if each.title in titles]
     for chapter in measured:
         assert f"## {chapter.title}\n\n{chapter.text}\n" in page
-    assert measured == list(tables.CHAPTERS.values()) or report.NOTHING in page
+    assert (
+        measured or report.NOTHING in page
+    )  # a run of some sections says of the others: not measured
     for limit in LIMITS:
         title = METRICS[limit.metric].title
         assert f"| {limit.claim} | {title} | {limit.bound} | " in page

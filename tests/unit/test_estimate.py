@@ -26,14 +26,16 @@ MESH = {names.SIDECAR_STATUS: "{}"}
 def test_figures_are_the_benchmarks() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     rows = re.findall(
-        r"^\| Round trip of 64 B, (\w+), to TCP \|.*\| (?:([\d.]+) \[.*|not measured) \|.*\|$",
+        r"^\| Round trip of 64 B, (\w+), to TCP \|.*\|"
+        r" (?:[\d.]+ \[(.*), (.*)\].*|not measured) \|.*$",
         text,
         re.MULTILINE,
     )
-    assert [hop for hop, _ in rows] == list(figures.ROUND_TRIPS)
-    measured = {hop: float(ratio) for hop, ratio in rows if ratio}
-    ours = {hop: figures.of(hop).bypass_us / figures.of(hop).tcp_us for hop in measured}
-    assert ours == pytest.approx(measured, rel=0.02)  # a ratio of medians, a median of ratios
+    assert [hop for hop, *_ in rows] == list(figures.ROUND_TRIPS)
+    for hop, least, most in rows:
+        found = figures.of(hop)
+        if least:  # a ratio of medians, and the interval of the median of the ratios
+            assert float(least) <= found.bypass_us / found.tcp_us <= float(most)
 
 
 def pod(name: str, ip: str, annotations: dict[str, str] | None = None, **conf: object) -> Pod:
@@ -236,10 +238,12 @@ def test_what_is_counted_is_what_was_sent_meanwhile(monkeypatch: pytest.MonkeyPa
     assert estimate.calls_on_node == 3
     saved = 3 * sum(figures.of(hop).saved_us for hop in ("outbound", "sidecars", "inbound"))
     assert estimate.saved_cpu("full") == pytest.approx(saved / 1e6 / 2)
-    assert estimate.saved_cpu("proxy-only") == pytest.approx(3 * 11.12 / 1e6 / 2)
+    between = figures.of("sidecars").saved_us
+    assert estimate.saved_cpu("proxy-only") == pytest.approx(3 * between / 1e6 / 2)
     text = "\n".join(command.lines(estimate, "proxy-only"))
     assert "stay on this node: 23.1%" in text
-    assert "In mode proxy-only (this node's mode): 2.6 us less for each call" in text
+    less = f"{3 / 13 * between:.1f} us less for each call"
+    assert f"In mode proxy-only (this node's mode): {less}" in text
     document = command.as_json(estimate, None)
     assert document["total"]["inbound"]["bypass"]["bytes"] == 600
 
