@@ -216,8 +216,8 @@ class Conflist:
             # Multus without a daemon writes this file anew at each start. The network that it
             # delegates to is the first in a folder, by default this one: it would take a list of
             # ours, and so call itself (getMasterConfigPath in cmd/thin_entrypoint/main.go of
-            # k8snetworkplumbingwg/multus-cni, 95a0932). Its daemon, whose plugin is multus-shim,
-            # skips names that begin with 00-multus (findMasterPlugin in pkg/server/config).
+            # k8snetworkplumbingwg/multus-cni, 95a0932). Its daemon skips names that begin
+            # with 00-multus (findMasterPlugin in pkg/server/config); its plugin is multus-shim.
             raise ConfError(
                 f"{_MULTUS} writes this file itself, and would call itself by a list of ours; if "
                 f"its --multus-autoconfig-dir is another folder, write a list of {_MULTUS} and "

@@ -75,7 +75,7 @@ class Facts:
 
     @property
     def paused_by(self) -> tuple[str, ...]:
-        """Of OPERATOR and SWITCH: each whose pause holds for the whole node."""
+        """OPERATOR, SWITCH or both, as far as their pause holds for the whole node."""
         by_switch = self.switch.switch.is_stop or (self.paused and self.switch.holds_node)
         by_operator = self.paused and not self.switch.holds_node
         return (OPERATOR,) * by_operator + (SWITCH,) * by_switch
