@@ -77,6 +77,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "SOCK_UID": ("sock", "sk_uid"),
     "SOCK_USER_DATA": ("sock", "sk_user_data"),
     "SOCK_WQ": ("sock", "sk_wq"),
+    "TASK_FLAGS": ("task_struct", "flags"),
     "TASK_STACK": ("task_struct", "stack"),
     "TCP_REQUEST_RCV_ISN": ("tcp_request_sock", "rcv_isn"),
     "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
@@ -93,6 +94,8 @@ _OFFSETS: dict[str, _Place | None] = {
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),
 }
 
+# In struct pt_regs: the number of the thread's system call.
+_CALL = {"x86_64": "orig_ax", "aarch64": "syscallno"}
 TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
@@ -117,6 +120,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     shrinks = ("net", "ipv4.sysctl_tcp_shrink_window")  # since Linux 6.5
     total = ("sk_psock", "msg_tot_len")  # since FIONREAD counts bypassed bytes, and TCP's no more
     optional = {
+        "PT_REGS_CALL": ("pt_regs", _CALL[platform.machine()]),
         "NET_TCP_SHRINK_WINDOW": shrinks if btf.has_member(*shrinks) else None,
         "PSOCK_MSG_TOT_LEN": total if btf.has_member(*total) else None,
     }
@@ -139,6 +143,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DPAGE_SIZE={resource.getpagesize()}",  # bcc's ring buffers are made of pages, too
         f"-DBIT_SOCK_DONE={btf.enumerator('sock_flags', 'SOCK_DONE')}",
+        f"-DBIT_SOCK_MEMALLOC={btf.enumerator('sock_flags', 'SOCK_MEMALLOC')}",
         f"-DBIT_SOCK_RCVTSTAMP={btf.enumerator('sock_flags', 'SOCK_RCVTSTAMP')}",
         f"-DBIT_SOCK_URGINLINE={btf.enumerator('sock_flags', 'SOCK_URGINLINE')}",
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
@@ -291,6 +296,7 @@ class Programs:
             raise LoadError(f"bcc could not build the programs for this kernel: {error}") from error
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
         self._draw_secret()
+        self._find_registers()
         self._attach_sk_msg()
         self.blind_to_splice = self._watch_splice()
 
@@ -385,6 +391,14 @@ class Programs:
     def _draw_secret(self) -> None:
         """Fills map ``secret`` (struct tb_secret, 16 bytes): only the programs ever read it."""
         bpfsys.map_update(self._map_fd("secret"), bytes(4), os.urandom(16))
+
+    def _find_registers(self) -> None:
+        """A visit notes where a thread's registers lie (bpf/data_path/short_sends.h)."""
+        try:
+            bpfsys.visit_files(self.fds[VISIT], os.getpid())
+        except OSError as error:  # the first two: before Linux 6.1, where no socket joins
+            if error.errno not in {errno.E2BIG, errno.EINVAL}:
+                raise LoadError(f"a visit to the own files failed: {error.strerror}") from error
 
     def _attach_sk_msg(self) -> None:
         sk_msg_verdict = 7  # BPF_SK_MSG_VERDICT, linux/bpf.h

@@ -19,6 +19,7 @@
  *   state        a socket's memory is written for that socket alone                    state.h
  *   readers      no socket with a reader that may sleep in recv is a member           readers.h
  *   splice       no socket that has spliced joins                                      splice.h
+ *   short sends  nor one whose sender would go on behind a hole                   short_sends.h
  *   one queue    a direction changes its path only while the old one is empty           order.h
  *   lock         no redirect waits for an application's socket lock                     order.h
  *   half-closed  from the first FIN on, TCP                                             order.h
@@ -43,6 +44,7 @@
 #include "data_path/services.h"
 #include "data_path/pairing.h"
 #include "data_path/readers.h"
+#include "data_path/short_sends.h"
 #include "data_path/unread.h"
 #include "data_path/order.h"
 #include "data_path/edge.h"
@@ -167,7 +169,11 @@ int tb_visit_file(struct bpf_iter__task_file *context)
 {
 	void *file = context->file, *meta = context->meta, *socket;
 	__u32 fd = context->fd;
+	int zero = 0;
+	__u64 *at = registers_at.lookup(&zero);
 
+	if (at && !*at)
+		tb_find_registers(at);
 	if (!file)
 		return 0;
 	socket = tb_sock_from_file(file);

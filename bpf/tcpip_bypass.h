@@ -103,7 +103,7 @@ enum tb_outcome {
 	TB_OUTCOME_NO_PEER,    /* the other end is no accelerated socket of this node */
 	TB_OUTCOME_MISMATCH,   /* sequence numbers met, addresses did not fit */
 	TB_OUTCOME_EXCLUDED,   /* a port was opted out, or the pod is proxy-only */
-	TB_OUTCOME_INELIGIBLE, /* paired, but MPTCP, ULP or SO_ZEROCOPY */
+	TB_OUTCOME_INELIGIBLE, /* paired, but MPTCP, ULP, SO_ZEROCOPY or RULE (short sends) */
 	TB_OUTCOME_BLOCKING,   /* paired, but an end's file is blocking: its reader may sleep */
 	TB_OUTCOME_OPTIONS,    /* paired, but an end set an option: tb_has_options() */
 	TB_OUTCOME_SPLICE,     /* paired, but an end has spliced from its socket */

@@ -27,6 +27,13 @@ static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outc
 		c->connections[outcome]++;
 }
 
+/* This socket must stay out of the sockhash for good. */
+static __always_inline void tb_refuse(struct tb_conn *conn, __u32 outcome)
+{
+	conn->refused = outcome;
+	tb_count_outcome(conn->me.pod_id, conn->hop, outcome);
+}
+
 static __always_inline void tb_count_membership(const struct tb_conn *conn, int joins)
 {
 	struct tb_counters *c = tb_counters_of(conn->me.pod_id, conn->hop);

@@ -30,12 +30,6 @@
 #define TB_LONELY NS_PER_S
 #define TB_MAX_WANTED 65536
 
-static __always_inline void tb_refuse(struct tb_conn *conn, __u32 outcome)
-{
-	conn->refused = outcome;
-	tb_count_outcome(conn->me.pod_id, conn->hop, outcome);
-}
-
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
 {
@@ -103,6 +97,10 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		return;
 	}
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
+	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
+	 * So the current thread is the sender, or a reader that acknowledges. */
+	if (!outcome && tb_is_owned(sk) && tb_ignores_short_sends())
+		outcome = TB_OUTCOME_INELIGIBLE;
 	if (outcome && !conn->refused)
 		tb_refuse(conn, outcome);
 	if (outcome) {
@@ -161,6 +159,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		return;
 	}
 	tb_count_membership(conn, 1);
+	if (conn->refused) /* by a callback just now */
+		tb_ring(conn->me.pod_id);
 	if (conn->peer.pod_id != conn->me.pod_id &&
 	    tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT)
 		tb_ring(conn->peer.pod_id);

@@ -223,6 +223,10 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u32 size, __u64 now)
 {
 	conn->tcp_at = now;
+	if (!conn->refused && tb_ignores_short_sends()) {
+		tb_refuse(conn, TB_OUTCOME_INELIGIBLE);
+		reason = TB_REASON_INELIGIBLE;
+	}
 	tb_count_tcp(conn, reason, size);
 	if (conn->is_behind)
 		tb_ring(conn->peer.pod_id); /* a pass makes an edge */

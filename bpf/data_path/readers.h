@@ -14,12 +14,15 @@
 
 /* Why the kernel or TCP needs this socket out of a sockhash, as an enum tb_outcome; 0: it does not.
  * MPTCP subflows in a sockhash crashed kernels. kTLS (a ULP) would have plaintext redirected. For a
- * bypassed MSG_ZEROCOPY no completion comes. */
+ * bypassed MSG_ZEROCOPY no completion comes. Block devices of the kernel (SOCK_MEMALLOC, as nbd
+ * has) use what short sends leave of msg_iter. */
 static __always_inline __u32 tb_ineligibility(__u64 sk)
 {
+	__u64 flags = tb_read64(sk + OFF_SOCK_FLAGS);
+
 	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
-	    tb_read64(sk + OFF_ICSK_ULP_OPS) ||
-	    (tb_read64(sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)))
+	    tb_read64(sk + OFF_ICSK_ULP_OPS) || (flags & (1ULL << BIT_SOCK_ZEROCOPY)) ||
+	    (flags & (1ULL << BIT_SOCK_MEMALLOC)))
 		return TB_OUTCOME_INELIGIBLE;
 	return 0;
 }

@@ -138,6 +138,7 @@ struct tb_secret {
  * due          pod id                  struct tb_due: what its connections miss without a pass
  * bell         -                       ids of pods that are due for a pass
  * fionread     0                       struct tb_fionread
+ * registers_at 0                       from the start of a thread's stack: short_sends.h
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
@@ -154,6 +155,7 @@ BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_RINGBUF_OUTPUT(bell, 1);
 BPF_ARRAY(fionread, struct tb_fionread, 1);
+BPF_ARRAY(registers_at, __u64, 1);
 
 _Static_assert(offsetof(struct tb_conn, me.id) == 0, "user space writes TB_CANARY there");
 

@@ -25,6 +25,7 @@ from bpf import abi
 from cni_plugin import names
 from install.probes import heard_by_edges
 from tests.light import CLIENT_IP, SERVER_IP, LightPod
+from tests.semantics.scenario import message_headers
 
 TIMEOUT_S = 30
 PATIENCE_S = 10
@@ -118,6 +119,19 @@ def paused_before_a_short_read(pod: LightPod) -> bool:
     pod.pause()
     ends.client.send(b"second")
     return heard_by_edges(edges, ends.server, 11) == 11
+
+
+def member_that_sends_several(pod: LightPod) -> bool:
+    """Both ends leave: after a message that TCP takes in part, sendmmsg would send the next."""
+    ends = Ends(pod)
+    texts = [ctypes.create_string_buffer(text, len(text)) for text in (b"first", b"second")]
+    pod.pause()
+    libc.sendmmsg(ends.client.fileno(), message_headers(texts), 2, 0)
+    pod.pause(False)
+    deadline = time.monotonic() + PATIENCE_S
+    while pod.total().left < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return pod.total().left == 2 and heard(ends.server, 11) == b"firstsecond"
 
 
 def reader_that_rests(pod: LightPod) -> bool:

@@ -117,6 +117,10 @@ READERS_EVER = _mutant(
     (r"if \(file && !tb_is_nonblocking\(file\)\)", "if (0)"),
     (r"if \(!tb_is_nonblocking\(conn->there\.file\)\)", "if (0)"),
 )
+SHORT_SENDS = _mutant(
+    "short sends: a thread that goes on behind a hole is not noticed",
+    (r"return tb_uses_iterator\([^;]+;", "return 0;"),
+)
 BOUND = _mutant(
     "bound: nothing stops a redirecting sender",
     (r"if \(unread > tb_bound\(&conn->peer\)\)", "if (0)"),

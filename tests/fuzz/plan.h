@@ -129,6 +129,9 @@ static inline void draw_blocking(struct dice *dice, struct plan *plan)
 			manner->reading = RECV;
 		if (manner->reading == RECV_LOWAT)
 			manner->waiting = POLL;
+		/* Nothing joins with it either. */
+		if (manner->is_nonblocking && manner->writing == SEND_MMSG && chance(dice, 800))
+			manner->writing = SEND;
 	}
 }
 

@@ -486,12 +486,10 @@ static ssize_t send_from_two(int fd, const char *data, size_t size, int several)
 
 	if (!several)
 		return writev(fd, parts, 2);
-	if (!half)
-		return send(fd, data, size, MSG_NOSIGNAL);
-	sent = sendmmsg(fd, messages, 2, MSG_NOSIGNAL);
+	sent = sendmmsg(fd, messages + !half, 1 + !!half, MSG_NOSIGNAL);
 	if (sent <= 0)
 		return sent;
-	return messages[0].msg_len + (sent > 1 ? messages[1].msg_len : 0);
+	return messages[!half].msg_len + (sent > 1 ? messages[1].msg_len : 0);
 }
 
 /* A file of its own each time: the socket takes its pages, not copies of them. */
@@ -1019,6 +1017,17 @@ static int connected(const struct plan *plan, struct slot *slot)
 	return fd;
 }
 
+/* In one segment, sent as the rest is. */
+static ssize_t send_preface(int fd, const struct plan *plan, const void *preface, size_t size)
+{
+	struct iovec part = {(void *)preface, size};
+	struct mmsghdr message = {{.msg_iov = &part, .msg_iovlen = 1}, 0};
+
+	if (plan->manner[CLIENT].writing != SEND_MMSG)
+		return send(fd, preface, size, MSG_NOSIGNAL);
+	return sendmmsg(fd, &message, 1, MSG_NOSIGNAL) == 1 ? (ssize_t)message.msg_len : -1;
+}
+
 static void *make_connections(void *argument)
 {
 	struct slot *slot = argument;
@@ -1039,7 +1048,7 @@ static void *make_connections(void *argument)
 		}
 		slot->number = number + 1;
 		set_nonblocking(fd, plan.manner[CLIENT].is_nonblocking);
-		if (send(fd, preface, sizeof(preface), MSG_NOSIGNAL) == sizeof(preface))
+		if (send_preface(fd, &plan, preface, sizeof(preface)) == sizeof(preface))
 			converse(fd, number, slot, buffer);
 		close(fd);
 		slot->port = 0;

@@ -252,6 +252,11 @@ def to_end(sock: socket.socket) -> list[object]:
         data += chunk
 
 
+def pattern(size: int) -> bytes:
+    """Bytes of which no two stretches are alike: what is lost or swapped shows in the digest."""
+    return b"".join(hashlib.sha1(b"%d" % n).digest() for n in range(size // 20 + 1))[:size]
+
+
 def message_headers(buffers: list[ctypes.Array[ctypes.c_char]]) -> ctypes.Array[ctypes.c_char]:
     """An array of struct mmsghdr, one for each buffer, for recvmmsg and sendmmsg."""
     headers = ctypes.create_string_buffer(64 * len(buffers))

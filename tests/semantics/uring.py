@@ -76,9 +76,10 @@ class Ring:
         self._submit(_OP_RECV, fd, buffer, size, flags, how=_IOSQE_ASYNC * by_worker)
         return buffer
 
-    def send(self, fd: int, data: bytes) -> None:
-        """Sends."""
-        self._submit(_OP_SEND, fd, ctypes.create_string_buffer(data, len(data)), len(data), 0)
+    def send(self, fd: int, data: bytes, flags: int = 0, by_worker: bool = False) -> None:
+        """Sends; `by_worker` as in recv()."""
+        buffer = ctypes.create_string_buffer(data, len(data))
+        self._submit(_OP_SEND, fd, buffer, len(data), flags, how=_IOSQE_ASYNC * by_worker)
 
     def poll(self, fd: int, mask: int) -> None:
         """Asks to be told of one of the events."""

@@ -80,6 +80,10 @@ struct request {
 	__u32 rcv_isn, snt_isn;
 };
 
+struct host_task {
+	__u64 stack, flags;
+};
+
 struct poll_wqueues {
 	__u64 task;
 };
@@ -125,7 +129,9 @@ struct poll_wqueues {
 #define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)
 #define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
 #define OFF_SOCK_WQ offsetof(struct host_sock, wq)
-#define OFF_TASK_STACK 0
+#define OFF_PT_REGS_CALL 0
+#define OFF_TASK_FLAGS offsetof(struct host_task, flags)
+#define OFF_TASK_STACK offsetof(struct host_task, stack)
 #define OFF_TCP_REQUEST_RCV_ISN offsetof(struct request, rcv_isn)
 #define OFF_TCP_REQUEST_SNT_ISN offsetof(struct request, snt_isn)
 #define OFF_TCP_SOCK_BYTES_ACKED offsetof(struct host_sock, bytes_acked)
@@ -148,6 +154,7 @@ struct poll_wqueues {
 #define BIT_SOCK_RCVTSTAMP 2
 #define BIT_SOCK_DONE 3
 #define BIT_SOCK_URGINLINE 4
+#define BIT_SOCK_MEMALLOC 5
 #define TB_INACTIVE_FILE 0
 #define PAGE_SIZE 4096
 #define TB_VMSTATS_APART 0
@@ -191,6 +198,8 @@ struct poll_wqueues {
 #define BPF_FUNC_get_socket_cookie host_socket_cookie
 #define BPF_FUNC_sock_from_file host_sock_from_file
 #define BPF_FUNC_ktime_get_coarse_ns bpf_ktime_get_ns
+#define BPF_FUNC_get_current_task_btf host_current_task
+#define BPF_FUNC_task_pt_regs host_registers_of
 
 #define HOST_LOWEST 4096 /* where memory begins; what a null pointer leads to reads as zero */
 #define HOST_HIGHEST (1ULL << 47)
@@ -219,6 +228,28 @@ static inline long host_probe_write_user(void *to, const void *from, __u32 size)
 static inline __u64 bpf_ktime_get_ns(void)
 {
 	return host_now;
+}
+
+/* The one thread that sends. The number of its system call lies at the end of its stack. */
+static __u64 host_stack[2];
+static __u64 host_registers_at = sizeof(__u64);
+static struct host_task host_task;
+
+static inline void *host_current_task(void)
+{
+	host_task.stack = (__u64)host_stack;
+	return &host_task;
+}
+
+static inline __u64 bpf_get_current_task(void)
+{
+	return (__u64)host_current_task();
+}
+
+static inline void *host_registers_of(void *task)
+{
+	(void)task;
+	return &host_stack[1];
 }
 
 static inline void *bpf_skc_to_tcp_sock(void *sk)

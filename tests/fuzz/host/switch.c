@@ -85,6 +85,12 @@ static __u64 *beat_of(int *index)
 	return &last_beat;
 }
 
+static __u64 *registers_of(int *index)
+{
+	(void)index;
+	return &host_registers_at;
+}
+
 static struct tb_control *control_of(int *index)
 {
 	(void)index;
@@ -131,6 +137,7 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 	sockhash.msg_redirect_hash = redirect;
 	sockhash.delete = remove_from_sockhash;
 	control.lookup = control_of;
+	registers_at.lookup = registers_of;
 	beat.lookup = beat_of;
 	due.lookup = due_of;
 	bell.ringbuf_output = ring;

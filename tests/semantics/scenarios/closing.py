@@ -17,6 +17,7 @@ from tests.semantics.scenario import (
     abort,
     attempt,
     exactly,
+    pattern,
     poll_mask,
     readable,
     recv,
@@ -25,7 +26,6 @@ from tests.semantics.scenario import (
     to_end,
 )
 from tests.semantics.scenarios.blocking import EXCLUDE
-from tests.semantics.scenarios.writing import pattern
 
 
 @scenario()

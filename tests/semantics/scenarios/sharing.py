@@ -8,8 +8,7 @@ import os
 import socket
 
 from tests.light import away_from_pods
-from tests.semantics.scenario import Background, Io, exactly, scenario, settle, to_end
-from tests.semantics.scenarios.writing import pattern
+from tests.semantics.scenario import Background, Io, exactly, pattern, scenario, settle, to_end
 
 
 @scenario()

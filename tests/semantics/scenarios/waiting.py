@@ -23,6 +23,7 @@ from tests.semantics.scenario import (
     exactly,
     exactly_by_poll,
     mask_names,
+    pattern,
     poll_mask,
     scenario,
     settle,
@@ -296,6 +297,41 @@ def io_uring_send(io: Io, ring: Ring, sender: socket.socket, receiver: socket.so
         ring.send(sender.fileno(), b"message %d" % number)
         io.log(f"completion {number}", ring.completion(PATIENCE_S))
     io.log("received", exactly_by_poll(receiver, 27))
+
+
+def send_whole(io: Io, *, by_worker: bool) -> None:
+    """Small sends and a large one, all on a ring."""
+    sender, receiver = io.pair(greet=False)
+    try:
+        ring = Ring()
+    except RingUnavailable as reason:
+        io.log("not tried", str(reason))
+        return
+    data = pattern(8 << 20)
+    with ring:
+        for _ in range(20):  # time to join, if it may
+            ring.send(sender.fileno(), b"question", by_worker=by_worker)
+            io.log("completion", ring.completion(PATIENCE_S))
+            exactly_by_poll(receiver, 8)
+            receiver.sendall(b"answer")
+            exactly_by_poll(sender, 6)
+            settle()
+        reader = Background(exactly_by_poll, receiver, len(data))
+        ring.send(sender.fileno(), data, socket.MSG_WAITALL, by_worker)
+        io.log("whole", ring.completion(PATIENCE_S))
+        io.log("received", reader.result())
+
+
+@scenario(bypassed=False)
+def io_uring_send_whole(io: Io) -> None:
+    """io_uring: sends from the first byte on, one with MSG_WAITALL larger than the send buffer"""
+    send_whole(io, by_worker=False)
+
+
+@scenario(bypassed=False)
+def io_uring_worker_sends(io: Io) -> None:
+    """io_uring: the same sends, made by a thread of the kernel (IOSQE_ASYNC)"""
+    send_whole(io, by_worker=True)
 
 
 @scenario()

@@ -20,6 +20,7 @@ from tests.semantics.scenario import (
     Background,
     Io,
     Limit,
+    Pair,
     Value,
     as_before,
     attempt,
@@ -29,6 +30,7 @@ from tests.semantics.scenario import (
     mask_names,
     message_headers,
     or_error,
+    pattern,
     poll_mask,
     recv,
     scenario,
@@ -39,11 +41,6 @@ from tests.semantics.scenarios.reading import set_timeout
 
 MSG_ZEROCOPY = 0x4000000
 MEBIBYTE = 1 << 20
-
-
-def pattern(size: int) -> bytes:
-    """Bytes of which no two stretches are alike: what is lost or swapped shows in the digest."""
-    return b"".join(hashlib.sha1(b"%d" % n).digest() for n in range(size // 20 + 1))[:size]
 
 
 @scenario()
@@ -64,6 +61,46 @@ def several_messages_sent(io: Io) -> None:
     io.log("sendmmsg", libc.sendmmsg(sender.fileno(), message_headers(texts), 3, 0))
     settle()
     io.log("received", receiver.recv(100))
+
+
+GREETINGS = 20  # time to join, if it may
+LARGE, SMALL = 200_000, 1_000
+
+
+def greeted_by_messages(io: Io, flags: int = 0) -> Pair:
+    """(sender, receiver): from its first byte on the sender sends by sendmmsg alone."""
+    sender, receiver = io.pair(greet=False)
+    texts = [ctypes.create_string_buffer(text, len(text)) for text in (b"one", b"two")]
+    for _ in range(GREETINGS):
+        libc.sendmmsg(sender.fileno(), message_headers(texts), 2, flags)
+        exactly_by_poll(receiver, 6)
+        receiver.sendall(b"answer")
+        exactly_by_poll(sender, 6)
+        settle()
+    return sender, receiver
+
+
+@scenario(bypassed=False)
+def messages_that_do_not_fit(io: Io) -> None:
+    """sendmmsg into a full send buffer, MSG_DONTWAIT: no message follows one taken in part"""
+    sender, receiver = greeted_by_messages(io)
+    reader = Background(to_end, receiver)
+    texts = [ctypes.create_string_buffer(size) for size in (LARGE, SMALL)]
+    headers = message_headers(texts)
+    lengths = [ctypes.c_uint32.from_buffer(headers, at) for at in (56, 120)]
+    in_part = followed = 0
+    deadline = time.monotonic() + PATIENCE_S
+    while in_part < 100 and time.monotonic() < deadline:
+        sent = libc.sendmmsg(sender.fileno(), headers, 2, socket.MSG_DONTWAIT)
+        if sent < 0:
+            select.select([], [sender], [], PATIENCE_S)
+        elif lengths[0].value < LARGE:
+            in_part += 1
+            followed += sent > 1
+    sender.close()
+    reader.result()
+    io.log("some were taken in part", in_part > 0)
+    io.log("and followed by the next", followed)
 
 
 @scenario()

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * Short sends.
+ *
+ * RULE (short sends). A full send buffer makes a send short. In a sockhash the kernel has by then
+ * consumed all of msg_iter (tcp_bpf_sendmsg). Most callers use the return value. sendmmsg(2) and
+ * io_uring use what is left of msg_iter, and go on behind a hole. So a socket on which a thread
+ * sends in such a way never joins, and a member leaves.
+ */
+
+#define PF_IO_WORKER                                                                               \
+	0x10 /* task_struct.flags: a thread of the kernel's that works for io_uring                \
+	      */
+
+static void *(*tb_current_task_btf)(void) = (void *)BPF_FUNC_get_current_task_btf;
+static void *(*tb_task_pt_regs)(void *task) = (void *)BPF_FUNC_task_pt_regs;
+
+/* Notes where on its stack a thread's registers lie: at one place in each. */
+static __always_inline void tb_find_registers(__u64 *at)
+{
+	void *task = tb_current_task_btf(), *registers = tb_task_pt_regs(task);
+	__u64 stack = 0, address = 0;
+
+	tb_probe_read_kernel(&stack, sizeof(stack), task + OFF_TASK_STACK);
+	tb_probe_read_kernel(&address, sizeof(address), &registers);
+	*at = address - stack;
+}
+
+/* Is this sendmmsg or io_uring_enter, by its number? The numbers of 32-bit callers name no other
+ * call that sends. Theirs may also be socketcall. */
+static __always_inline int tb_uses_iterator(__u32 call)
+{
+#ifdef __aarch64__
+	return call == 269 || call == 374 || call == 426;
+#else
+	return call == 307 || call == 345 || call == 0x4000021a || call == 102 || call == 426;
+#endif
+}
+
+/* Would the current thread, which is inside a send, go on behind a hole? */
+static __always_inline int tb_ignores_short_sends(void)
+{
+	__u64 task = bpf_get_current_task();
+	int zero = 0;
+	__u64 *at = registers_at.lookup(&zero);
+
+	if (!at || !*at || (tb_read32(task + OFF_TASK_FLAGS) & PF_IO_WORKER))
+		return 1;
+	return tb_uses_iterator(
+		tb_read32(tb_read64(task + OFF_TASK_STACK) + *at + OFF_PT_REGS_CALL));
+}
