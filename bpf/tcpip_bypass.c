@@ -64,7 +64,7 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 		sockhash.delete(&conn->me.id);
 	conn->me.id = 0;
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
-	tb_call(skops, 0);
+	tb_call(skops, TB_CALL_NEVER);
 }
 
 /*
@@ -97,6 +97,11 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 			tb_end_connection(conn);
 		return;
 	}
+	if (skops->op == BPF_SOCK_OPS_RTT_CB) {
+		if (tb_has_passed(TB_MIN_AGE, conn->since, tb_tick_ns()))
+			tb_call(skops, TB_CALL_PER_PACKET);
+		return;
+	}
 	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		return tb_use_again(skops, conn);
 	if (tb_membership(conn->state) == TB_OUT)
@@ -107,7 +112,7 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
  * the same cgroup answer RWND_INIT and the like with it. */
 int tb_sock_ops(struct bpf_sock_ops *skops)
 {
-	int is_of_socket = skops->op == BPF_SOCK_OPS_STATE_CB ||
+	int is_of_socket = skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
 			   (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB && skops->is_fullsock);
 	__u32 outcome, hop = TB_HOP_NONE;
 	struct tb_pod *pod;

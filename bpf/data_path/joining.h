@@ -24,8 +24,6 @@
  *      otherwise, 2 is next.
  */
 
-/* So long after the handshake, at least, it may join. */
-#define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
 /* How long a member waits for its peer to join. */
 #define TB_LONELY NS_PER_S
 #define TB_MAX_WANTED 65536
@@ -93,7 +91,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	if (!tb_is_paired(conn)) {
 		if (conn->exchanges > TB_SEEKING)
-			tb_call(skops, 0);
+			tb_call(skops, TB_CALL_NEVER);
 		return;
 	}
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
@@ -104,7 +102,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	if (outcome && !conn->refused)
 		tb_refuse(conn, outcome);
 	if (outcome) {
-		tb_call(skops, 0);
+		tb_call(skops, TB_CALL_NEVER);
 		return;
 	}
 	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn))

@@ -11,6 +11,9 @@
  * in the key, and the rules on addresses in tb_client_established() and tb_half_fits().
  */
 
+/* So old it is when it is first looked at, and may join. Most connections are shorter, and pay
+ * little. */
+#define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
 /* So many exchanges an unpaired client is asked for its server. */
 #define TB_SEEKING 16
 
@@ -60,7 +63,7 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	conn->moved.sent = skops->snd_nxt;
 	conn->since = tb_tick_ns();
 	tb_expect_passes(pod->id);
-	tb_call(skops, 1);
+	tb_call(skops, TB_MIN_AGE ? TB_CALL_PER_ROUND_TRIP : TB_CALL_PER_PACKET);
 	return conn;
 }
 
@@ -187,6 +190,7 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	*hop = conn->hop = tb_hop(&half.client, &conn->me);
 	half.server = conn->me;
 	halves.update(&key, &half);
+	tb_count_outcome(half.client.pod_id, *hop, TB_OUTCOME_PAIRED); /* and the own end */
 	return TB_OUTCOME_PAIRED;
 }
 
@@ -205,7 +209,6 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 	conn->peer = server;
 	conn->hop = tb_hop(&conn->me, &conn->peer);
 	halves.delete(&conn->half);
-	tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
 }
 
 static __always_inline int tb_is_paired(const struct tb_conn *conn)

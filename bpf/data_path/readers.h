@@ -5,7 +5,7 @@
  * RULE (readers). recv(2) of a socket in a sockhash waits once: a wake-up without data ends it
  * with EAGAIN (tcp_bpf_recvmsg). And splice(2) never sees bypassed bytes. So a socket is
  * not in the sockhash if its reader may sleep in recv, or splices. Its file is O_NONBLOCK at each
- * packet that it sends, from the handshake on, and at each message that is bypassed to it.
+ * packet that it sends, from TB_MIN_AGE on, and at each message that is bypassed to it.
  */
 
 #define TB_MAX_WAITERS 8

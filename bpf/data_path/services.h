@@ -82,15 +82,20 @@ static __always_inline int tb_requested(struct bpf_sock_ops *skops, __u64 reques
 	return TB_ADDR(skops, remote, &key->client);
 }
 
-/* Asks for callbacks when this socket sends a packet and when its state changes, or for none. A
- * listener of a pod that serves Services asks for its SYN-ACKs; its connections inherit that. */
-static __always_inline void tb_call(struct bpf_sock_ops *skops, int on)
-{
-	int wanted = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG;
-	int flags = skops->bpf_sock_ops_cb_flags & ~wanted;
+/* When a socket calls the programs. A listener of a pod that serves Services asks for its SYN-ACKs;
+ * its connections inherit that. */
+enum tb_calls {
+	TB_CALL_NEVER,
+	TB_CALL_PER_ROUND_TRIP = BPF_SOCK_OPS_RTT_CB_FLAG,
+	/* and when its state changes */
+	TB_CALL_PER_PACKET = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG,
+};
 
-	if (on)
-		flags |= wanted;
+static __always_inline void tb_call(struct bpf_sock_ops *skops, enum tb_calls when)
+{
+	int all = TB_CALL_PER_ROUND_TRIP | TB_CALL_PER_PACKET;
+	int flags = (skops->bpf_sock_ops_cb_flags & ~all) | when;
+
 	if (flags != skops->bpf_sock_ops_cb_flags)
 		bpf_sock_ops_cb_flags_set(skops, flags);
 }
@@ -149,9 +154,9 @@ static __always_inline void tb_serve_services(struct bpf_sock_ops *skops, const 
 	if (skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
 		tb_note_dial(skops);
 	else if (skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
-		tb_call(skops, 1);
+		tb_call(skops, TB_CALL_PER_PACKET);
 	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
-		tb_call(skops, 0);
+		tb_call(skops, TB_CALL_NEVER);
 	else if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB ||
 		 skops->op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB)
 		tb_write_option(skops, pod);

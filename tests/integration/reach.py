@@ -131,10 +131,11 @@ def visiting(bed: Bed) -> Iterator[None]:
 def join(bed: Bed, *pairs: Ends) -> int:
     """Makes these connections known well enough to join; returns how many bytes that took."""
     sent = 0
-    for _ in range(KNOWN.exchanges + 1):  # the last one may not be noted yet
+    time.sleep(2 * KNOWN.age_ms / 1000)
+    # The first one ends a round trip, and is not noted; the last one may not be noted yet.
+    for _ in range(KNOWN.exchanges + 2):
         for ends in pairs:
             sent += traffic_pods.exchange(*ends, rounds=1)
-    time.sleep(2 * KNOWN.age_ms / 1000)
     visit(bed)
     for left, right in pairs:
         sent += traffic_pods.consume(left, right) + traffic_pods.consume(right, left)
