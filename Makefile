@@ -5,7 +5,7 @@
 
 PY := .venv/bin/python
 PLUGIN := dist/tcpip-bypass/tcpip-bypass
-PLUGIN_SOURCES := build.spec conf/schema.json bpf/__init__.py bpf/abi.py $(wildcard cni_plugin/*.py)
+PLUGIN_SOURCES := build.spec conf/schema.json $(addprefix bpf/,__init__.py abi.py bpfsys.py pins.py) $(wildcard cni_plugin/*.py)
 C_SOURCES := $(wildcard bpf/*.c bpf/*.h bpf/data_path/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c tests/*/*/*.h)
 
 setup: .venv/.ready

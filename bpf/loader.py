@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bpf import bpfsys, pins
 from bpf.btf import BTFError, KernelBTF, Member
-from cni_plugin import bpfsys, names
 
 _HERE = Path(__file__).parent
 SOURCE = _HERE / "tcpip_bypass.c"
@@ -29,18 +29,18 @@ _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 VISIT = "tb_visit_file"
 WATCH = "tb_watch_splice"
 MEND = "tb_mend"  # after each of these kernel functions; the links are pinned under these names
-MENDED = dict(zip(names.MENDS, ("inet_ioctl", "inet6_ioctl"), strict=True))
-PROGRAM_PINS = {"tb_sock_ops": names.SOCK_OPS, "tb_sk_msg": names.SK_MSG, VISIT: names.VISIT}
+MENDED = dict(zip(pins.MENDS, ("inet_ioctl", "inet6_ioctl"), strict=True))
+PROGRAM_PINS = {"tb_sock_ops": pins.SOCK_OPS, "tb_sk_msg": pins.SK_MSG, VISIT: pins.VISIT}
 MAP_PINS = (
-    *(names.CONNS, "halves"),
-    *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
-    *(names.DUE, names.BELL, names.BEAT),
+    *(pins.CONNS, "halves"),
+    *(pins.PODS, pins.COUNTERS, pins.SOCKHASH, pins.CONTROL, pins.PAUSED_PODS),
+    *(pins.DUE, pins.BELL, pins.BEAT),
 )
 PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
 # What every version has pinned, so that a later one can take over its pods.
 PINS_OF_ALL = (
-    *(names.SOCK_OPS, names.SK_MSG),
-    *(names.PODS, names.COUNTERS, names.SOCKHASH, names.CONTROL, names.PAUSED_PODS),
+    *(pins.SOCK_OPS, pins.SK_MSG),
+    *(pins.PODS, pins.COUNTERS, pins.SOCKHASH, pins.CONTROL, pins.PAUSED_PODS),
 )
 
 _MODULE = "vmlinux__"
@@ -346,7 +346,7 @@ class Programs:
 
     def _watch_splice(self) -> str:
         """Why readers that splice will not be seen; empty when they will."""
-        return self._trace(WATCH, "kfunc", "tcp_splice_read", names.SPLICE_WATCH)
+        return self._trace(WATCH, "kfunc", "tcp_splice_read", pins.SPLICE_WATCH)
 
     def mend_fionread(self) -> str:
         """Why FIONREAD stays as this kernel has it; empty when it now says what TCP would."""
@@ -355,7 +355,7 @@ class Programs:
                 for attached in MENDED.keys() & self.fds:
                     os.close(self.fds.pop(attached))
                 return f"{function}: {why}"
-        self.fds[names.FIONREAD] = self._map_fd(names.FIONREAD)
+        self.fds[pins.FIONREAD] = self._map_fd(pins.FIONREAD)
         return ""
 
     def _trace(self, program_name: str, moment: str, function: str, pin: str) -> str:
@@ -403,13 +403,13 @@ class Programs:
     def _attach_sk_msg(self) -> None:
         sk_msg_verdict = 7  # BPF_SK_MSG_VERDICT, linux/bpf.h
         if self._lib.bpf_prog_attach(
-            self.fds["tb_sk_msg"], self.fds[names.SOCKHASH], sk_msg_verdict, 0
+            self.fds["tb_sk_msg"], self.fds[pins.SOCKHASH], sk_msg_verdict, 0
         ):
             raise LoadError("the kernel refused to attach tb_sk_msg to the sockhash")
 
     def close(self) -> None:
         """Closes all file descriptors: the kernel keeps what is pinned, attached or in use."""
-        for name in self.fds.keys() - {*MAP_PINS, names.FIONREAD}:
+        for name in self.fds.keys() - {*MAP_PINS, pins.FIONREAD}:
             os.close(self.fds.pop(name))
         self._bpf.cleanup()  # the maps'
         atexit.unregister(self._bpf.cleanup)

@@ -6,19 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bpf import abi
-from cni_plugin import (
-    attachment,
-    bpfsys,
-    cgroup,
-    log,
-    names,
-    netconf,
-    netns,
-    policy,
-    results,
-    schema,
-)
+from bpf import abi, bpfsys, pins
+from cni_plugin import attachment, cgroup, log, netconf, netns, policy, results, schema
 from cni_plugin.protocol import InvalidNetns
 from cni_plugin.state import Attachment, Key, State
 
@@ -152,7 +141,7 @@ def _attach(draft: Attachment, state: State, bpffs: str) -> None:
 
 
 def _program_id(generation: Generation) -> int:
-    with bpfsys.closing(generation.open(names.SOCK_OPS)) as program_fd:
+    with bpfsys.closing(generation.open(pins.SOCK_OPS)) as program_fd:
         return bpfsys.prog_info(program_fd).id
 
 

@@ -18,8 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from bpf import abi
-from cni_plugin import bpfsys, names
+from bpf import abi, bpfsys, pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +66,7 @@ class Generation(NamedTuple):
 
 def current_generation(bpffs: str) -> Generation:
     """Resolved once per call, so that a load meanwhile cannot mix two; raises NotLoaded."""
-    link = Path(bpffs) / names.CURRENT
+    link = Path(bpffs) / pins.CURRENT
     try:
         return Generation(link.parent / link.readlink().name)
     except OSError as error:
@@ -140,7 +139,7 @@ def _open_ours(prog_id: int, inode: int, stack: ExitStack) -> Attached | None:
         raise
     program = bpfsys.prog_info(fd)
     pods_fd = None
-    if program.name.startswith(names.SOCK_OPS_NAME):
+    if program.name.startswith(pins.SOCK_OPS_NAME):
         pods_fd = _pods_map(program, stack)
     if pods_fd is None:
         return None
@@ -195,8 +194,8 @@ def move(
 ) -> None:
     """Put a cgroup's record, and with it the pod, under another generation; raises OSError."""
     with (
-        bpfsys.closing(generation.open(names.SOCK_OPS)) as program_fd,
-        bpfsys.closing(generation.open(names.PODS)) as pods_fd,
+        bpfsys.closing(generation.open(pins.SOCK_OPS)) as program_fd,
+        bpfsys.closing(generation.open(pins.PODS)) as pods_fd,
     ):
         new_id = bpfsys.prog_info(program_fd).id
         if new_id not in [each.program.id for each in before]:
@@ -253,7 +252,7 @@ def forget_counters(bpffs: str, owner: int) -> None:
         return
     for generation in generations:
         try:
-            counters_fd = bpfsys.obj_get(str(generation / names.COUNTERS))
+            counters_fd = bpfsys.obj_get(str(generation / pins.COUNTERS))
         except (FileNotFoundError, NotADirectoryError):
             continue
         with bpfsys.closing(counters_fd):

@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cni_plugin import attachment, bpfsys, cgroup, log, names, netconf, schema
+from bpf import bpfsys, pins
+from cni_plugin import attachment, cgroup, log, netconf, schema
 from cni_plugin.protocol import CniError
 from cni_plugin.state import State
 
@@ -42,7 +43,7 @@ def _missing(conf: NetConf) -> list[str]:
         found.append(str(error))
     try:
         generation = attachment.current_generation(conf.bpffs)
-        for pin in (names.SOCK_OPS, names.PODS, names.COUNTERS):
+        for pin in (pins.SOCK_OPS, pins.PODS, pins.COUNTERS):
             with bpfsys.closing(generation.open(pin)):
                 pass
     except attachment.NotLoaded as error:

@@ -14,8 +14,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from bpf import abi
-from cni_plugin import bpfsys, names
+from bpf import abi, bpfsys, pins
 from install import log
 from install.generations import Generation, Generations
 from install.probes import unread_bytes
@@ -54,9 +53,9 @@ class Canary:
         """None when the generation does without the mend."""
         if not generation.is_mended():
             return None
-        pins = (*names.MENDS, names.CONTROL, names.SOCKHASH)
-        *links, control, sockhash = [bpfsys.obj_get(str(generation.folder / pin)) for pin in pins]
-        with bpfsys.closing(bpfsys.obj_get(str(generation.folder / names.CONNS))) as conns:
+        wanted = (*pins.MENDS, pins.CONTROL, pins.SOCKHASH)
+        *links, control, sockhash = [bpfsys.obj_get(str(generation.folder / pin)) for pin in wanted]
+        with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.CONNS))) as conns:
             sockets = _sockets(conns)
         return Canary(generation, generation.sock_ops_id(), links, control, sockhash, sockets)
 

@@ -207,7 +207,7 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
 
     The self-test's mode holds for them as for new pods, unless their configuration forces one.
     """
-    pins = attachment.Generation(generation.folder)
+    current = attachment.Generation(generation.folder)
     states = {record.pod_id: record for record in node.attachments()}
     for pod in attached_cgroups(ours):
         record = pod.record
@@ -219,11 +219,11 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
             record.flags |= abi.POD_PROXY_ONLY
         if record.id in states:
             moved = states[record.id]._replace(
-                prog_id=generation.sock_ops_id(), generation=pins.name, flags=record.flags
+                prog_id=generation.sock_ops_id(), generation=current.name, flags=record.flags
             )
             node.state.write(moved)
         try:
-            attachment.move(pod.fd, pod.inode, pod.programs, pins, record)
+            attachment.move(pod.fd, pod.inode, pod.programs, current, record)
         except OSError as error:
             log.warning(
                 "pod_not_moved",

@@ -19,9 +19,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpf import abi
+from bpf import abi, bpfsys, pins
 from bpf.loader import PINS, PINS_OF_ALL, Programs
-from cni_plugin import bpfsys, names
 
 _NAME = re.compile(r"gen-\d+")
 _STAGED = "next"  # bpffs refuses names with a dot
@@ -50,17 +49,17 @@ class Generation:
 
     def sock_ops_id(self) -> int:
         """The kernel's ID of the pinned sock_ops program."""
-        with opened(self.folder / names.SOCK_OPS) as fd:
+        with opened(self.folder / pins.SOCK_OPS) as fd:
             return bpfsys.prog_info(fd).id
 
     def flags(self) -> int:
         """The control flags, abi.CONTROL_*."""
-        with opened(self.folder / names.CONTROL) as fd:
+        with opened(self.folder / pins.CONTROL) as fd:
             raw = bpfsys.map_lookup(fd, bytes(4), ctypes.sizeof(abi.Control))
         return int(abi.Control.from_buffer_copy(raw).flags)
 
     def set_flags(self, flags: int) -> None:
-        with opened(self.folder / names.CONTROL) as fd:
+        with opened(self.folder / pins.CONTROL) as fd:
             bpfsys.map_update(fd, bytes(4), bytes(abi.Control(flags, 0)))
 
     def set_paused(self, paused: bool) -> None:
@@ -75,13 +74,13 @@ class Generation:
 
     def paused_pods(self) -> set[int]:
         """The IDs of the pods all of whose bytes go by TCP."""
-        with opened(self.folder / names.PAUSED_PODS) as fd:
+        with opened(self.folder / pins.PAUSED_PODS) as fd:
             return {int.from_bytes(key, sys.byteorder) for key in bpfsys.map_keys(fd, 8)}
 
     def set_paused_pods(self, pod_ids: set[int]) -> None:
         """Pauses these pods and no others; the programs look them up only if there are any."""
         before = self.paused_pods()
-        with opened(self.folder / names.PAUSED_PODS) as fd:
+        with opened(self.folder / pins.PAUSED_PODS) as fd:
             for pod_id in pod_ids - before:
                 bpfsys.map_update(fd, pod_id.to_bytes(8, sys.byteorder), _ONE)
             others = self.flags() & ~abi.CONTROL_PODS_PAUSED
@@ -91,17 +90,17 @@ class Generation:
 
     def is_mended(self) -> bool:
         """Whether FIONREAD of its sockets is mended: the links are pinned."""
-        return all((self.folder / pin).exists() for pin in names.MENDS)
+        return all((self.folder / pin).exists() for pin in pins.MENDS)
 
     def lost_answers(self) -> int:
         """How many answers to FIONREAD the mend could not write."""
-        with opened(self.folder / names.FIONREAD) as fd:
+        with opened(self.folder / pins.FIONREAD) as fd:
             raw = bpfsys.map_lookup(fd, bytes(4), ctypes.sizeof(abi.Fionread))
         return int(abi.Fionread.from_buffer_copy(raw).lost)
 
     def has_sockets(self) -> bool:
         """Whether any socket is still in this generation's sockhash."""
-        with opened(self.folder / names.SOCKHASH) as fd:
+        with opened(self.folder / pins.SOCKHASH) as fd:
             return not bpfsys.map_is_empty(fd)
 
     def remove(self) -> None:
@@ -130,7 +129,7 @@ class Generations:
 
     def current(self) -> Generation | None:
         """What the link names, whether or not it is there."""
-        link = self.root / names.CURRENT
+        link = self.root / pins.CURRENT
         return Generation(self.root / link.readlink()) if link.is_symlink() else None
 
     def publish(self, programs: Programs) -> Generation:
@@ -147,7 +146,7 @@ class Generations:
             staged = self.root / _STAGED
             staged.unlink(missing_ok=True)
             staged.symlink_to(generation.folder.name)
-            staged.rename(self.root / names.CURRENT)
+            staged.rename(self.root / pins.CURRENT)
         except BaseException:
             shutil.rmtree(generation.folder, ignore_errors=True)
             raise
@@ -155,7 +154,7 @@ class Generations:
 
     def withdraw(self) -> None:
         """No current generation any more: from here on ADD passes pods through."""
-        (self.root / names.CURRENT).unlink(missing_ok=True)
+        (self.root / pins.CURRENT).unlink(missing_ok=True)
 
     def remove_idle(self, attached: set[int]) -> None:
         """Removes old generations without sockets, and incomplete ones.

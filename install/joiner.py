@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from bpf import abi
-from cni_plugin import bpfsys, names
+from bpf import abi, bpfsys, pins
+from cni_plugin import names
 from install import canary, log, whole_file
 from install.canary import Canary
 from install.generations import Generation, Generations
@@ -40,7 +40,7 @@ FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 FORGET_S = 60.0  # how often pods that are no more are forgotten
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
-_PINS = (names.VISIT, names.DUE, names.BEAT)
+_PINS = (pins.VISIT, pins.DUE, pins.BEAT)
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
@@ -82,7 +82,7 @@ class Opened:
     @staticmethod
     def of(generation: Generation) -> Opened:
         visit, due, beat = (bpfsys.obj_get(str(generation.folder / pin)) for pin in _PINS)
-        with bpfsys.closing(bpfsys.obj_get(str(generation.folder / names.BELL))) as bell:
+        with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.BELL))) as bell:
             return Opened(generation, visit, due, beat, Bell(bell), Canary.of(generation))
 
     def show_life(self) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from cni_plugin import bpfsys, names
+from bpf import bpfsys, pins
 from install import log, passes
 from install.generations import Generation, opened
 from install.passes import PassTimeout, Runner
@@ -33,7 +33,7 @@ def empty(generation: Generation, folders: Iterable[Path], patience_s: float = P
     deadline = time.monotonic() + patience_s
     pods, runner = set(folders), Runner()
     try:
-        with opened(generation.folder / names.VISIT) as visit:
+        with opened(generation.folder / pins.VISIT) as visit:
             while generation.has_sockets():
                 if time.monotonic() > deadline:
                     return False
@@ -74,8 +74,8 @@ def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
     if not generation.is_whole():
         return
     with (
-        opened(generation.folder / names.VISIT) as visit,
-        opened(generation.folder / names.SOCKHASH) as sockhash,
+        opened(generation.folder / pins.VISIT) as visit,
+        opened(generation.folder / pins.SOCKHASH) as sockhash,
     ):
         child = os.fork()
         if not child:

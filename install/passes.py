@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cni_plugin import bpfsys, cgroup
+from bpf import bpfsys
+from cni_plugin import cgroup
 
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
 MOST_LEFT = 4  # so many at once; then no new pass until one has ended

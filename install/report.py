@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bpf import abi, stats
+from bpf import abi, bpfsys, pins, stats
 from bpf.stats import HopCounters
-from cni_plugin import bpfsys, names
+from cni_plugin import names
 from cni_plugin.state import Attachment
 from install import VERSION, exits, in_force, pauses
 from install import switch as switches
@@ -176,7 +176,7 @@ def counters(generations: Iterable[Generation], pod_ids: Iterable[int]) -> Readi
     for generation in generations:
         with (
             contextlib.suppress(FileNotFoundError),
-            opened(generation.folder / names.COUNTERS) as fd,
+            opened(generation.folder / pins.COUNTERS) as fd,
         ):
             map_id = bpfsys.map_info(fd).id
             lookup = functools.partial(bpfsys.map_lookup, fd)

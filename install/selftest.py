@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bpf import abi, stats
+from bpf import abi, bpfsys, pins, stats
 from bpf.loader import VISIT, Limits, LoadError, Programs
-from cni_plugin import bpfsys, cgroup, names
+from cni_plugin import cgroup, names
 from install import passes
 from install.probes import PROBES
 
@@ -248,7 +248,7 @@ def _accelerated(programs: Programs, folder: Path) -> Iterator[None]:
         pod = abi.Pod(id=POD_ID, ip_count=1)
         pod.ip[0].word[3] = POD_ID
         key = abi.CgroupStorageKey(folder.stat().st_ino, bpfsys.CGROUP_SOCK_OPS, 0)
-        bpfsys.map_update(programs.fds[names.PODS], bytes(key), bytes(pod))
+        bpfsys.map_update(programs.fds[pins.PODS], bytes(key), bytes(pod))
         try:
             with _passes(programs.fds[VISIT], folder):
                 yield
@@ -272,6 +272,6 @@ def _passes(visit: int, folder: Path) -> Iterator[None]:
 
 def _counters(programs: Programs) -> stats.HopCounters:
     def lookup(key: bytes, size: int) -> bytes:
-        return bpfsys.map_lookup(programs.fds[names.COUNTERS], key, size)
+        return bpfsys.map_lookup(programs.fds[pins.COUNTERS], key, size)
 
     return sum(stats.pod_counters(POD_ID, lookup).values(), stats.HopCounters())

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from bpf import abi, loader, stats
+from bpf import abi, bpfsys, loader, pins, stats
 from bpf.loader import Limits, Programs
-from cni_plugin import bpfsys, cgroup, names
+from cni_plugin import cgroup, names
 from install.passes import repeated, visit_pod
 
 CLIENT_IP = "127.0.0.6"
@@ -47,7 +47,7 @@ class LightPod:
         key = abi.CgroupStorageKey(self.folder.stat().st_ino, bpfsys.CGROUP_SOCK_OPS, 0)
         with bpfsys.closing(os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)) as folder:
             bpfsys.prog_attach(self.programs.fds["tb_sock_ops"], folder)
-        bpfsys.map_update(self.programs.fds[names.PODS], bytes(key), bytes(pod))
+        bpfsys.map_update(self.programs.fds[pins.PODS], bytes(key), bytes(pod))
 
     def detach(self) -> None:
         """New connections are left alone; open ones stay as they are."""
@@ -71,7 +71,7 @@ class LightPod:
     def control(self, flags: int) -> None:
         """Sets the switch of the running programs, abi.CONTROL_*."""
         control = bytes(abi.Control(flags, 0))
-        bpfsys.map_update(self.programs.fds[names.CONTROL], bytes(4), control)
+        bpfsys.map_update(self.programs.fds[pins.CONTROL], bytes(4), control)
 
     def visit(self) -> None:
         """One pass over its processes."""
@@ -92,7 +92,7 @@ class LightPod:
 
     def counters(self) -> dict[str, stats.HopCounters]:
         """What the running programs have counted for this pod, by hop."""
-        lookup = functools.partial(bpfsys.map_lookup, self.programs.fds[names.COUNTERS])
+        lookup = functools.partial(bpfsys.map_lookup, self.programs.fds[pins.COUNTERS])
         return stats.pod_counters(self.id, lookup)
 
     def total(self) -> stats.HopCounters:

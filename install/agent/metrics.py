@@ -29,9 +29,9 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from bpf import abi
+from bpf import abi, bpfsys, pins
 from bpf.stats import HopCounters
-from cni_plugin import bpfsys, names
+from cni_plugin import names
 from install import VERSION, freshness, log, report
 from install.commands import Node
 from install.generations import Generation, opened
@@ -234,7 +234,7 @@ def _sockets(generation: Generation) -> tuple[int, int] | None:
     start, which might never end while connections come and go fast: so many steps at most.
     """
     try:
-        with opened(generation.folder / names.SOCKHASH) as fd:
+        with opened(generation.folder / pins.SOCKHASH) as fd:
             lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
             facts = dict(line.split(":\t", 1) for line in lines)
             limit, key_size = int(facts["max_entries"]), int(facts["key_size"])

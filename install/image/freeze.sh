@@ -74,7 +74,7 @@ freeze() {
 	rm -rf "$root/src"
 	mkdir -p "$root/src/bpf"
 	cp -r "$repository/build.spec" "$repository/conf" "$repository/cni_plugin" "$root/src/"
-	cp "$repository/bpf/__init__.py" "$repository/bpf/abi.py" "$root/src/bpf/"
+	(cd "$repository/bpf" && cp __init__.py abi.py bpfsys.py pins.py "$root/src/bpf/")
 	chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 HOME=/root \
 		PYTHONPATH=/opt/freeze PYTHONDONTWRITEBYTECODE=1 \
 		sh -c 'cd /src && exec python3 -m PyInstaller --noconfirm --log-level WARN build.spec' \

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cni_plugin import bpfsys
+from bpf import bpfsys
 
 
 @dataclass(frozen=True)

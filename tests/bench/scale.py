@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cni_plugin import bpfsys
+from bpf import bpfsys
 from tests.bed import Bed, bpf_objects, cc, cgroups, ends, netns, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop

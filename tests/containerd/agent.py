@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bpf import pins
 from cni_plugin import names
 from install.conf_dir import ConfDir
 from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY
@@ -208,6 +209,6 @@ class Agent:
 
     def generations(self) -> list[str]:
         """The pinned generations, and last where `current` leads."""
-        current = self.bpffs / names.CURRENT
+        current = self.bpffs / pins.CURRENT
         found = sorted(path.name for path in self.bpffs.glob("gen-*"))
         return [*found, current.readlink().name] if current.is_symlink() else found

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pyroute2
 
-from cni_plugin import bpfsys, names
+from bpf import bpfsys, pins
+from cni_plugin import names
 from tests.containerd.cri import Cri
 from tests.containerd.node import Node, folders_in
 
@@ -68,7 +69,7 @@ def _counters(node: Node) -> list[str]:
     """The generations of our programs that still count for some pod."""
     bpffs = Path(f"/proc/{node.holder}/root{names.BPFFS}")
     found = []
-    for pin in bpffs.glob(f"gen-*/{names.COUNTERS}"):
+    for pin in bpffs.glob(f"gen-*/{pins.COUNTERS}"):
         with bpfsys.closing(bpfsys.obj_get(str(pin))) as fd:
             if not bpfsys.map_is_empty(fd):
                 found.append(pin.parent.name)

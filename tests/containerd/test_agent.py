@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+from bpf import pins
 from cni_plugin import attachment, names
 from cni_plugin.state import Key, State
 from install.agent import bpffs
@@ -38,7 +39,7 @@ from tests.containerd.bed import PLAIN, Pod, RuntimeBed, open_bare_bed
 from tests.containerd.inventory import attached
 from tests.containerd.traffic import Report, Traffic
 
-OURS = [names.SOCK_OPS_NAME]
+OURS = [pins.SOCK_OPS_NAME]
 REWRITES, REWRITE_EVERY_S = 50, 0.2
 CHURN_AT_ONCE = 3
 PATIENCE_S = 60

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cni_plugin import names
+from bpf import pins
 from tests.containerd.bed import AT_ONCE, BYPASS, PLAIN, RuntimeBed
 from tests.containerd.containerd import CniCalls
 from tests.containerd.cri import CriError
@@ -95,7 +95,7 @@ def live(bed: RuntimeBed, chain: str, name: str) -> Life:
             began = time.monotonic()
             sandbox = pod.run_sandbox()
             run_s = time.monotonic() - began
-            accelerated = attached(pod.cgroup) == [names.SOCK_OPS_NAME]
+            accelerated = attached(pod.cgroup) == [pins.SOCK_OPS_NAME]
             began = time.monotonic()
             pod.end_sandbox(sandbox)
             end_s = time.monotonic() - began

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
-from cni_plugin import names
+from bpf import pins
 from tests.containerd.bed import Pod, RuntimeBed
 from tests.containerd.cri import CriError
 from tests.containerd.inventory import attached
@@ -30,7 +30,7 @@ def test_pods_outlive_containerd(bed: RuntimeBed) -> None:
         bed.containerd.start()
         for pod, sandbox in zip(pods, sandboxes):
             assert bed.cri.sandbox_status(sandbox).ready
-            assert attached(pod.cgroup) == [names.SOCK_OPS_NAME]
+            assert attached(pod.cgroup) == [pins.SOCK_OPS_NAME]
             pod.end_sandbox(sandbox)
             assert attached(pod.cgroup) == []
 
@@ -66,7 +66,7 @@ def kill_again_and_again(bed: RuntimeBed, calls_of: Callable[[list[Pod]], Calls]
             assert owners_of_records(bed) == set()
             bed.remove_what_containerd_forgot()
             run_all(pods, attempt=1)
-            assert [attached(pod.cgroup) for pod in pods] == [[names.SOCK_OPS_NAME]] * PODS
+            assert [attached(pod.cgroup) for pod in pods] == [[pins.SOCK_OPS_NAME]] * PODS
             bed.end_all_sandboxes()
         left = bed.leftovers()
         assert not any(left.values()), left

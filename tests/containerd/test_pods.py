@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cni_plugin import attachment, bpfsys, names
+from bpf import bpfsys, pins
+from cni_plugin import attachment
 from cni_plugin.state import Attachment, Key, State
 from tests.bed import OPTED_OUT
 from tests.bed.node import PROGRAM
@@ -25,7 +26,7 @@ from tests.containerd.bed import FAILING, RECORDING, Pod, RuntimeBed
 from tests.containerd.cri import CriError
 from tests.containerd.inventory import attached
 
-OURS = [names.SOCK_OPS_NAME]
+OURS = [pins.SOCK_OPS_NAME]
 
 
 # Time-outs make sockets O_NONBLOCK: a blocking reader never joins.

@@ -18,9 +18,9 @@ from typing import Any
 
 import pyroute2
 
-from bpf import abi
+from bpf import abi, bpfsys, pins
 from bpf.stats import possible_cpus
-from cni_plugin import attachment, bpfsys, names
+from cni_plugin import attachment, names
 from cni_plugin.state import Key, State
 from tests.bed import cgroups, netns
 from tests.bed.bed import FROZEN_PLUGIN, Bed
@@ -158,7 +158,7 @@ class Sandbox:
     def counted_hops(self) -> list[str]:
         generation = attachment.current_generation(str(self.bed.node.bpffs))
         value_size = len(bytes(abi.Counters())) * possible_cpus()
-        with bpfsys.closing(generation.open(names.COUNTERS)) as fd:
+        with bpfsys.closing(generation.open(pins.COUNTERS)) as fd:
             return [
                 hop
                 for number, hop in enumerate(abi.HOPS)
@@ -168,7 +168,7 @@ class Sandbox:
     def count_something(self) -> None:
         """Counters as the data path makes them for this pod."""
         generation = attachment.current_generation(str(self.bed.node.bpffs))
-        with bpfsys.closing(generation.open(names.COUNTERS)) as fd:
+        with bpfsys.closing(generation.open(pins.COUNTERS)) as fd:
             for hop in range(len(abi.HOPS)):
                 key = bytes(abi.CounterKey(pod_id=self.pod_id, hop=hop))
                 bpfsys.map_update(fd, key, bytes(abi.Counters()) * possible_cpus())

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from bpf import pins
 from bpf.loader import Limits
 from bpf.stats import HopCounters
-from cni_plugin import names
 from install import generations, passes, report
 from install.commands import Node
 from tests.bed import Bed, Pod
@@ -116,7 +116,7 @@ def connected(maker: Maker, hop: Hop) -> Iterator[Ends]:
 def visit(bed: Bed) -> None:
     """A pass over this process, which has the tests' sockets open; the joiner visits pods only."""
     for generation in in_process(bed).generations.complete():
-        with generations.opened(generation.folder / names.VISIT) as program:
+        with generations.opened(generation.folder / pins.VISIT) as program:
             passes.visit_process(program, os.getpid())
 
 

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from cni_plugin import bpfsys, names
+from bpf import bpfsys
+from cni_plugin import names
 from install.agent.metrics import Metrics
 from install.commands import Node
 from tests.bed import Pod, cgroups, open_bed, promtool

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from bpf import abi
+from bpf import abi, bpfsys, pins
 from bpf.stats import HopCounters
-from cni_plugin import bpfsys, names
 from install.generations import Generation
 from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import ENTER
@@ -402,7 +401,7 @@ def test_a_pod_is_deleted_during_a_transfer(pods: tuple[LightPod, LightPod]) -> 
         server.record = abi.Pod()
         server.write_record()
         server.detach()
-        counters = server.node.programs.fds[names.COUNTERS]
+        counters = server.node.programs.fds[pins.COUNTERS]
         for hop in range(len(abi.HOPS)):
             with suppress(FileNotFoundError):
                 bpfsys.map_delete(counters, bytes(abi.CounterKey(record.id, hop, 0)))

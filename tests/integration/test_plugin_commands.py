@@ -11,8 +11,8 @@ from dataclasses import replace
 import pyroute2
 import pytest
 
-from bpf import abi
-from cni_plugin import attachment, bpfsys, names
+from bpf import abi, bpfsys, pins
+from cni_plugin import attachment, names
 from cni_plugin.state import State
 from tests.bed import cgroups, open_bed
 from tests.bed.bed import Bed
@@ -63,7 +63,7 @@ def test_add_writes_the_record_the_programs_read(pod: Sandbox) -> None:
     must(annotated, "ADD")
     inode = pod.cgroup.stat().st_ino
     generation = attachment.current_generation(str(pod.bed.node.bpffs))
-    with bpfsys.closing(generation.open(names.PODS)) as pods_fd:
+    with bpfsys.closing(generation.open(pins.PODS)) as pods_fd:
         record = attachment.read_record(pods_fd, inode)
     forced = abi.POD_PROXY_ONLY | abi.POD_FORCED  # the testbed's configuration forces a mode
     assert (record.id, record.flags, record.proxy_uid) == (pod.pod_id, forced, 4242)
@@ -238,7 +238,7 @@ def _missing(pod: Sandbox) -> str:
 def test_without_pins(pod: Sandbox) -> None:
     """As after a reboot: STATUS says so, and ADD passes the pod through."""
     must(pod, "STATUS")
-    current = pod.bed.node.bpffs / names.CURRENT
+    current = pod.bed.node.bpffs / pins.CURRENT
     target = current.readlink()
     current.unlink()
     try:

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cni_plugin import bpfsys, names
+from bpf import bpfsys, pins
+from cni_plugin import names
 from cni_plugin.state import Key, State
 from install.agent.metrics import Metrics
 from install.commands import Node
@@ -159,7 +160,7 @@ def test_status_says_who_is_not_accelerated_and_why(bed: Bed, pod: Pod) -> None:
 def test_status_of_a_node_that_is_paused_half_unloaded_and_unloaded(bed: Bed, pod: Pod) -> None:
     bed.node.call("pause")
     assert "Paused: all bytes go by TCP" in bed.node.call("status")
-    (bed.node.bpffs / names.CURRENT).unlink()
+    (bed.node.bpffs / pins.CURRENT).unlink()
     assert "Half unloaded" in bed.node.call("status")
     State(str(bed.node.state_dir)).note_failure(Key("c0ffee", "eth0"), "shop", "cart", "why")
     bed.node.call("unload")

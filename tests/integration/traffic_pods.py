@@ -27,9 +27,8 @@ from typing import Protocol
 import pyroute2
 from bcc import lib
 
-from bpf import abi, stats
+from bpf import abi, bpfsys, pins, stats
 from bpf.loader import VISIT, Limits, Programs
-from cni_plugin import bpfsys, names
 from install import passes
 from tests.bed import APP_UID, PROXY_UID, cgroups, netns
 from tests.bed.netns import NetNamespace
@@ -184,7 +183,7 @@ class LightPod:
     def write_record(self) -> None:
         """What ADD does: tell the programs of this pod."""
         key = abi.CgroupStorageKey(self.cgroup.stat().st_ino, bpfsys.CGROUP_SOCK_OPS, 0)
-        bpfsys.map_update(self.node.programs.fds[names.PODS], bytes(key), bytes(self.record))
+        bpfsys.map_update(self.node.programs.fds[pins.PODS], bytes(key), bytes(self.record))
 
     def attach(self) -> None:
         with self._cgroup_fd() as fd:
@@ -202,7 +201,7 @@ class LightPod:
 
     def counters(self) -> dict[str, stats.HopCounters]:
         """This pod's counters by hop."""
-        lookup = functools.partial(bpfsys.map_lookup, self.node.programs.fds[names.COUNTERS])
+        lookup = functools.partial(bpfsys.map_lookup, self.node.programs.fds[pins.COUNTERS])
         return stats.pod_counters(self.record.id, lookup)
 
     def tcp_ext(self, name: str) -> int:
@@ -306,7 +305,7 @@ class LightNode:
 
     def sockets(self) -> int:
         """How many sockets are in the sockhash."""
-        return len(_keys(self.programs.fds[names.SOCKHASH], 8))
+        return len(_keys(self.programs.fds[pins.SOCKHASH], 8))
 
     def pause(self, paused: bool) -> None:
         """From the next message on, all bytes go by TCP, or again may not."""
@@ -314,7 +313,7 @@ class LightNode:
 
     def _control(self, flags: int) -> None:
         control = bytes(abi.Control(flags, 0))
-        bpfsys.map_update(self.programs.fds[names.CONTROL], bytes(4), control)
+        bpfsys.map_update(self.programs.fds[pins.CONTROL], bytes(4), control)
 
     @contextmanager
     def leaving(self) -> Iterator[None]:

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 from bcc import BPF, lib
 
+from bpf import bpfsys
 from bpf.loader import SOURCE as OURS
-from cni_plugin import bpfsys
 
 Kind = Literal["no program", "sk_msg", "sk_skb verdict", "sk_skb parser"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

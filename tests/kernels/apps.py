@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
-from cni_plugin import bpfsys, names
+from bpf import bpfsys, pins
 from install import passes
 from install.generations import Generations
 from tests.apps import bed, tools
@@ -66,7 +66,7 @@ def passing(node: AppNode) -> Iterator[None]:
                 with suppress(BlockingIOError):  # the joiner's are at it
                     passes.visit_pod(visit, pod.cgroup)
 
-    with bpfsys.closing(bpfsys.obj_get(str(current.folder / names.VISIT))) as visit:
+    with bpfsys.closing(bpfsys.obj_get(str(current.folder / pins.VISIT))) as visit:
         thread = threading.Thread(target=go_on, args=(visit,))
         thread.start()
         try:

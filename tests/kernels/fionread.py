@@ -24,9 +24,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from bpf import abi
+from bpf import abi, bpfsys, pins
 from bpf.loader import Programs
-from cni_plugin import bpfsys, names
 from install.probes import ADDRESSES, enter, unread_bytes
 from tests.light import LIMITS, LightPod, accelerated
 
@@ -265,7 +264,7 @@ def main(count: int) -> int:
     found["bypassed"] = total.bypassed_messages
     found["paused"] = total.tcp_messages.get("paused", 0)
     if not why_not:
-        raw = bpfsys.map_lookup(programs.fds[names.FIONREAD], bytes(4), 8)
+        raw = bpfsys.map_lookup(programs.fds[pins.FIONREAD], bytes(4), 8)
         found["lost"] = abi.Fionread.from_buffer_copy(raw).lost
     print(json.dumps(found))
     return 0

@@ -22,9 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from bpf import abi
+from bpf import abi, bpfsys, pins
 from bpf.loader import Programs
-from cni_plugin import bpfsys, names
 from install.generations import Generations
 from install.probes import connected, enter, unread_bytes
 from tests.light import LIMITS, LightPod, accelerated
@@ -88,7 +87,7 @@ class Life:
         return found
 
     def flags(self) -> int:
-        raw = bpfsys.map_lookup(self._pod.programs.fds[names.CONTROL], bytes(4), 8)
+        raw = bpfsys.map_lookup(self._pod.programs.fds[pins.CONTROL], bytes(4), 8)
         return int(abi.Control.from_buffer_copy(raw).flags)
 
     def leaves(self) -> bool:
@@ -157,7 +156,7 @@ def main() -> int:
         found["recovered_s"] = until(lambda: not life.leaves())
         found["joined_again_s"] = life.join()
         found["member again"] = life.unread_by_tcp()
-        found["unpinned"] = life.lose((BPFFS / "gen-1" / names.MENDS[0]).unlink)
+        found["unpinned"] = life.lose((BPFFS / "gen-1" / pins.MENDS[0]).unlink)
     with alive() as life:
         life.join()
         time.sleep(3)

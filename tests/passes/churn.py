@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bpf import abi
-from cni_plugin import bpfsys, names
+from bpf import abi, bpfsys, pins
 from tests.bed import cc
 from tests.light import LightPod, accelerated
 
@@ -72,7 +71,7 @@ def sockstat() -> dict[str, int]:
 
 
 def members(pod: LightPod) -> int:
-    return len(list(bpfsys.map_keys(pod.programs.fds[names.SOCKHASH], 8)))
+    return len(list(bpfsys.map_keys(pod.programs.fds[pins.SOCKHASH], 8)))
 
 
 def main(seconds: float = 60, *arguments: str) -> dict[str, Any]:

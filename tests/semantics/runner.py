@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Final
 
-from bpf import abi
+from bpf import abi, bpfsys, pins
 from bpf.loader import Programs
-from cni_plugin import bpfsys, names
 from tests.light import LIMITS, LightPod, accelerated
 from tests.semantics import scenarios
 from tests.semantics.scenario import LONG_S, PATIENCE_S, SCENARIOS, Io, Scenario
@@ -109,12 +108,12 @@ def run_all(
 def allow_paused_pods(programs: Programs) -> None:
     """From now on pods may be paused one by one."""
     control = bytes(abi.Control(abi.CONTROL_PODS_PAUSED, 0))
-    bpfsys.map_update(programs.fds[names.CONTROL], bytes(4), control)
+    bpfsys.map_update(programs.fds[pins.CONTROL], bytes(4), control)
 
 
 def pause(pod: LightPod, paused: bool) -> None:
     """Pauses this pod, or lets it go on."""
-    paused_pods, key = pod.programs.fds[names.PAUSED_PODS], pod.id.to_bytes(8, sys.byteorder)
+    paused_pods, key = pod.programs.fds[pins.PAUSED_PODS], pod.id.to_bytes(8, sys.byteorder)
     if paused:
         bpfsys.map_update(paused_pods, key, (1).to_bytes(4, sys.byteorder))
         return

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from bpf import abi
-from cni_plugin import names
+from bpf import abi, pins
 from install import canary, log
 from install.canary import Canary
 from install.generations import Generation
@@ -49,7 +48,7 @@ class Node:
     events: list[str] = field(default_factory=list)
 
     def unpin(self) -> None:
-        (self.folder / names.MENDS[0]).unlink()
+        (self.folder / pins.MENDS[0]).unlink()
 
     @property
     def leaves(self) -> bool:
@@ -60,9 +59,9 @@ class Node:
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     folder = tmp_path / "gen-1"
     folder.mkdir()
-    for pin in names.MENDS:
+    for pin in pins.MENDS:
         (folder / pin).touch()
-    (tmp_path / names.CURRENT).symlink_to(folder.name)
+    (tmp_path / pins.CURRENT).symlink_to(folder.name)
     kernel = Kernel()
     sockets: list[Any] = [None, None]
     made = Node(folder, kernel, Canary(Generation(folder), 1, [], CONTROL, SOCKHASH, sockets))
@@ -131,7 +130,7 @@ def test_a_generation_that_is_being_removed(node: Node) -> None:
 def test_one_that_is_current_no_more_stays_retired(node: Node) -> None:
     node.kernel.answer = 0
     node.canary.look()
-    (node.folder.parent / names.CURRENT).unlink()
+    (node.folder.parent / pins.CURRENT).unlink()
     node.kernel.answer = abi.CANARY_ANSWER
     node.canary.look()
     assert node.leaves

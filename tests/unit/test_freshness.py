@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bpf import pins
 from bpf.loader import PINS, LoadError
 from cni_plugin import names
 from install import commands, freshness, log, selftest
@@ -32,7 +33,7 @@ def node(tmp_path: Path) -> Node:
     folder.mkdir(parents=True)
     for pin in PINS:
         (folder / pin).touch()
-    (made.bpffs / names.CURRENT).symlink_to(folder.name)
+    (made.bpffs / pins.CURRENT).symlink_to(folder.name)
     made.state_dir.mkdir()
     current = made.generations.current()
     assert current is not None
@@ -49,7 +50,7 @@ def test_programs_that_are_current_stay(node: Node) -> None:
 
 
 def test_no_programs_are_loaded(node: Node) -> None:
-    (node.bpffs / names.CURRENT).unlink()
+    (node.bpffs / pins.CURRENT).unlink()
     assert reason_to_load(node) == "nothing is loaded"
 
 
@@ -153,7 +154,7 @@ def test_the_mend_is_lost(node: Node) -> None:
     path = node.state_dir / names.NODE_JSON
     write(node, {**json.loads(path.read_text()), "mended": True})
     assert "mended no more" in (reason_to_load(node) or "")
-    for pin in names.MENDS:
+    for pin in pins.MENDS:
         (node.bpffs / "gen-3" / pin).touch()
     assert reason_to_load(node) is None
 

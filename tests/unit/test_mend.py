@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bpf import pins
 from bpf.loader import PINS
 from cni_plugin import names
 from install import node as program
@@ -87,7 +88,7 @@ def test_the_pins_stay_while_sockets_need_them(
 ) -> None:
     folder = tmp_path / "bpffs" / "gen-1"
     folder.mkdir(parents=True)
-    for pin in (*PINS, *(names.MENDS if is_mended else ())):
+    for pin in (*PINS, *(pins.MENDS if is_mended else ())):
         (folder / pin).touch()
     monkeypatch.setattr(Generation, "has_sockets", lambda _self: has_sockets)
     Generations(folder.parent).remove_all()

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the programs and their maps are called on a node.
+
+Constants only and no imports: every command of the plugin loads this module.
+"""
+
+from __future__ import annotations
+
+# Below the bpffs folder: ``current`` -> ``gen-<N>``, and in a generation:
+CURRENT = "current"
+SOCK_OPS = "sock_ops"
+PODS = "pods"
+COUNTERS = "counters"
+SK_MSG = "sk_msg"
+SOCKHASH = "sockhash"
+CONTROL = "control"
+PAUSED_PODS = "paused_pods"
+DUE = "due"
+BEAT = "beat"
+BELL = "bell"
+SPLICE_WATCH = "splice_watch"  # a link, where the kernel allows it
+MENDS = ("mend_inet_ioctl", "mend_inet6_ioctl")  # links, where the kernel gets FIONREAD wrong
+CONNS = "conns"
+FIONREAD = "fionread"
+VISIT = "visit"  # the iterator over the open files of a process
+
+# How our programs are recognised on a cgroup when no record of ours is at hand.
+SOCK_OPS_NAME = "tb_sock_ops"
