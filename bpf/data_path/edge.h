@@ -19,9 +19,10 @@ static __always_inline int tb_may_be_behind(const struct tb_conn *conn)
 	return tb_membership(conn->state) != TB_OUT;
 }
 
-/* Does this reader need a new edge, if its peer's bytes may be behind? Not while a thread owns its
- * lock: the pass would wait. Asks for another visit while the edge would come too early. */
-static __always_inline int tb_wants_edge(const struct tb_conn *conn, __u64 sk)
+/* Returns 1 if this reader needs a new edge now, if its peer's bytes may be behind. Not while a
+ * thread owns its lock: the pass would wait. Asks for another visit if an edge would be too early.
+ */
+static __always_inline int tb_check_edge(const struct tb_conn *conn, __u64 sk)
 {
 	/* In this order: a thread lets go of its queue after its redirect has arrived. */
 	int may_come = tb_is_peer_in(conn) && tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1;

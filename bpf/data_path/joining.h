@@ -204,9 +204,9 @@ static __always_inline __u64 tb_begun(const struct tb_conn *conn)
 	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + peers);
 }
 
-/* May it leave in this visit? RULE (leaving), its second visit or its third. The sends are counted
- * before the first look in the second, and after the last look in the third. */
-static __always_inline int tb_may_go(struct tb_conn *conn)
+/* RULE (leaving), the second visit or the third. Returns 1 if it may leave now. The sends are
+ * counted before the first look in the second, and after the last look in the third. */
+static __always_inline int tb_try_leave(struct tb_conn *conn)
 {
 	__u64 begun = tb_begun(conn);
 
@@ -256,7 +256,7 @@ static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u6
 	if (!conn->at.psock) /* the socket was used again as it joined */
 		return tb_set_membership(conn, TB_OUT, now);
 	if (tb_membership(conn->state) == TB_LEAVING) {
-		if (tb_may_go(conn))
+		if (tb_try_leave(conn))
 			return tb_leave(conn, now);
 	} else {
 		if (!conn->refused && !tb_gains_nothing(conn, now) &&
@@ -301,5 +301,5 @@ static __always_inline int tb_visit(void *socket, __u64 sk)
 		tb_visit_member(conn, sk, now);
 	else
 		tb_visit_outsider(conn, socket, sk, now);
-	return may_be_behind && tb_wants_edge(conn, sk);
+	return may_be_behind && tb_check_edge(conn, sk);
 }

@@ -62,7 +62,7 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 {
 	if (!conn->there.psock)
 		return TB_REASON_WAITING; /* the peer has never joined */
-	/* Before pausing: tb_may_return(). Another sk_prot: the peer has a ULP, or closes. */
+	/* Before pausing: tb_try_return(). Another sk_prot: the peer has a ULP, or closes. */
 	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
 	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
 		return TB_REASON_LEAVING;
@@ -111,14 +111,15 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
 	return refs == 2 || refs == 2 + tb_sleepers(conn->me.sk);
 }
 
-/* May a direction that is on the bypass go to TCP with this message, as it wishes to?
+/* Takes a direction from the bypass to TCP with this message, as it wishes. Returns 0 if it must
+ * stay.
  *
  * RULE (leaving). A peer that leaves gets no byte into its empty queue, also while another thread
  * is on its way there.
  *
  * RULE (lock). An application of another pod gets no bypassed byte at all while a thread owns its
  * lock: it could hold the sender up by a read of the very bytes that make its queue not empty. */
-static __always_inline int tb_may_return(struct tb_conn *conn, __u32 wish, __u32 state)
+static __always_inline int tb_try_return(struct tb_conn *conn, __u32 wish, __u32 state)
 {
 	int is_alone = tb_is_alone(conn); /* first: a redirect may arrive between the looks */
 	int is_empty = tb_is_empty(conn->there.psock);
@@ -188,7 +189,7 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 	if (!tb_may_bypass(conn, tp))
 		return TB_REASON_ORDER;
 	conn->queued = 0;
-	reason = tb_too_much(conn, size);
+	reason = tb_check_room(conn, size);
 	if (reason)
 		return reason;
 	conn->path = TB_PATH_BYPASS;
@@ -209,8 +210,8 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 		conn->path = TB_PATH_TCP;
 		return TB_REASON_ORDER;
 	}
-	if (!reason || (tb_may_send(tp) && !tb_may_return(conn, reason, state))) {
-		reason = tb_too_much(conn, size);
+	if (!reason || (tb_may_send(tp) && !tb_try_return(conn, reason, state))) {
+		reason = tb_check_room(conn, size);
 		if (!reason)
 			return TB_REASON_NONE;
 		conn->is_behind = 1; /* RULE (bound): at once */

@@ -113,10 +113,10 @@ static __always_inline void tb_note_dial(struct bpf_sock_ops *skops)
 	dials.update(&dial, &one);
 }
 
-/* Fills the key of the connection whose SYN-ACK is being made. True if this pod has announced it,
- * and if its SYN came from this node. */
-static __always_inline int tb_gets_token(struct bpf_sock_ops *skops, const struct tb_pod *pod,
-					 struct tb_half_key *key)
+/* Fills the key of the connection whose SYN-ACK is being made. Returns 1 if this pod has announced
+ * it, and if its SYN came from this node. */
+static __always_inline int tb_find_announced(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					     struct tb_half_key *key)
 {
 	__u64 request = tb_context_sock(skops);
 	struct tb_dial dial = {};
@@ -138,7 +138,7 @@ static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const st
 	struct tb_half_key key = {};
 	__u64 token;
 
-	if (!tb_gets_token(skops, pod, &key))
+	if (!tb_find_announced(skops, pod, &key))
 		return;
 	if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
 		bpf_reserve_hdr_opt(skops, sizeof(option), 0);

@@ -110,10 +110,10 @@ static __always_inline int tb_is_under_pressure(__u64 prot)
 	return pressure && tb_read64(pressure);
 }
 
-/* Would this message leave the peer too much unread? An enum tb_reason, TB_REASON_NONE if not.
+/* Returns why this message would leave the peer too much unread, TB_REASON_NONE if it would not.
  * `queued` is never less than what is unread: it counts from the last empty queue. Small amounts
  * are not looked at. */
-static __always_inline __u32 tb_too_much(struct tb_conn *conn, __u32 size)
+static __always_inline __u32 tb_check_room(struct tb_conn *conn, __u32 size)
 {
 	__u32 unread = conn->queued + tb_cost(size);
 

@@ -160,8 +160,8 @@ EDGE_TOO_EARLY = _mutant(
 EDGE_AFTER_LEAVING = _mutant(
     "edges: none for a reader that has left",
     (
-        r"return may_be_behind && tb_wants_edge\(conn, sk\);",
-        "return tb_membership(conn->state) != TB_OUT && tb_wants_edge(conn, sk);",
+        r"return may_be_behind && tb_check_edge\(conn, sk\);",
+        "return tb_membership(conn->state) != TB_OUT && tb_check_edge(conn, sk);",
     ),
 )
 EDGE_OF_THE_CLOSED = _mutant(

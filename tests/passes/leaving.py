@@ -4,7 +4,7 @@
 Senders are stopped (SIGSTOP) at any moment, and some have a hundredth of a CPU where cgroup2 has
 its cpu controller. The verdict is slow: the program waits after it has decided to redirect, as a
 sender does that loses its CPU there. A control has the condition on the peer's psock taken out of
-tb_may_go(): it must fail.
+tb_try_leave(): it must fail.
 """
 
 from __future__ import annotations
