@@ -39,7 +39,7 @@ class Health:
     """What the agent says of itself: whether it lives, and why the node is not ready."""
 
     def __init__(self, silence_s: float = 120.0) -> None:
-        """Without a beat for `silence_s` seconds the agent counts as stuck."""
+        """Without a beat for `silence_s` seconds the agent counts as hung."""
         self._silence_s = silence_s
         self._beat = time.monotonic()
         self._reasons: tuple[str, ...] = ("starting",)

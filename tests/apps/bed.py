@@ -144,6 +144,6 @@ def check(
         if all(after > earlier for after, earlier in zip(now, before)):
             break
         assert time.monotonic() < deadline, f"nothing has bypassed on some hop: {before}, {now}"
-    left = sockets.stuck(where.pair.client.netns, where.pair.server.netns)
+    left = sockets.unclosed(where.pair.client.netns, where.pair.server.netns)
     assert not left, f"half-closed for good: {', '.join(map(str, left))}"
     return taken

@@ -59,7 +59,7 @@ def listens(space: NetNamespace, port: int) -> bool:
     return any(each.state == LISTEN and each.port == port for each in all_of(space))
 
 
-def stuck(*spaces: NetNamespace) -> list[Socket]:
+def unclosed(*spaces: NetNamespace) -> list[Socket]:
     """What is still half-closed after SETTLE_S seconds; TCP leaves nothing there.
 
     FIN_WAIT2 and TIME_WAIT are no part of it: those end by a clock of the kernel's.

@@ -172,9 +172,9 @@ def _scale() -> Iterator[Limit]:
     pods, at_most = ("pods/1000",), 1.05
     yield Limit("ADD with 1,000 pods, to none", "scale", pods, "add_ms", at_most, to=NO_PODS)
     yield Limit("Round trip with 1,000 pods", "scale", pods, "median_us", at_most, to=NO_PODS)
-    crowd = ("connections/100000",)
+    most = ("connections/100000",)
     claim = "Round trip with 100,000 connections, to 1"
-    yield Limit(claim, "scale", crowd, "median_us", at_most, to=ONE_CONNECTION)
+    yield Limit(claim, "scale", most, "median_us", at_most, to=ONE_CONNECTION)
 
 
 LIMITS = [*_round_trips(), *_mesh(), *_streaming(), *_short(), *_others(), *_scale()]

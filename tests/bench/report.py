@@ -104,7 +104,7 @@ def _mode(found: Mapping[str, Any]) -> str:
 
 
 def _joining(results: Results) -> Iterator[str]:
-    """How long connections took to join, on each hop and in the largest crowds."""
+    """How long connections took to join, on each hop and among the most connections."""
     runs: dict[str, list[Sample]] = {}
     for name, pattern in (("hops", "*/v?/*"), ("scale", "*")):
         section = results.sections.get(name, Section({}))

@@ -2,7 +2,7 @@
 """What grows with the number of pods on a node, and with the number of connections.
 
 Pods: how long ADD takes, what the kernel holds for them, and what a round trip costs while they are
-there. Connections: the same for a crowd of live, silent ones.
+there. Connections: the same beside live, silent ones.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tests.integration import plugin_calls
 from tests.integration.plugin_calls import Sandbox
 from tests.integration.plugin_speed import Times
 
-SOURCE = Path(__file__).with_name("crowd.c")
-CROWD_PORT, CROWD_PORTS = 9000, 8
+SOURCE = Path(__file__).with_name("silent.c")
+SILENT_PORT, SILENT_PORTS = 9000, 8
 PORT_RANGE = "20000 65000"  # above the ports listened on here
 AT_ONCE = 2  # ADDs while pods are being made
 
@@ -95,7 +95,7 @@ def _pods(bench: Bench, plan: Plan, bed: Bed, round_trips: Callable[[str], None]
 @contextmanager
 def _sandbox(bed: Bed, number: int) -> Iterator[Sandbox]:
     """What ADD asks for, and no more: a cgroup, a namespace, an address in prevResult."""
-    uid = f"crowd{number}"
+    uid = f"silent{number}"
     with (
         cgroups.made(bed.cgroup / "kubepods" / f"pod{uid}") as cgroup,
         netns.created(f"{bed.name}-{uid}") as namespace,
@@ -153,13 +153,13 @@ def _connections(
 ) -> None:
     program = cc.compiled(SOURCE, bed.folder)
     with ExitStack() as stack:
-        crowds = {pair.kind: stack.enter_context(_crowd(program, pair)) for pair in both}
+        held = {pair.kind: stack.enter_context(_connections(program, pair)) for pair in both}
         live = 0
         for level in plan.connections:
             case = f"connections/{level}"
-            for kind, crowd in crowds.items():
+            for kind, connections in held.items():
                 before = machine.kernel_memory()
-                crowd.grow(level)
+                connections.grow(level)
                 grown = machine.kernel_memory() - before
                 if live:  # not for the first few, which drown in what else happens
                     values = {"bytes_per_connection": grown / (level - live)}
@@ -171,8 +171,8 @@ def _connections(
 
 
 @dataclass(frozen=True)
-class Crowd:
-    """Connections from a pod's sidecar to its application; see crowd.c."""
+class Connections:
+    """Connections from a pod's sidecar to its application; see silent.c."""
 
     holder: subprocess.Popen[str]
     pair: Pair
@@ -189,17 +189,17 @@ class Crowd:
 
 
 @contextmanager
-def _crowd(program: Path, pair: Pair) -> Iterator[Crowd]:
-    """A crowd without connections yet; it ends on leaving."""
+def _connections(program: Path, pair: Pair) -> Iterator[Connections]:
+    """None yet; they end on leaving."""
     hop = replace(
-        pingpong.hop("inbound", pair.client, pair.server), port=CROWD_PORT, listen_port=CROWD_PORT
+        pingpong.hop("inbound", pair.client, pair.server), port=SILENT_PORT, listen_port=SILENT_PORT
     )
     with pair.server.netns.entered():
         Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(PORT_RANGE)
-    with ends.serving(program, hop, "-", CROWD_PORTS):
+    with ends.serving(program, hop, "-", SILENT_PORTS):
         holder = _holder(program, hop)
         try:
-            yield Crowd(holder, pair)
+            yield Connections(holder, pair)
         finally:
             holder.kill()
             holder.wait()
@@ -208,7 +208,7 @@ def _crowd(program: Path, pair: Pair) -> Iterator[Crowd]:
 def _holder(program: Path, hop: Hop) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     return hop.asker.spawn(
-        [program, "hold", hop.source, hop.destination, str(hop.port), str(CROWD_PORTS)],
+        [program, "hold", hop.source, hop.destination, str(hop.port), str(SILENT_PORTS)],
         container=hop.asker_container,
         stdin=pipe,
         stdout=pipe,

@@ -18,8 +18,8 @@ from bpf.loader import LoadError
 from bpf.stats import HopCounters
 from tests.fuzz.settings import Route, Setting
 
-KINDS = ("ping_pong", "duplex", "one_way", "events", "crowd")
-GRACE_S = 90  # for the last connections to end, stuck ones included
+KINDS = ("ping_pong", "duplex", "one_way", "events", "frames")
+GRACE_S = 90  # for the last connections to end, stalled ones included
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,11 @@ def ending(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 def read_lines(process: subprocess.Popen[str], traffic: Traffic, setting: Setting) -> None:
-    """Collects what an end tells; looks at the sockets of a stuck connection at once."""
+    """Collects what an end tells; looks at the sockets of a stalled connection at once."""
     assert process.stdout
     for line in process.stdout:
         told = json.loads(line)
-        if told["event"] == "stuck":
+        if told["event"] == "stalled":
             told["sockets"] = setting.sockets(traffic.name, told["port"])
         traffic.lines.append({"route": traffic.name, **told})
 
@@ -220,7 +220,7 @@ def judge(traffic: Traffic, report: Report) -> None:
     killed = by_event.get("killed", [])
     report.killed += sum(line["connection"] != -1 for line in killed)
     report.mismatches += by_event.get("mismatch", [])
-    report.hangs += by_event.get("stuck", [])
+    report.hangs += by_event.get("stalled", [])
     report.crashes += by_event.get("crashed", [])
     report.woken += by_event.get("woken", [])
     report.refused += len(by_event.get("refused", []))

@@ -15,7 +15,7 @@ enum kind {
 	DUPLEX,	   /* both speak at once; a writer and a reader thread at each end */
 	ONE_WAY,   /* one speaks, then closes */
 	EVENTS,	   /* both speak at once; non-blocking, edge-triggered epoll, one thread */
-	CROWD,	   /* several writer threads at each end send framed messages */
+	FRAMES,	   /* several writer threads at each end send framed messages */
 	KINDS,
 };
 
@@ -39,21 +39,21 @@ struct manner {
 	uint32_t pause_chance;	/* before a write, in 1024 */
 };
 
-#define FRAME_LIMIT 4096 /* bytes, CROWD */
+#define FRAME_LIMIT 4096 /* bytes, FRAMES */
 
 struct plan {
 	uint32_t number;
 	enum kind kind;
 	uint32_t greetings; /* small exchanges before anything else, in which it may join */
 	int deferred;	    /* through the listener with TCP_DEFER_ACCEPT */
-	int64_t bytes[2];   /* said by the client, by the server; not PING_PONG and CROWD */
+	int64_t bytes[2];   /* said by the client, by the server; not PING_PONG and FRAMES */
 	uint32_t turns;	    /* PING_PONG */
 	uint32_t turn_size; /* the largest, PING_PONG */
 	int thread_per_turn;
 	enum side first;
-	uint32_t writers; /* CROWD: threads at each end */
-	uint32_t frames;  /* CROWD: of each writer */
-	int locked;	  /* CROWD: one writer at a time */
+	uint32_t writers; /* FRAMES: threads at each end */
+	uint32_t frames;  /* FRAMES: of each writer */
+	int locked;	  /* FRAMES: one writer at a time */
 	int aborts;	  /* one end leaves in the middle */
 	enum side abort_by;
 	int64_t abort_at; /* bytes said and heard by then */
@@ -164,7 +164,7 @@ static inline struct plan draw_plan(uint64_t seed, uint32_t number)
 		    : kind < 62 ? DUPLEX
 		    : kind < 75 ? ONE_WAY
 		    : kind < 90 ? EVENTS
-				: CROWD;
+				: FRAMES;
 	plan.deferred = chance(&dice, 150);
 	plan.first = below(&dice, 2);
 	plan.bytes[CLIENT] = any_size(&dice, 4 << 20);
@@ -179,7 +179,7 @@ static inline struct plan draw_plan(uint64_t seed, uint32_t number)
 	plan.locked = chance(&dice, 512);
 	if (!plan.locked) /* all of it fits into a send buffer: TCP has no reason to tear a frame */
 		plan.frames = at_most(plan.frames, 160000 / (FRAME_LIMIT * plan.writers));
-	plan.aborts = plan.kind != DUPLEX && plan.kind != CROWD && chance(&dice, 150);
+	plan.aborts = plan.kind != DUPLEX && plan.kind != FRAMES && chance(&dice, 150);
 	plan.abort_by = below(&dice, 2);
 	plan.abort_at = any_size(&dice, 1 << 21);
 	plan.abort_hard = chance(&dice, 512);

@@ -10,7 +10,7 @@
  * Worker processes do the work; with KILLS (a rate per 100 s) the parent kills them with SIGKILL
  * now and then and starts others. It reports in lines of JSON on standard output:
  *
- *   ready, mismatch, short (a stream ended early), woken (a blocking read got nothing), stuck,
+ *   ready, mismatch, short (a stream ended early), woken (a blocking read got nothing), stalled,
  * killed, crashed, refused, done
  *
  * A stream that ended early is no error if its connection was planned to be aborted, or if a
@@ -47,7 +47,7 @@
 #define BUFFER (1 << 20)
 #define WORKERS 3
 #define MAX_SLOTS 64
-#define STUCK_MS 30000
+#define STALLED_MS 30000
 #define DIAGNOSIS_MS 3000
 
 /* ---- What the processes share ------------------------------------------------------------ */
@@ -763,7 +763,8 @@ static enum outcome events(struct end *end)
 	return outcome;
 }
 
-/* ---- CROWD: framed messages of several writers --------------------------------------------------
+/* ---- FRAMES: framed messages of several writers
+ * --------------------------------------------------
  */
 
 struct frame {
@@ -772,14 +773,14 @@ struct frame {
 	uint32_t sequence;
 };
 
-struct crowd {
+struct writers {
 	struct end *end;
 	pthread_mutex_t lock;
 	struct writer {
-		struct crowd *crowd;
+		struct writers *all;
 		uint32_t index;
 		pthread_t thread;
-	} writers[8];
+	} one[8];
 	_Atomic int broken;
 };
 
@@ -811,12 +812,12 @@ static ssize_t send_frame(struct end *end, const char *buffer, size_t size)
 static void *write_frames(void *argument)
 {
 	struct writer *writer = argument;
-	struct crowd *crowd = writer->crowd;
-	struct end *end = crowd->end;
+	struct writers *all = writer->all;
+	struct end *end = all->end;
 	struct dice dice = dice_of(run.seed, end->plan->number, 16 + end->side * 8 + writer->index);
 	char buffer[FRAME_LIMIT];
 
-	for (uint32_t n = 0; n < end->plan->frames && !crowd->broken; n++) {
+	for (uint32_t n = 0; n < end->plan->frames && !all->broken; n++) {
 		struct frame frame = {sizeof(frame) + any_size(&dice, FRAME_LIMIT - 8),
 				      writer->index, n};
 		struct voice voice = {frame_key(end, end->side, &frame), 0};
@@ -825,12 +826,12 @@ static void *write_frames(void *argument)
 		memcpy(buffer, &frame, sizeof(frame));
 		speak(&voice, buffer + sizeof(frame), frame.size - sizeof(frame));
 		if (end->plan->locked)
-			pthread_mutex_lock(&crowd->lock);
+			pthread_mutex_lock(&all->lock);
 		sent = send_frame(end, buffer, frame.size);
 		if (end->plan->locked)
-			pthread_mutex_unlock(&crowd->lock);
+			pthread_mutex_unlock(&all->lock);
 		if (sent != frame.size) {
-			if (!crowd->broken++)
+			if (!all->broken++)
 				ended_early(end, "writing a frame", sent < 0 ? errno : 0);
 			break;
 		}
@@ -885,24 +886,24 @@ static enum outcome hear_frames(struct end *end)
 	return FINE;
 }
 
-static enum outcome crowd(struct end *end)
+static enum outcome frames(struct end *end)
 {
-	struct crowd crowd = {.end = end, .lock = PTHREAD_MUTEX_INITIALIZER};
+	struct writers writers = {.end = end, .lock = PTHREAD_MUTEX_INITIALIZER};
 	int room = 212992;
 	enum outcome outcome;
 
 	setsockopt(end->fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
 	for (uint32_t i = 0; i < end->plan->writers; i++) {
-		crowd.writers[i].crowd = &crowd;
-		crowd.writers[i].index = i;
-		if (pthread_create(&crowd.writers[i].thread, NULL, write_frames, &crowd.writers[i]))
+		writers.one[i].all = &writers;
+		writers.one[i].index = i;
+		if (pthread_create(&writers.one[i].thread, NULL, write_frames, &writers.one[i]))
 			err(1, "pthread_create");
 	}
 	outcome = hear_frames(end);
-	if (outcome != FINE && !crowd.broken++)
+	if (outcome != FINE && !writers.broken++)
 		shutdown(end->fd, SHUT_RDWR);
 	for (uint32_t i = 0; i < end->plan->writers; i++)
-		pthread_join(crowd.writers[i].thread, NULL);
+		pthread_join(writers.one[i].thread, NULL);
 	if (outcome != FINE)
 		return outcome;
 	shutdown(end->fd, SHUT_WR);
@@ -911,7 +912,7 @@ static enum outcome crowd(struct end *end)
 
 static enum outcome (*const kinds[KINDS])(struct end *) = {
 	[PING_PONG] = ping_pong, [DUPLEX] = duplex, [ONE_WAY] = one_way,
-	[EVENTS] = events,	 [CROWD] = crowd,
+	[EVENTS] = events,	 [FRAMES] = frames,
 };
 
 /* ---- Connections
@@ -1132,7 +1133,7 @@ static void kill_worker(struct worker *worker)
 }
 
 /* Tells of connections without progress, and ends them once they can have been looked at. */
-static void look_for_stuck(struct worker *worker)
+static void look_for_stalled(struct worker *worker)
 {
 	int hopeless = 0;
 
@@ -1140,14 +1141,14 @@ static void look_for_stuck(struct worker *worker)
 		struct slot *slot = &worker->slots[i];
 		int64_t idle = now_ms() - slot->progress_ms;
 
-		if (!slot->port || idle < STUCK_MS)
+		if (!slot->port || idle < STALLED_MS)
 			continue;
 		if (!slot->reported++)
-			tell("{\"event\":\"stuck\",\"connection\":%lld,\"port\":%u,\"side\":%d,"
+			tell("{\"event\":\"stalled\",\"connection\":%lld,\"port\":%u,\"side\":%d,"
 			     "\"pid\":%d,\"said\":%lld,\"heard\":%lld}\n",
 			     (long long)slot->number - 1, slot->port, run.side, worker->pid,
 			     (long long)slot->said, (long long)slot->heard);
-		hopeless |= idle > STUCK_MS + DIAGNOSIS_MS;
+		hopeless |= idle > STALLED_MS + DIAGNOSIS_MS;
 	}
 	if (hopeless)
 		kill_worker(worker);
@@ -1192,7 +1193,7 @@ static void supervise(void)
 		for (int i = 0; i < WORKERS; i++) {
 			alive += look_after(&shared->workers[i],
 					    !shared->stop && !(run.count && started));
-			look_for_stuck(&shared->workers[i]);
+			look_for_stalled(&shared->workers[i]);
 		}
 		started = 1;
 		if (!shared->stop && below(&dice, 2000) < run.kills)
@@ -1208,7 +1209,7 @@ static void tell_totals(void)
 {
 	tell("{\"event\":\"done\",\"side\":%d,\"connections\":%lld,\"aborted\":%lld,\"said\":%lld,"
 	     "\"heard\":%lld,\"mismatches\":%lld,\"next\":%u,"
-	     "\"ping_pong\":%lld,\"duplex\":%lld,\"one_way\":%lld,\"events\":%lld,\"crowd\":%lld}"
+	     "\"ping_pong\":%lld,\"duplex\":%lld,\"one_way\":%lld,\"events\":%lld,\"frames\":%lld}"
 	     "\n",
 	     run.side, (long long)shared->connections, (long long)shared->aborted,
 	     (long long)shared->said, (long long)shared->heard, (long long)shared->mismatches,

@@ -26,7 +26,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_flawless(report: Report) -> None:
-    """Nothing lost, swapped, doubled, stuck; and it was the bypass that was tried, and TCP."""
+    """Nothing lost, swapped, doubled, stalled; and it was the bypass that was tried, and TCP."""
     assert report.bad == [], report.as_json()
     assert report.connections > 100
     assert report.aborted > 0

@@ -20,7 +20,7 @@ FILES = (1_000, 10_000, 100_000)
 SMALL_PROCESSES = 500
 THREADS = 64
 PASSES = 20
-SPARED = 100  # file descriptors that a process has anyway
+OWN_FILES = 100  # file descriptors that a process has anyway
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def main() -> dict[str, Any]:
     with accelerated(passes=False) as pod:
         found["no process"] = of_a_pass(pod)
         for count in FILES:
-            processes = -(-count // (most - SPARED))
+            processes = -(-count // (most - OWN_FILES))
             with children(pod, processes, functools.partial(open_files, count // processes)):
                 found[f"{count} open files of {processes} process(es)"] = of_a_pass(pod)
         with children(pod, SMALL_PROCESSES, lambda: None):

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
- * A crowd of connections that live and are silent.
+ * Connections that live and are silent.
  *
- *   crowd serve ADDRESS PORT PORTS         listens on PORT, PORT + 1, ... (PORTS of them), prints
+ *   silent serve ADDRESS PORT PORTS         listens on PORT, PORT + 1, ... (PORTS of them), prints
  *                                          "ready", echoes single bytes, keeps every connection
- *   crowd hold SOURCE ADDRESS PORT PORTS   for each number on standard input: opens connections,
+ *   silent hold SOURCE ADDRESS PORT PORTS   for each number on standard input: opens connections,
  *                                          one byte there and back on each, until so many live;
  *                                          then prints the number. Ends with standard input
  *
@@ -149,7 +149,7 @@ int main(int argc, char **argv)
 	else if (argc == 6 && !strcmp(argv[1], "hold"))
 		hold(argv[2], argv[3], number(argv[4]), ports);
 	else
-		errx(2, "usage: crowd serve ADDRESS PORT PORTS | "
+		errx(2, "usage: silent serve ADDRESS PORT PORTS | "
 			"hold SOURCE ADDRESS PORT PORTS");
 	return 0;
 }
