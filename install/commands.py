@@ -13,95 +13,29 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
-from cni_plugin.state import Attachment, State
+from cni_plugin.state import Attachment
 from install import exits, freshness, host, installer, leaving, log, pauses, report, whole_file
 from install import selftest as selftests
 from install import switch as switches
 from install.agent import bpffs
 from install.agent.schedule import NotDone
 from install.generations import Generation, Generations, is_bpffs
+from install.node import Node, NodeError
 from install.plugin_files import DoesNotRun
 from install.pods import attached_cgroups
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOCK_PATIENCE_S = 30.0
 LOOKS, LOOK_S = 2, 0.25  # after a pause, at what is still bypassed
 MENDED = "FIONREAD, which this kernel gets wrong, is mended (docs/security.md)"
-
-
-class NodeError(Exception):
-    """The command could not do its work; the message says what to do about it."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One node, by its folders."""
-
-    bpffs: Path
-    state_dir: Path
-    conf_dir: Path | None = None  # the network configurations; None: the mode is never forced
-    fionread: str | None = None  # of names.FIONREAD_CHOICES; None: the configuration says
-
-    @property
-    def generations(self) -> Generations:
-        return Generations(self.bpffs)
-
-    @property
-    def state(self) -> State:
-        return State(str(self.state_dir))
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Alone on this node: no ADD, DEL or other command changes it meanwhile."""
-        self.state.make()
-        with self.state.locked(LOCK_PATIENCE_S):
-            yield
-
-    @property
-    def mends_fionread(self) -> bool:
-        """Whether FIONREAD is to be mended where the kernel has it wrong."""
-        mend = names.FIONREAD_CHOICES[0]
-        return (self.fionread or report.configured(self).get("fionread", mend)) == mend
-
-    @property
-    def is_mended(self) -> bool:
-        """Whether the mode rests on the mend, as the last load has found."""
-        try:
-            return bool(json.loads((self.state_dir / names.NODE_JSON).read_bytes())["mended"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
-
-    @property
-    def plugin_problem(self) -> str:
-        """Why the node cannot run the plugin, as install found it; empty when it can."""
-        try:
-            return (self.state_dir / names.PLUGIN_PROBLEM).read_text()
-        except OSError:
-            return ""
-
-    def note_plugin_problem(self, problem: str) -> None:
-        """Raises OSError."""
-        path = self.state_dir / names.PLUGIN_PROBLEM
-        if not problem:
-            path.unlink(missing_ok=True)
-        elif problem != self.plugin_problem:
-            self.state.make()
-            whole_file.write(path, problem)
-
-    def attachments(self) -> list[Attachment]:
-        """Every attachment with a readable record."""
-        state = self.state
-        records = [state.read(key) for key in state.keys()]  # noqa: SIM118 - not a dict
-        return [record for record in records if record is not None]
 
 
 def selftest(node: Node, *, as_json: bool) -> int:

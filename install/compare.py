@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 from cni_plugin import policy
 from cni_plugin.state import Attachment
 from install import VERSION, log, report
-from install.commands import NodeError
 from install.estimate.pods import Pod
 from install.estimate.survey import LOOK_S, Survey
 from install.intervals import Interval, bootstrap_median
+from install.node import NodeError
 
 if TYPE_CHECKING:
-    from install.commands import Node
+    from install.node import Node
 
 PAIRS = 6
 SETTLE_S = 1.0  # after a switch: directions change their path when what lies unread was read

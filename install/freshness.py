@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cni_plugin import names
 
 if TYPE_CHECKING:
-    from install.commands import Node
     from install.generations import Generation
+    from install.node import Node
 
 _ROOT = Path(__file__).parents[1]
 # What decides about the programs and about the mode. The kernel does too, but what it has loaded

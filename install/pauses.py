@@ -20,7 +20,7 @@ from install.generations import Generation
 from install.switch import Kept, Switch
 
 if TYPE_CHECKING:
-    from install.commands import Node
+    from install.node import Node
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from install.pods import has_cgroup, programs_of
 from install.switch import Kept
 
 if TYPE_CHECKING:
-    from install.commands import Node
+    from install.node import Node
 
 OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 

@@ -23,7 +23,7 @@ from install import report, switch
 from install.report import Facts, Failure, Growth, Hops
 
 if TYPE_CHECKING:
-    from install.commands import Node
+    from install.node import Node
 
 PAIRED = abi.PAIRED[0]
 NAMES_FIT = 120  # columns of a terminal in which a pod's name need not be folded

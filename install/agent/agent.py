@@ -29,13 +29,13 @@ from install.agent.kubernetes import Question
 from install.agent.metrics import Metrics
 from install.agent.schedule import NotDone, Task, Waiting
 from install.agent.watch import Watch
-from install.commands import Node
 from install.conf_dir import ConfDir
 from install.conflist import Entry
 from install.freshness import reason_to_load, reason_to_publish
 from install.in_force import in_force
 from install.installer import Places, Withdrawn
 from install.lock import FolderLock
+from install.node import Node
 from install.plugin_files import DoesNotRun, InstallError
 from install.switch import Switch, SwitchError
 
@@ -323,7 +323,7 @@ class Agent:
             log.warning("joiner_ended", f"the joiner has ended with {status}; starting another")
         if self._settings.once or self._node.generations.current() is None:
             return True
-        command = [sys.executable, "-m", "install.node", "join", *self._settings.join_options]
+        command = [sys.executable, "-m", "install.cli", "join", *self._settings.join_options]
         self._joiner = subprocess.Popen(command, cwd=Path(__file__).parents[2])
         return False
 

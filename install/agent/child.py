@@ -30,7 +30,7 @@ def run(
     out, said = os.memfd_create("stdout"), os.memfd_create("stderr")
     try:
         with subprocess.Popen(
-            [sys.executable, "-m", "install.node", *arguments, "--log-format", "json"],
+            [sys.executable, "-m", "install.cli", *arguments, "--log-format", "json"],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=said,

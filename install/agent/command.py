@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cni_plugin import names
 from install import installer, log
-from install.commands import Node, NodeError
 from install.installer import Places
+from install.node import Node, NodeError
 
 # containerd, CRI-O, k3s, k0s, MicroK8s.
 CRI_SOCKETS = (

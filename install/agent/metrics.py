@@ -33,9 +33,9 @@ from bpf import abi, bpfsys, pins
 from bpf.stats import HopCounters
 from cni_plugin import names
 from install import VERSION, freshness, log, report
-from install.commands import Node
 from install.generations import Generation, opened
 from install.joiner import Passes
+from install.node import Node
 from install.report import Facts, Growth, Hops
 
 REPAIRS = ("conflist", "plugin", "pins", "sandbox", "attachment")

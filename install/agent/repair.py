@@ -25,10 +25,10 @@ from cni_plugin.policy import Plan
 from cni_plugin.state import Key
 from install import log
 from install.agent.cri import CriError, Network, Runtime, Sandbox, connected
-from install.commands import LOCK_PATIENCE_S, Node, NodeError
 from install.conf_dir import ConfDir
 from install.in_force import InForce, in_force
 from install.installer import Places
+from install.node import LOCK_PATIENCE_S, Node, NodeError
 from install.pods import programs_of
 
 IFNAME = "eth0"  # what every CRI runtime calls a pod's interface

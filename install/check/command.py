@@ -19,8 +19,8 @@ from install.check.node import Asked
 from install.check.pods import PodState
 
 if TYPE_CHECKING:
-    from install.commands import Node
     from install.installer import Places
+    from install.node import Node
 
 _MARKS = ("✔", "!", "✘")
 

@@ -20,7 +20,7 @@ from install.installer import Places, entry
 from install.plugin_files import DoesNotRun, InstallError
 
 if TYPE_CHECKING:
-    from install.commands import Node
+    from install.node import Node
 
 JOINER_PATIENCE_S = 60.0
 SHOWN = 5  # pods named in one line; --json has all

@@ -13,16 +13,16 @@ from cni_plugin import names
 from cni_plugin.netconf import NetConf
 from install import VERSION, conf_dir, installer, log, report
 from install.agent.command import sockets_of
-from install.commands import NodeError
 from install.conf_dir import ConfDir
 from install.estimate import pods as of_pods
 from install.estimate.pods import Pod
 from install.estimate.survey import Estimate, HopTraffic, Survey, Traffic
 from install.in_force import in_force
+from install.node import NodeError
 
 if TYPE_CHECKING:
-    from install.commands import Node
     from install.installer import Places
+    from install.node import Node
 
 MODES = ("full", "proxy-only")
 

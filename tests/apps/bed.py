@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from bpf import abi
 from install import report
-from install.commands import Node
+from install.node import Node
 from tests.apps import place, silence, sockets
 from tests.apps.application import Application
 from tests.apps.place import HopName, Place, Pods

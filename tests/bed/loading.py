@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from install import freshness, node, selftest
+from install import cli, freshness, selftest
 from install.selftest import Check, Verdict
 
 BUILD = Path(__file__).parents[2] / "build"
@@ -44,4 +44,4 @@ asked = selftest.run
 
 if __name__ == "__main__":
     with mock.patch.object(selftest, "run", remembered):
-        sys.exit(node.main())
+        sys.exit(cli.main())

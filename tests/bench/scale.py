@@ -153,7 +153,7 @@ def _connections(
 ) -> None:
     program = cc.compiled(SOURCE, bed.folder)
     with ExitStack() as stack:
-        held = {pair.kind: stack.enter_context(_connections(program, pair)) for pair in both}
+        held = {pair.kind: stack.enter_context(_silent(program, pair)) for pair in both}
         live = 0
         for level in plan.connections:
             case = f"connections/{level}"
@@ -189,7 +189,7 @@ class Connections:
 
 
 @contextmanager
-def _connections(program: Path, pair: Pair) -> Iterator[Connections]:
+def _silent(program: Path, pair: Pair) -> Iterator[Connections]:
     """None yet; they end on leaving."""
     hop = replace(
         pingpong.hop("inbound", pair.client, pair.server), port=SILENT_PORT, listen_port=SILENT_PORT

@@ -95,7 +95,7 @@ class Agent:
 
     def command(self, command: str, *options: str) -> list[str | Path]:
         """The command line of this release's node program."""
-        program = [sys.executable, "-m", "install.node", command]
+        program = [sys.executable, "-m", "install.cli", command]
         return ["env", "--chdir", self.release.source, *program, *options]
 
     def run(self, command: str, *options: str) -> str:

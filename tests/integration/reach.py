@@ -17,7 +17,7 @@ from bpf import pins
 from bpf.loader import Limits
 from bpf.stats import HopCounters
 from install import generations, passes, report
-from install.commands import Node
+from install.node import Node
 from tests.bed import Bed, Pod
 from tests.bed.pingpong import Hop
 from tests.bed.pod import PROXY

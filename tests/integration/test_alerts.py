@@ -12,7 +12,7 @@ import pytest
 from bpf import bpfsys
 from cni_plugin import names
 from install.agent.metrics import Metrics
-from install.commands import Node
+from install.node import Node
 from tests.bed import Pod, cgroups, open_bed, promtool
 from tests.bed.bed import Bed
 from tests.bed.promtool import Scrapes

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from install import bugreport
 from install.check.node import Asked
-from install.commands import Node
 from install.installer import Places
+from install.node import Node
 from tests.bed import open_bed, roots
 from tests.bed.node import PROGRAM
 

@@ -19,6 +19,7 @@ import pytest
 from bpf import abi
 from install import commands, freshness, selftest
 from install.generations import Generations
+from install.node import Node
 from install.selftest import Check, Verdict
 from tests.bed import cgroups, open_bed
 from tests.bed.bed import Bed
@@ -44,8 +45,8 @@ def must(pod: Sandbox, command: str) -> None:
     assert answer.exit == 0, answer
 
 
-def in_process(bed: Bed) -> commands.Node:
-    return commands.Node(bed.node.bpffs, bed.node.state_dir)
+def in_process(bed: Bed) -> Node:
+    return Node(bed.node.bpffs, bed.node.state_dir)
 
 
 @pytest.mark.parametrize(("old", "new"), [("aaa-old", "zzz-new"), ("zzz-old", "aaa-new")])

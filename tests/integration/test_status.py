@@ -26,7 +26,7 @@ from bpf import bpfsys, pins
 from cni_plugin import names
 from cni_plugin.state import Key, State
 from install.agent.metrics import Metrics
-from install.commands import Node
+from install.node import Node
 from tests.bed import Pod, cgroups, open_bed
 from tests.bed.bed import Bed
 from tests.bed.cni import DUAL_STACK

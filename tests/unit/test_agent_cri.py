@@ -24,11 +24,11 @@ from install.agent.http import Health
 from install.agent.metrics import Metrics
 from install.agent.repair import YOUNG_S, Plugin, Tally, collect
 from install.check import pods
-from install.commands import Node
 from install.conf_dir import ConfDir, Ours
 from install.conflist import Entry
 from install.host import OWN_PROC
 from install.installer import Places
+from install.node import Node
 from install.pods import has_cgroup
 from tests.bed.bed import REPOSITORY
 from tests.unit.test_attachment import BLANK

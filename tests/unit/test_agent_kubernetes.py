@@ -15,7 +15,7 @@ from install.agent.http import Health
 from install.agent.kubernetes import DaemonSet, Question
 from install.agent.metrics import Metrics
 from install.agent.schedule import NotDone, Waiting
-from install.commands import Node
+from install.node import Node
 from tests.bed import apiserver
 from tests.bed.apiserver import BEING_DELETED, FORBIDDEN, GONE, WANTED, Answer, ApiServer
 

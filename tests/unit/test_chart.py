@@ -12,7 +12,7 @@ import yaml
 
 from cni_plugin import schema
 from install import switch
-from install.node import build_parser
+from install.cli import build_parser
 from tests import manifests
 from tests.manifests import CHART, render
 from tests.unit.cases import ROOT

@@ -19,7 +19,7 @@ from rich.console import Console
 from cni_plugin import names
 from cni_plugin.state import State
 from install import canary, exits, host, report, selftest
-from install import node as program
+from install import cli as program
 from install import status as tables
 from install.agent.agent import Agent, Settings
 from install.agent.http import Health
@@ -28,13 +28,13 @@ from install.check import command, finding, kernel, pods
 from install.check import node as of_node
 from install.check.finding import Finding
 from install.check.node import Asked
-from install.commands import Node
 from install.conflist import Entry
 from install.generations import Generation
 from install.host import OWN_PROC
 from install.in_force import in_force
 from install.installer import Places
 from install.joiner import Passes
+from install.node import Node
 from install.report import Facts, Failure
 from install.switch import Kept, Switch, keep
 from tests.unit.cases import ROOT

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from install import compare, report
-from install.commands import Node, NodeError
 from install.compare import Comparison, Phase
+from install.node import Node, NodeError
 from install.report import Facts
 from install.switch import Kept, Switch
 from tests.unit.test_check import WELL

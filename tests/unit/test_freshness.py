@@ -17,11 +17,11 @@ from install.agent import bpffs
 from install.agent.agent import Agent, Settings
 from install.agent.http import Health
 from install.agent.metrics import Metrics
-from install.commands import Node
 from install.conflist import Entry
 from install.freshness import reason_to_load
 from install.host import OWN_PROC
 from install.installer import Places
+from install.node import Node
 from install.selftest import Check, Verdict
 
 

@@ -17,7 +17,7 @@ import pytest
 from install.agent import http as served
 from install.agent.http import MAX_CONNECTIONS, Health, Server, parse_address
 from install.agent.metrics import Metrics
-from install.commands import Node
+from install.node import Node
 
 BROKEN = "a bug in the collector"
 

@@ -20,7 +20,7 @@ import tomllib
 import yaml
 from packaging.requirements import Requirement
 
-from install import VERSION, node
+from install import VERSION, cli
 from install.agent.agent import LOAD_S
 from install.agent.command import CRI_SOCKETS
 from install.agent.http import START_PATIENCE_S
@@ -147,7 +147,7 @@ def test_a_start_is_waited_for_and_not_asked_after() -> None:
 
 def test_the_arguments_are_the_programs_own() -> None:
     container, meta = manifests.agent(BASE), manifests.daemonset(BASE)["metadata"]
-    arguments = node.build_parser().parse_args(manifests.arguments(BASE))
+    arguments = cli.build_parser().parse_args(manifests.arguments(BASE))
     assert arguments.command == "agent"
     mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
     assert arguments.switch_dir == Path(mounts["switch"])
@@ -162,7 +162,7 @@ def test_the_uninstalling_command_is_the_programs_own() -> None:
     (patch,) = manifests.documents(manifests.UNINSTALL)
     (script,) = manifests.agent([patch])["args"]
     (command,) = re.findall(r"^tcpip-bypass-node (.+)$", script, re.MULTILINE)
-    assert node.build_parser().parse_args(command.split()).command == "uninstall"
+    assert cli.build_parser().parse_args(command.split()).command == "uninstall"
 
 
 def probes(objects: list[manifests.Json]) -> Iterator[manifests.Json]:
@@ -278,7 +278,7 @@ def test_the_estimating_job() -> None:
     validate([job], SUPPORTED)
     spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]
-    arguments = node.build_parser().parse_args(container["args"])
+    arguments = cli.build_parser().parse_args(container["args"])
     assert arguments.command == "estimate"
     assert container["image"] == manifests.agent(BASE)["image"]
     # It looks only: nothing of the node can be written, and there is no bpffs to pin anything.

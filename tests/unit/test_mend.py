@@ -14,11 +14,11 @@ import pytest
 from bpf import pins
 from bpf.loader import PINS
 from cni_plugin import names
-from install import node as program
+from install import cli as program
 from install import selftest
 from install.agent import command
-from install.commands import Node
 from install.generations import Generation, Generations
+from install.node import Node
 from install.selftest import Check
 
 

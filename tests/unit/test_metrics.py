@@ -17,7 +17,7 @@ from bpf import abi
 from bpf.stats import HopCounters
 from install import VERSION, freshness, report
 from install.agent.metrics import REPAIRS, Metrics
-from install.commands import Node
+from install.node import Node
 from install.report import Facts, Failure, Growth, Reading
 from tests.unit.test_attachment import BLANK
 

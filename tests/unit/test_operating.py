@@ -12,7 +12,7 @@ from bpf import abi
 from install import switch
 from install.agent.metrics import REPAIRS, Metrics
 from install.check import finding
-from install.commands import Node
+from install.node import Node
 from tests.unit.cases import ROOT
 
 TEXT = (ROOT / "docs" / "operating.md").read_text()

@@ -11,7 +11,7 @@ import pytest
 from bpf.stats import HopCounters
 from cni_plugin.state import Attachment
 from install import commands, pauses, report
-from install.commands import Node
+from install.node import Node
 from tests.unit.test_attachment import BLANK
 
 # Bypassed bytes at each look: still there, closed a connection in between, idle.

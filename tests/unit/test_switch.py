@@ -17,7 +17,7 @@ from bpf import abi
 from cni_plugin import names, netconf
 from cni_plugin.state import Attachment, State
 from install import pauses, switch
-from install.commands import Node
+from install.node import Node
 from install.pauses import Pauses
 from install.switch import Kept, Switch, SwitchError
 from tests.unit.test_attachment import BLANK
@@ -146,7 +146,7 @@ class Generation:
 
 @dataclass
 class ScratchNode:
-    """As much of install.commands.Node as settle() needs."""
+    """As much of install.node.Node as settle() needs."""
 
     state: State
     loaded: list[Generation]
