@@ -30,6 +30,8 @@ from install.pods import attached_cgroups
 
 SHARE = 0.02  # of a CPU, for all passes
 BURST_NS = 50_000_000
+# In debt it rests until it has earned so much: many times what it takes itself between two rests.
+LEAST_CREDIT_NS = 5_000_000
 EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 LEAST_COST = 50
 LOOK_S = 1.0  # how often for new generations, and for events that were lost
@@ -283,7 +285,7 @@ class Joiner:
         self._forget_gone()
         if self._credit_ns > 0:
             return wait_s
-        return min(wait_s, -self._credit_ns / 1e9 / SHARE + 0.001)
+        return min(wait_s, (LEAST_CREDIT_NS - self._credit_ns) / 1e9 / SHARE)
 
     def _last_pass(self, due: tuple[abi.Due, Opened, int]) -> float:
         """When it may have had one, so that every pod has its turn."""

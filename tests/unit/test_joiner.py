@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bpf import abi
 from install import joiner
 from install.joiner import BURST_NS, FORGET_S, SHARE, Joiner
 from install.passes import Runner
@@ -121,3 +122,27 @@ def test_a_generation_whose_pins_are_gone_is_served_while_sockets_must_leave(mad
     opened.needed = False
     made._look_for_generations()
     assert made._opened == {}
+
+
+def test_a_joiner_in_debt_comes_to_its_passes(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though what it takes itself, between two rests, is more than it earns in a short one."""
+    now_s, own_ns = made._counted_at, made._own_ns
+    passes = []
+
+    def run(_visit: int, folder: Path) -> int:
+        passes.append(folder)
+        return 100_000
+
+    monkeypatch.setattr("install.joiner.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("install.joiner.time.process_time_ns", lambda: own_ns)
+    monkeypatch.setattr(made.runner, "run", run)
+    opened: Any = Opened(1)
+    opened.pending = lambda: {1: abi.Due(missed=1_000, cost=100, pending=1)}
+    made._opened["gen-1"] = opened
+    made._credit_ns = -1_000_000.0
+    for _ in range(20):
+        own_ns += 1_000_000
+        now_s += made._serve()
+    assert len(passes) > 5
