@@ -47,7 +47,8 @@ VISITS = st.lists(st.tuples(st.sampled_from(("arrive", "read", "visit")), SIDE),
 def rules(mutant: Mutant | None = None, *, strict: bool = False) -> Rules:
     """Compiled once; a library of its own for each mutant and kind of kernel."""
     edit = mutant.edit if mutant else str
-    return switch.built(Path(tempfile.mkdtemp(prefix="tb-switch-")), edit, strict=strict)
+    with tempfile.TemporaryDirectory() as folder:  # what is loaded stays
+        return switch.built(Path(folder), edit, strict=strict)
 
 
 def step(connection: Connection, what: str, number: int) -> None:
