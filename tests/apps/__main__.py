@@ -30,6 +30,7 @@ from tests.bench.results import Results, Section, load
 
 OUTPUT = REPOSITORY / "build" / "apps"
 DOCUMENT = REPOSITORY / "docs" / "applications.md"
+TABLES = OUTPUT / "tables.md"
 PICTURE = REPOSITORY / "docs" / "img" / "applications.png"
 WARM_UP_S = 0.5
 # A check may take this much longer than over TCP: else something stalls, and goes on.
@@ -125,11 +126,21 @@ def measure_hop(
 
 
 def measure(
-    node: AppNode, application: Application, plan: Plan, measuring: Cpus, console: Console
+    node: AppNode,
+    application: Application,
+    plan: Plan,
+    measuring: Cpus,
+    console: Console,
+    *,
+    mode: str = "full",
 ) -> Section:
     """Measure an application; one that fails says so and keeps what it has."""
     with entry.begun(application.name, measuring, console) as section:
         section.machine["failures"] = failures = {}
+        faults = bed.faults(node, application) if mode == "full" else ()
+        section.machine["faults"] = sorted(faults)
+        if faults:  # `auto` gives less here
+            return section
         for hop in application.hops:
             if hop not in plan.hops:
                 continue
@@ -154,7 +165,8 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
     with bed.opened({chosen.mode: KINDS}) as nodes:
         for name in chosen.apps:
             plan = QUICK if chosen.quick else FULL
-            section = measure(nodes[chosen.mode], APPLICATIONS[name], plan, measuring, console)
+            application, node = APPLICATIONS[name], nodes[chosen.mode]
+            section = measure(node, application, plan, measuring, console, mode=chosen.mode)
             results.sections[name] = section
             results.save(path)
             if "interrupted" in section.machine:
@@ -197,6 +209,7 @@ def main() -> int:
         results = load(chosen.report)
         report.draw(results, PICTURE)
         report.write(results, DOCUMENT, PICTURE)
+        report.write_tables(results, TABLES)
         console.print(f"{DOCUMENT} from {chosen.report}")
         return 0
     return entry.as_root(partial(logged, chosen), console)

@@ -93,6 +93,13 @@ def verdict(node: AppNode) -> dict[str, Any]:
     return found
 
 
+def faults(node: AppNode, application: Application) -> frozenset[str]:
+    """The self-test's checks that this kernel fails and the application needs in `full`."""
+    return application.needs & {
+        check["name"] for check in verdict(node)["checks"] if not check["ok"]
+    }
+
+
 def mode_of_kernel(node: AppNode) -> str:
     """What `auto` decides here."""
     return str(verdict(node)["mode"])

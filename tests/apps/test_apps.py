@@ -59,9 +59,7 @@ def test_every_byte_is_right(
 
 def skip_what_the_kernel_breaks(application: Application, node: AppNode) -> None:
     """It would break here in `full`: so the self-test must give less, and name this very fault."""
-    verdict = bed.verdict(node)
-    failed = {check["name"] for check in verdict["checks"] if not check["ok"]}
-    faults = application.needs & failed
+    verdict, faults = bed.verdict(node), bed.faults(node, application)
     if not faults:
         return
     assert verdict["mode"] != "full"

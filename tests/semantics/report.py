@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The findings as a table for people, as JSON, and as two parts of docs/limits.md."""
+"""The findings as a table for people, as JSON, and as a part of docs/limits.md."""
 
 from __future__ import annotations
 
@@ -122,20 +122,21 @@ def limits_page(page: str, findings: Sequence[Finding]) -> str:
     """docs/limits.md with these findings in the place of its own; its prose stays.
 
     Raises:
-        ValueError: the page does not have both of each part's marks, each on a line of its own.
+        ValueError: the page does not have both marks, each on a line of its own.
     """
-    for name, lines in (("differences", _differences(findings)), ("the same", _same(findings))):
-        begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->\n"
-        before, found_begin, rest = page.partition(begin)
-        _, found_end, behind = rest.partition(end)
-        if not (found_begin and found_end):
-            raise ValueError(f"the page has no lines {begin.strip()} and {end.strip()}")
-        page = "".join([before, begin, *(f"{line}\n" for line in lines), end, behind])
-    return page
+    begin, end = "<!-- begin: differences -->\n", "<!-- end: differences -->\n"
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, behind = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"the page has no lines {begin.strip()} and {end.strip()}")
+    return "".join([before, begin, *(f"{line}\n" for line in _differences(findings)), end, behind])
 
 
 def _differences(findings: Sequence[Finding]) -> Iterator[str]:
-    yield f"{len(findings)} behaviours, on Linux {platform.release()}:"
+    yield (
+        f"Of {len(findings)} behaviours (tests/semantics/scenarios), "
+        f"on Linux {platform.release()}; the others came out the same:"
+    )
     yield ""
     yield "| behaviour: over TCP → here | what it means | what to do |"
     yield "| --- | --- | --- |"
@@ -145,10 +146,6 @@ def _differences(findings: Sequence[Finding]) -> Iterator[str]:
             by_limit.setdefault(finding.scenario.limit, []).append(finding)
     for limit, group in by_limit.items():
         yield f"| {'<br>'.join(map(cell, group))} | {limit.means}. | {limit.do} |"
-
-
-def _same(findings: Sequence[Finding]) -> Iterator[str]:
-    yield from (f"- {one.scenario.title}" for one in findings if not one.scenario.limit)
 
 
 def cell(finding: Finding) -> str:

@@ -76,7 +76,7 @@ def test_the_page_has_each_application_and_its_reader(results: Results, tmp_path
     assert f"| {redis.title} | event loop | 1.50 | – | – | – | 0.70 |  |" in text  # noqa: RUF001
     cells = f"| {gunicorn.title} | blocking | – | – | **failed** | 0.96 | 1.00 |"  # noqa: RUF001
     assert f"{cells} {gunicorn.advice} |" in text
-    assert "**Failed on direct: AssertionError: wrong**" in text
+    assert f"**{gunicorn.title} failed on direct: AssertionError: wrong**" in text
     assert report.is_incomplete(results, "gunicorn")
     assert not report.is_incomplete(results, "redis")
     assert report.is_incomplete(results, "nginx")
@@ -106,8 +106,8 @@ def test_a_row_says_how_much_has_bypassed(
 ) -> None:
     plain = values(1000, 50, 10)
     found = Results({"redis": section("outbound/GET", plain, {**plain, **counted})})
-    report.write(found, tmp_path / "page.md", tmp_path / "picture.png")
-    text = (tmp_path / "page.md").read_text()
+    report.write_tables(found, tmp_path / "tables.md")
+    text = (tmp_path / "tables.md").read_text()
     assert "| CPU per request, us | bypassed |" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| outbound | GET |")]
     assert row.endswith(f"| {share} |")
