@@ -80,6 +80,18 @@ static __always_inline void tb_end_connection(struct tb_conn *conn)
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
 }
 
+/* A round trip of a young connection. Its server is established by now. The client looks for it at
+ * once: the map forgets connections that wait for long. */
+static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (conn->refused)
+		return;
+	if (!tb_is_paired(conn))
+		tb_seek(conn);
+	if (tb_has_passed(TB_MIN_AGE, conn->since, tb_tick_ns()))
+		tb_call(skops, TB_CALL_PER_PACKET);
+}
+
 /* Callbacks of a socket that may have been paired. */
 static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 {
@@ -97,11 +109,8 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 			tb_end_connection(conn);
 		return;
 	}
-	if (skops->op == BPF_SOCK_OPS_RTT_CB) {
-		if (tb_has_passed(TB_MIN_AGE, conn->since, tb_tick_ns()))
-			tb_call(skops, TB_CALL_PER_PACKET);
-		return;
-	}
+	if (skops->op == BPF_SOCK_OPS_RTT_CB)
+		return tb_complete_round_trip(skops, conn);
 	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
 		return tb_use_again(skops, conn);
 	if (tb_membership(conn->state) == TB_OUT)

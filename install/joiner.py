@@ -262,7 +262,7 @@ class Joiner:
                 each.show_life()
         due = [
             (waiting, each, pod_id)
-            for each in self._opened.values()
+            for each in (self._opened.values() if self._credit_ns > 0 else ())  # a look costs, too
             for pod_id, waiting in each.pending().items()
         ]
         has_canary = any(each.canary for each in self._opened.values())
@@ -272,8 +272,9 @@ class Joiner:
                 break
             step = self._steps.setdefault((each.generation, pod_id), Step())
             is_step = waiting.missed < waiting.cost or step.held
-            if is_step and step.left_s() > 0:
-                wait_s = min(wait_s, step.left_s())
+            left_s = step.left_s()
+            if is_step and left_s > 0:
+                wait_s = min(wait_s, left_s)
                 continue
             step.take(again=is_step)
             step.held = not self._pass(each, pod_id)

@@ -105,7 +105,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		tb_call(skops, TB_CALL_NEVER);
 		return;
 	}
-	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn))
+	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn) || !tb_has_peer(conn))
 		return;
 	tb_miss(conn->me.pod_id, weight);
 }

@@ -63,7 +63,7 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	conn->moved.sent = skops->snd_nxt;
 	conn->since = tb_tick_ns();
 	tb_expect_passes(pod->id);
-	tb_call(skops, TB_MIN_AGE ? TB_CALL_PER_ROUND_TRIP : TB_CALL_PER_PACKET);
+	tb_call_also(skops, TB_MIN_AGE ? TB_CALL_PER_ROUND_TRIP : TB_CALL_PER_PACKET);
 	return conn;
 }
 
@@ -190,7 +190,6 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	*hop = conn->hop = tb_hop(&half.client, &conn->me);
 	half.server = conn->me;
 	halves.update(&key, &half);
-	tb_count_outcome(half.client.pod_id, *hop, TB_OUTCOME_PAIRED); /* and the own end */
 	return TB_OUTCOME_PAIRED;
 }
 
@@ -209,6 +208,7 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 	conn->peer = server;
 	conn->hop = tb_hop(&conn->me, &conn->peer);
 	halves.delete(&conn->half);
+	tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
 }
 
 static __always_inline int tb_is_paired(const struct tb_conn *conn)

@@ -91,13 +91,23 @@ enum tb_calls {
 	TB_CALL_PER_PACKET = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG,
 };
 
+static __always_inline void tb_set_flags(struct bpf_sock_ops *skops, int flags)
+{
+	if (flags != skops->bpf_sock_ops_cb_flags)
+		bpf_sock_ops_cb_flags_set(skops, flags);
+}
+
 static __always_inline void tb_call(struct bpf_sock_ops *skops, enum tb_calls when)
 {
 	int all = TB_CALL_PER_ROUND_TRIP | TB_CALL_PER_PACKET;
-	int flags = (skops->bpf_sock_ops_cb_flags & ~all) | when;
 
-	if (flags != skops->bpf_sock_ops_cb_flags)
-		bpf_sock_ops_cb_flags_set(skops, flags);
+	tb_set_flags(skops, (skops->bpf_sock_ops_cb_flags & ~all) | when);
+}
+
+/* Besides what another program on the cgroup has asked for. */
+static __always_inline void tb_call_also(struct bpf_sock_ops *skops, enum tb_calls when)
+{
+	tb_set_flags(skops, skops->bpf_sock_ops_cb_flags | when);
 }
 
 /* The client says that its SYN comes from this node: no other peer gets to see the option. */

@@ -132,13 +132,12 @@ def measure(
     measuring: Cpus,
     console: Console,
     *,
-    mode: str = "full",
+    faults: Sequence[str] = (),
 ) -> Section:
     """Measure an application; one that fails says so and keeps what it has."""
     with entry.begun(application.name, measuring, console) as section:
         section.machine["failures"] = failures = {}
-        faults = bed.faults(node, application) if mode == "full" else ()
-        section.machine["faults"] = sorted(faults)
+        section.machine["faults"] = faults
         if faults:  # `auto` gives less here
             return section
         for hop in application.hops:
@@ -166,7 +165,8 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
         for name in chosen.apps:
             plan = QUICK if chosen.quick else FULL
             application, node = APPLICATIONS[name], nodes[chosen.mode]
-            section = measure(node, application, plan, measuring, console, mode=chosen.mode)
+            faults = sorted(bed.faults(node, application)) if chosen.mode == "full" else ()
+            section = measure(node, application, plan, measuring, console, faults=faults)
             results.sections[name] = section
             results.save(path)
             if "interrupted" in section.machine:

@@ -134,7 +134,8 @@ def _machine(results: Results) -> Iterator[str]:
 
 def _headline(results: Results, known: list[Application]) -> Iterator[str]:
     for reader in get_args(Reader):
-        count = sum(each.reader == reader for each in known)
+        measured = [each for each in known if not results.sections[each.name].machine.get("faults")]
+        count = sum(each.reader == reader for each in measured)
         ratios = _ratios(results, reader)
         if ratios:
             yield (

@@ -167,8 +167,8 @@ EDGE_AFTER_LEAVING = _mutant(
 EDGE_OF_THE_CLOSED = _mutant(
     "edges: none behind a sender that has closed",
     (
-        r"return tb_membership\(conn->state\) != TB_OUT;\n\}\n\n/\* Does this reader",
-        "return 0;\n}\n\n/* Does this reader",
+        r"return tb_membership\(conn->state\) != TB_OUT;\n\}\n\n/\* Returns 1 if",
+        "return 0;\n}\n\n/* Returns 1 if",
     ),
 )
 EDGE_FORGOTTEN = _mutant(

@@ -139,7 +139,13 @@ def test_a_joiner_in_debt_comes_to_its_passes(
     monkeypatch.setattr("install.joiner.time.process_time_ns", lambda: own_ns)
     monkeypatch.setattr(made.runner, "run", run)
     opened: Any = Opened(1)
-    opened.pending = lambda: {1: abi.Due(missed=1_000, cost=100, pending=1)}
+
+    def pending() -> dict[int, abi.Due]:
+        nonlocal own_ns
+        own_ns += 8_000_000  # many pods
+        return {1: abi.Due(missed=1_000, cost=100, pending=1)}
+
+    opened.pending = pending
     made._opened["gen-1"] = opened
     made._credit_ns = -1_000_000.0
     for _ in range(20):
