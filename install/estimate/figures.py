@@ -24,9 +24,9 @@ class RoundTrip:
 
 
 ROUND_TRIPS = {
-    "inbound": RoundTrip(21.9, 15.0),
-    "outbound": RoundTrip(28.6, 13.6),
-    "sidecars": RoundTrip(26.6, 13.6),
+    "inbound": RoundTrip(26.0, 15.8),
+    "outbound": RoundTrip(23.5, 13.4),
+    "sidecars": RoundTrip(32.9, 13.5),
 }
 # Hops without a sidecar were not measured by themselves: inside a pod as towards the application,
 # between two as between sidecars.
