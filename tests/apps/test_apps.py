@@ -81,7 +81,10 @@ def test_a_measurement_makes_a_page(nodes: dict[Mode, AppNode], tmp_path: Path) 
     assert section.machine["failures"] == {}, said.getvalue()
     results = Results({"redis": section})
     page, picture = tmp_path / "applications.md", tmp_path / "applications.png"
+    tables = tmp_path / "tables.md"
     report.draw(results, picture)
     report.write(results, page, picture)
-    assert "| outbound | GET 64 B |" in page.read_text()
+    report.write_tables(results, tables)
+    assert "| Redis, redis-benchmark | event loop |" in page.read_text()
+    assert "| outbound | GET 64 B |" in tables.read_text()
     assert picture.stat().st_size > 0
