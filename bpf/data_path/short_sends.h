@@ -8,9 +8,23 @@
  * sends in such a way never joins, and a member leaves.
  */
 
-#define PF_IO_WORKER                                                                               \
-	0x10 /* task_struct.flags: a thread of the kernel's that works for io_uring                \
-	      */
+/* task_struct.flags: a thread of the kernel's that works for io_uring. */
+#define PF_IO_WORKER 0x10
+
+/* System calls, by their numbers in struct pt_regs. Those of 32-bit callers name no other call that
+ * sends. */
+#define IO_URING_ENTER 426
+#ifdef __aarch64__
+#define SENDMMSG 269
+#define SENDMMSG_OF_32_BITS 374
+#define SENDMMSG_X32 SENDMMSG
+#define SOCKETCALL SENDMMSG
+#else
+#define SENDMMSG 307
+#define SENDMMSG_OF_32_BITS 345
+#define SENDMMSG_X32 0x4000021a
+#define SOCKETCALL 102 /* i386: sendmmsg is one of its calls */
+#endif
 
 static void *(*tb_current_task_btf)(void) = (void *)BPF_FUNC_get_current_task_btf;
 static void *(*tb_task_pt_regs)(void *task) = (void *)BPF_FUNC_task_pt_regs;
@@ -26,15 +40,10 @@ static __always_inline void tb_find_registers(__u64 *at)
 	*at = address - stack;
 }
 
-/* Is this sendmmsg or io_uring_enter, by its number? The numbers of 32-bit callers name no other
- * call that sends. Theirs may also be socketcall. */
 static __always_inline int tb_uses_iterator(__u32 call)
 {
-#ifdef __aarch64__
-	return call == 269 || call == 374 || call == 426;
-#else
-	return call == 307 || call == 345 || call == 0x4000021a || call == 102 || call == 426;
-#endif
+	return call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == SENDMMSG_X32 ||
+	       call == SOCKETCALL || call == IO_URING_ENTER;
 }
 
 /* Would the current thread, which is inside a send, go on behind a hole? */
