@@ -26,14 +26,18 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_flawless(report: Report) -> None:
-    """Nothing lost, swapped, doubled, stalled; and it was the bypass that was tried, and TCP."""
+    """Nothing lost, swapped, doubled, stalled, with all that disturbs."""
     assert report.bad == [], report.as_json()
     assert report.connections > 100
     assert report.aborted > 0
     assert report.pauses > 0
-    assert report.counters.joined > 50, report.as_json()
-    assert report.counters.bypassed_messages > 1000, report.as_json()
-    assert sum(report.counters.tcp_messages.values()) > 1000, report.as_json()
+
+
+def has_tried(report: Report) -> bool:
+    """Whether it was the bypass that was tried, and TCP; since the setting was made."""
+    counters = report.counters
+    messages = (counters.bypassed_messages, sum(counters.tcp_messages.values()))
+    return counters.joined > 50 and min(messages) > 1000
 
 
 def test_loopback(program: Path) -> None:
@@ -41,6 +45,7 @@ def test_loopback(program: Path) -> None:
         options = Options(SEED, seconds=12, kills=100, reload_every_s=3, leave_flips=True)
         report = engine.run(program, place, options)
     assert_flawless(report)
+    assert has_tried(report), report.as_json()
     assert report.killed > 0
     assert report.reloads > 0
     # About half of the ends, where passes go on all the time.
@@ -50,10 +55,14 @@ def test_loopback(program: Path) -> None:
 
 def test_three_hops(program: Path) -> None:
     with settings.pods(settings.HOPS) as place:
-        options = Options(SEED, seconds=10, at_once=16, kills=100, leave_flips=True)
-        report = engine.run(program, place, options)
-    assert_flawless(report)
-    assert report.killed > 0
+        for seed in range(SEED, SEED + MOST_RUNS):  # a busy machine has few passes
+            options = Options(seed, seconds=10, at_once=16, kills=100, leave_flips=True)
+            report = engine.run(program, place, options)
+            assert_flawless(report)
+            assert report.killed > 0
+            if has_tried(report):
+                break
+    assert has_tried(report), report.as_json()
 
 
 def test_families_and_paths(program: Path) -> None:
@@ -70,6 +79,7 @@ def test_families_and_paths(program: Path) -> None:
             if bypassed >= wanted:
                 break
     assert bypassed == wanted
+    assert has_tried(report), report.as_json()
 
 
 def test_traffic_finds_what_is_wrong_with_a_stream(program: Path) -> None:
