@@ -102,7 +102,10 @@ class Opened:
         return self.canary is not None and self.canary.has_sockets()
 
     def has_sockets(self) -> bool:
-        return self.canary.has_sockets() if self.canary else self.generation.has_sockets()
+        try:
+            return (self.canary or self.generation).has_sockets()
+        except FileNotFoundError:  # a load has just removed it: it had none
+            return False
 
     def pods(self) -> list[int]:
         """All that have an entry, pending or not."""

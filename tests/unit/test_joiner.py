@@ -12,6 +12,7 @@ import pytest
 
 from bpf import abi
 from install import joiner
+from install.generations import Generation
 from install.joiner import BURST_NS, FORGET_S, SHARE, Joiner
 from install.passes import Runner
 
@@ -152,3 +153,8 @@ def test_a_joiner_in_debt_comes_to_its_passes(
         own_ns += 1_000_000
         now_s += made._serve()
     assert len(passes) > 5
+
+
+def test_a_generation_that_is_removed_meanwhile_has_no_sockets(tmp_path: Path) -> None:
+    opened: Any = SimpleNamespace(canary=None, generation=Generation(tmp_path / "gen-1"))
+    assert not joiner.Opened.has_sockets(opened)
