@@ -125,7 +125,11 @@ class Generations:
 
     def program_ids(self) -> set[int]:
         """The IDs of their sock_ops programs: what is ours on a cgroup."""
-        return {generation.sock_ops_id() for generation in self.complete()}
+        found = set()
+        for generation in self.complete():
+            with contextlib.suppress(FileNotFoundError):  # a load has just removed it
+                found.add(generation.sock_ops_id())
+        return found
 
     def current(self) -> Generation | None:
         """What the link names, whether or not it is there."""
