@@ -19,7 +19,7 @@
  *   state        a socket's memory is written for that socket alone                    state.h
  *   readers      no socket with a reader that may sleep in recv is a member           readers.h
  *   splice       no socket that has spliced joins                                      splice.h
- *   short sends  nor one whose sender would go on behind a hole                   short_sends.h
+ *   short sends  no socket joins on which sendmmsg or io_uring sends              short_sends.h
  *   one queue    a direction changes its path only while the old one is empty           order.h
  *   lock         no redirect waits for an application's socket lock                     order.h
  *   half-closed  from the first FIN on, TCP                                             order.h
@@ -86,8 +86,7 @@ static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops, s
 {
 	if (conn->refused)
 		return;
-	if (!tb_is_paired(conn))
-		tb_seek(conn);
+	tb_seek(conn);
 	if (tb_has_passed(TB_MIN_AGE, conn->since, tb_tick_ns()))
 		tb_call(skops, TB_CALL_PER_PACKET);
 }
@@ -183,11 +182,8 @@ int tb_visit_file(struct bpf_iter__task_file *context)
 {
 	void *file = context->file, *meta = context->meta, *socket;
 	__u32 fd = context->fd;
-	int zero = 0;
-	__u64 *at = registers_at.lookup(&zero);
 
-	if (at && !*at)
-		tb_find_registers(at);
+	tb_find_registers();
 	if (!file)
 		return 0;
 	socket = tb_sock_from_file(file);

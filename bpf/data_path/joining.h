@@ -86,8 +86,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	 */
 	if (sent == first)
 		return;
-	if (!tb_is_paired(conn))
-		tb_seek(conn);
+	tb_seek(conn);
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	if (!tb_is_paired(conn)) {
 		if (conn->exchanges > TB_SEEKING)
@@ -274,8 +273,7 @@ static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket
 {
 	__u32 outcome;
 
-	if (!tb_is_paired(conn))
-		tb_seek(conn);
+	tb_seek(conn);
 	if (conn->refused || !tb_may_join(conn, sk, now))
 		return;
 	outcome = tb_reason_to_refuse(conn, sk);

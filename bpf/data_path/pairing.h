@@ -193,13 +193,22 @@ static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
 	return TB_OUTCOME_PAIRED;
 }
 
-/* A client asks for the server that has claimed its connection. The map may have dropped the entry,
- * or have it for another connection by now: then this one stays on TCP. */
+static __always_inline int tb_is_paired(const struct tb_conn *conn)
+{
+	return conn->peer.id != 0;
+}
+
+/* A client that is not paired asks for the server that has claimed its connection. The map may have
+ * dropped the entry, or have it for another connection by now: then this one stays on TCP. A visit
+ * and a callback may both ask at once. The one that takes the entry away counts. */
 static __always_inline void tb_seek(struct tb_conn *conn)
 {
-	struct tb_half *half = halves.lookup(&conn->half);
+	struct tb_half *half;
 	struct tb_end server;
 
+	if (tb_is_paired(conn))
+		return;
+	half = halves.lookup(&conn->half);
 	if (!half)
 		return;
 	server = half->server; /* before the look at the client: the map may use the entry again */
@@ -207,13 +216,8 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 		return;
 	conn->peer = server;
 	conn->hop = tb_hop(&conn->me, &conn->peer);
-	halves.delete(&conn->half);
-	tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
-}
-
-static __always_inline int tb_is_paired(const struct tb_conn *conn)
-{
-	return conn->peer.id != 0;
+	if (!halves.delete(&conn->half))
+		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
 }
 
 /* Is the peer's struct tb_conn still that of the peer? RULE (identity): the ends name each other.

@@ -18,11 +18,10 @@
  * has) use what short sends leave of msg_iter. */
 static __always_inline __u32 tb_ineligibility(__u64 sk)
 {
-	__u64 flags = tb_read64(sk + OFF_SOCK_FLAGS);
+	__u64 unfit = 1ULL << BIT_SOCK_ZEROCOPY | 1ULL << BIT_SOCK_MEMALLOC;
 
 	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
-	    tb_read64(sk + OFF_ICSK_ULP_OPS) || (flags & (1ULL << BIT_SOCK_ZEROCOPY)) ||
-	    (flags & (1ULL << BIT_SOCK_MEMALLOC)))
+	    tb_read64(sk + OFF_ICSK_ULP_OPS) || (tb_read64(sk + OFF_SOCK_FLAGS) & unfit))
 		return TB_OUTCOME_INELIGIBLE;
 	return 0;
 }

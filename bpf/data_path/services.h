@@ -123,8 +123,8 @@ static __always_inline void tb_note_dial(struct bpf_sock_ops *skops)
 	dials.update(&dial, &one);
 }
 
-/* Fills the key of the connection whose SYN-ACK is being made. Returns 1 if this pod has announced
- * it, and if its SYN came from this node. */
+/* A SYN-ACK is being made: fills the key of its connection. Returns 1 if this pod has announced
+ * that connection, and if the SYN came from this node. */
 static __always_inline int tb_find_announced(struct bpf_sock_ops *skops, const struct tb_pod *pod,
 					     struct tb_half_key *key)
 {

@@ -29,12 +29,18 @@
 static void *(*tb_current_task_btf)(void) = (void *)BPF_FUNC_get_current_task_btf;
 static void *(*tb_task_pt_regs)(void *task) = (void *)BPF_FUNC_task_pt_regs;
 
-/* Notes where on its stack a thread's registers lie: at one place in each. */
-static __always_inline void tb_find_registers(__u64 *at)
+/* Notes, once, where on its stack a thread's registers lie: at one place in each. */
+static __always_inline void tb_find_registers(void)
 {
-	void *task = tb_current_task_btf(), *registers = tb_task_pt_regs(task);
+	void *task, *registers;
 	__u64 stack = 0, address = 0;
+	int zero = 0;
+	__u64 *at = registers_at.lookup(&zero);
 
+	if (!at || *at)
+		return;
+	task = tb_current_task_btf();
+	registers = tb_task_pt_regs(task);
 	tb_probe_read_kernel(&stack, sizeof(stack), task + OFF_TASK_STACK);
 	tb_probe_read_kernel(&address, sizeof(address), &registers);
 	*at = address - stack;
