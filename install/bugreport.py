@@ -26,11 +26,10 @@ from install import VERSION, freshness, host, report, selftest
 from install.agent.command import sockets_of
 from install.check import command as check
 from install.check.node import Asked
-from install.node import NodeError
+from install.node import Node, NodeError
 
 if TYPE_CHECKING:
     from install.installer import Places
-    from install.node import Node
 
 CONTENTS = "CONTENTS.txt"
 LOG_LINES = 2000

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cni_plugin import policy
 from cni_plugin.state import Attachment
@@ -26,10 +26,7 @@ from install import VERSION, log, report
 from install.estimate.pods import Pod
 from install.estimate.survey import LOOK_S, Survey
 from install.intervals import Interval, bootstrap_median
-from install.node import NodeError
-
-if TYPE_CHECKING:
-    from install.node import Node
+from install.node import Node, NodeError
 
 PAIRS = 6
 SETTLE_S = 1.0  # after a switch: directions change their path when what lies unread was read

@@ -18,11 +18,10 @@ from install.estimate import pods as of_pods
 from install.estimate.pods import Pod
 from install.estimate.survey import Estimate, HopTraffic, Survey, Traffic
 from install.in_force import in_force
-from install.node import NodeError
+from install.node import Node, NodeError
 
 if TYPE_CHECKING:
     from install.installer import Places
-    from install.node import Node
 
 MODES = ("full", "proxy-only")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -98,7 +98,7 @@ def show(results: Results, console: Console) -> None:
 
 def write(results: Results, document: Path, picture: Path) -> None:
     """Render the page; the picture has been drawn."""
-    known = [each for name, each in APPLICATIONS.items() if name in results.sections]
+    known = _known(results)
     lines = [HEAD, *_machine(results), *_headline(results, known)]
     lines += [f"![Ratios]({os.path.relpath(picture, document.parent)})\n"]
     lines += _summary(results, known)
@@ -117,9 +117,19 @@ def write(results: Results, document: Path, picture: Path) -> None:
 
 def write_tables(results: Results, document: Path) -> None:
     """Render every row."""
-    known = [each for name, each in APPLICATIONS.items() if name in results.sections]
+    known = _known(results)
     lines = [line for each in known for line in _details(results.sections[each.name], each)]
     document.write_text("\n".join(lines).strip() + "\n")
+
+
+def _known(results: Results) -> list[Application]:
+    return [each for name, each in APPLICATIONS.items() if name in results.sections]
+
+
+def _faults(section: Section) -> Sequence[str]:
+    """What this kernel gets wrong, if that kept the application from being measured."""
+    found: Sequence[str] = section.machine.get("faults", ())
+    return found
 
 
 def _machine(results: Results) -> Iterator[str]:
@@ -134,7 +144,7 @@ def _machine(results: Results) -> Iterator[str]:
 
 def _headline(results: Results, known: list[Application]) -> Iterator[str]:
     for reader in get_args(Reader):
-        measured = [each for each in known if not results.sections[each.name].machine.get("faults")]
+        measured = [each for each in known if not _faults(results.sections[each.name])]
         count = sum(each.reader == reader for each in measured)
         ratios = _ratios(results, reader)
         if ratios:
@@ -152,7 +162,7 @@ def _summary(results: Results, known: list[Application]) -> Iterator[str]:
         section = results.sections[each.name]
         ratios = [_hop_cell(section, hop) for hop in HOPS]
         cpu = _number(median_ratio(section, "*", CPU))
-        faults = ", ".join(section.machine.get("faults", ()))
+        faults = ", ".join(_faults(section))
         advice = f"not in `full` here: this kernel fails {faults}" if faults else each.advice
         yield _row([each.title, each.reader, *ratios, cpu, advice])
 

@@ -51,9 +51,16 @@ def holds(case: Case, pod: LightPod) -> bool:
 
 
 class Ends:
-    """Both ends of a connection, non-blocking, and in the sockhash."""
+    """Both ends of a connection, non-blocking; and in the sockhash, unless `joins` is false."""
 
-    def __init__(self, pod: LightPod, target: tuple[str, int] | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        pod: LightPod,
+        target: tuple[str, int] | None = None,
+        port: int = 0,
+        *,
+        joins: bool = True,
+    ) -> None:
         with socket.create_server((SERVER_IP, port)) as listener:
             self.client = socket.socket()
             self.client.bind((CLIENT_IP, 0))
@@ -61,6 +68,11 @@ class Ends:
             self.server, _ = listener.accept()
         for each in (self.client, self.server):
             each.setblocking(False)
+        if joins:
+            self.join(pod)
+
+    def join(self, pod: LightPod) -> None:
+        """Exchanges until both have. Raises TimeoutError."""
         joined, ends = pod.total().joined, time.monotonic() + PATIENCE_S
         while pod.total().joined < joined + 2:
             if time.monotonic() > ends:

@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
 from bpf.loader import Programs
 from tests import light
-from tests.fuzz.cases import heard, holds
-from tests.light import CLIENT_IP, LIMITS, SERVER_IP, LightPod
+from tests.fuzz.cases import Ends, holds
+from tests.light import LIMITS, LightPod
 
 YOUNG_MS = 200
-PATIENCE_S = 10.0
 
 
 @pytest.fixture
@@ -29,31 +27,12 @@ def pod() -> Iterator[LightPod]:
         yield made
 
 
-@contextmanager
-def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """(client, server), non-blocking."""
-    with (
-        socket.create_server((SERVER_IP, 0)) as listener,
-        socket.create_connection(listener.getsockname(), source_address=(CLIENT_IP, 0)) as client,
-        listener.accept()[0] as server,
-    ):
-        for each in (client, server):
-            each.setblocking(False)
-        yield client, server
-
-
-def exchange(client: socket.socket, server: socket.socket) -> bool:
-    client.send(b"ping")
-    if heard(server, 4) != b"ping":
-        return False
-    server.send(b"pong")
-    return heard(client, 4) == b"pong"
-
-
 def test_a_short_connection_is_paired_and_no_more(pod: LightPod) -> None:
-    def ask(_: LightPod) -> bool:
-        with connected() as ends:
-            return exchange(*ends) and exchange(*ends)
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        ends.exchange()
+        ends.exchange()
+        return True
 
     assert holds(ask, pod)
     total = pod.total()
@@ -63,13 +42,12 @@ def test_a_short_connection_is_paired_and_no_more(pod: LightPod) -> None:
 
 def test_an_older_one_joins_with_its_next_exchanges(pod: LightPod) -> None:
     def ask(pod: LightPod) -> bool:
-        with connected() as ends:
-            well = exchange(*ends)
-            time.sleep(1.5 * YOUNG_MS / 1000)
-            deadline = time.monotonic() + PATIENCE_S
-            while well and pod.total().joined < 2 and time.monotonic() < deadline:
-                well = exchange(*ends)
-            return well and pod.total().joined == 2
+        ends = Ends(pod, joins=False)
+        ends.exchange()
+        time.sleep(1.5 * YOUNG_MS / 1000)
+        ends.join(pod)
+        return True
 
     assert holds(ask, pod)
+    assert pod.total().joined == 2
     assert pod.total().connections == {"paired": 2}

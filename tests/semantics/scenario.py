@@ -252,6 +252,17 @@ def to_end(sock: socket.socket) -> list[object]:
         data += chunk
 
 
+def acquaint(ends: Pair, send: Callable[[], object], size: int) -> None:
+    """Exchanges, in which the sender sends `size` bytes by `send`: they would join, if they may."""
+    sender, receiver = ends
+    for _ in range(20):
+        send()
+        exactly_by_poll(receiver, size)
+        receiver.sendall(b"answer")
+        exactly_by_poll(sender, 6)
+        settle()
+
+
 def pattern(size: int) -> bytes:
     """Bytes of which no two stretches are alike: what is lost or swapped shows in the digest."""
     return b"".join(hashlib.sha1(b"%d" % n).digest() for n in range(size // 20 + 1))[:size]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which package may import which. What runs for each pod imports nothing of the compiler."""
+"""Which package may import which: the plugin, which runs once per pod, imports no compiler."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from tests.semantics.scenario import (
     Io,
     Value,
     abort,
+    acquaint,
     attempt,
     exactly,
     exactly_by_poll,
@@ -234,27 +235,31 @@ def signal_driven(io: Io) -> None:
     io.log("read", receiver.recv(100))
 
 
-def on_a_ring(
-    play: Callable[[Io, Ring, socket.socket, socket.socket], None],
-) -> Callable[[Io], None]:
+Play = Callable[[Io, Ring, socket.socket, socket.socket], None]
+
+
+def on_a_ring(*, greet: bool = True) -> Callable[[Play], Callable[[Io], None]]:
     """A scenario of sender and receiver with a ring; it says so where the kernel has none."""
 
-    @functools.wraps(play)
-    def played(io: Io) -> None:
-        sender, receiver = io.pair()
-        try:
-            ring = Ring()
-        except RingUnavailable as error:
-            io.log("io_uring", str(error))
-            return
-        with ring:
-            play(io, ring, sender, receiver)
+    def on_one(play: Play) -> Callable[[Io], None]:
+        @functools.wraps(play)
+        def played(io: Io) -> None:
+            sender, receiver = io.pair(greet=greet)
+            try:
+                ring = Ring()
+            except RingUnavailable as error:
+                io.log("io_uring", str(error))
+                return
+            with ring:
+                play(io, ring, sender, receiver)
 
-    return played
+        return played
+
+    return on_one
 
 
 @scenario()
-@on_a_ring
+@on_a_ring()
 def io_uring_receive(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: a receive that waits, one with data there, and MSG_WAITALL in two writes"""
     waiting = ring.recv(receiver.fileno(), 100)
@@ -277,7 +282,7 @@ def io_uring_receive(io: Io, ring: Ring, sender: socket.socket, receiver: socket
 
 
 @scenario()
-@on_a_ring
+@on_a_ring()
 def io_uring_worker(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: receives made by a thread of the kernel (IOSQE_ASYNC), five times"""
     for number in range(5):
@@ -290,7 +295,7 @@ def io_uring_worker(io: Io, ring: Ring, sender: socket.socket, receiver: socket.
 
 
 @scenario()
-@on_a_ring
+@on_a_ring()
 def io_uring_send(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: sends"""
     for number in range(3):
@@ -299,43 +304,41 @@ def io_uring_send(io: Io, ring: Ring, sender: socket.socket, receiver: socket.so
     io.log("received", exactly_by_poll(receiver, 27))
 
 
-def send_whole(io: Io, *, by_worker: bool) -> None:
-    """Small sends and a large one, all on a ring."""
-    sender, receiver = io.pair(greet=False)
-    try:
-        ring = Ring()
-    except RingUnavailable as reason:
-        io.log("not tried", str(reason))
-        return
+def send_whole(
+    io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket, *, by_worker: bool
+) -> None:
+    """Small sends and a large one."""
     data = pattern(8 << 20)
-    with ring:
-        for _ in range(20):  # time to join, if it may
-            ring.send(sender.fileno(), b"question", by_worker=by_worker)
-            io.log("completion", ring.completion(PATIENCE_S))
-            exactly_by_poll(receiver, 8)
-            receiver.sendall(b"answer")
-            exactly_by_poll(sender, 6)
-            settle()
-        reader = Background(exactly_by_poll, receiver, len(data))
-        ring.send(sender.fileno(), data, socket.MSG_WAITALL, by_worker)
-        io.log("whole", ring.completion(PATIENCE_S))
-        io.log("received", reader.result())
+
+    def send() -> None:
+        ring.send(sender.fileno(), b"question", by_worker=by_worker)
+        io.log("completion", ring.completion(PATIENCE_S))
+
+    acquaint((sender, receiver), send, 8)
+    reader = Background(exactly_by_poll, receiver, len(data))
+    ring.send(sender.fileno(), data, socket.MSG_WAITALL, by_worker)
+    io.log("whole", ring.completion(PATIENCE_S))
+    io.log("received", reader.result())
 
 
 @scenario(bypassed=False)
-def io_uring_send_whole(io: Io) -> None:
+@on_a_ring(greet=False)
+def io_uring_send_whole(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: sends from the first byte on, one with MSG_WAITALL larger than the send buffer"""
-    send_whole(io, by_worker=False)
+    send_whole(io, ring, sender, receiver, by_worker=False)
 
 
 @scenario(bypassed=False)
-def io_uring_worker_sends(io: Io) -> None:
+@on_a_ring(greet=False)
+def io_uring_worker_sends(
+    io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket
+) -> None:
     """io_uring: the same sends, made by a thread of the kernel (IOSQE_ASYNC)"""
-    send_whole(io, by_worker=True)
+    send_whole(io, ring, sender, receiver, by_worker=True)
 
 
 @scenario()
-@on_a_ring
+@on_a_ring()
 def io_uring_poll(io: Io, ring: Ring, sender: socket.socket, receiver: socket.socket) -> None:
     """io_uring: a poll that waits for data"""
     ring.poll(receiver.fileno(), select.POLLIN)

@@ -20,8 +20,8 @@ from tests.semantics.scenario import (
     Background,
     Io,
     Limit,
-    Pair,
     Value,
+    acquaint,
     as_before,
     attempt,
     exactly,
@@ -63,27 +63,15 @@ def several_messages_sent(io: Io) -> None:
     io.log("received", receiver.recv(100))
 
 
-GREETINGS = 20  # time to join, if it may
 LARGE, SMALL = 200_000, 1_000
-
-
-def greeted_by_messages(io: Io, flags: int = 0) -> Pair:
-    """(sender, receiver): from its first byte on the sender sends by sendmmsg alone."""
-    sender, receiver = io.pair(greet=False)
-    texts = [ctypes.create_string_buffer(text, len(text)) for text in (b"one", b"two")]
-    for _ in range(GREETINGS):
-        libc.sendmmsg(sender.fileno(), message_headers(texts), 2, flags)
-        exactly_by_poll(receiver, 6)
-        receiver.sendall(b"answer")
-        exactly_by_poll(sender, 6)
-        settle()
-    return sender, receiver
 
 
 @scenario(bypassed=False)
 def messages_that_do_not_fit(io: Io) -> None:
     """sendmmsg into a full send buffer, MSG_DONTWAIT: no message follows one taken in part"""
-    sender, receiver = greeted_by_messages(io)
+    sender, receiver = ends = io.pair(greet=False)
+    both = [ctypes.create_string_buffer(text, len(text)) for text in (b"one", b"two")]
+    acquaint(ends, lambda: libc.sendmmsg(sender.fileno(), message_headers(both), 2, 0), 6)
     reader = Background(to_end, receiver)
     texts = [ctypes.create_string_buffer(size) for size in (LARGE, SMALL)]
     headers = message_headers(texts)
