@@ -13,6 +13,7 @@ from ctypes import c_uint16, c_uint32, c_uint64
 MAX_IPS = 8
 MAX_PORT_RANGES = 16
 FIRST_COST = 500
+VISIT_AGAIN = 0xFFFFFFFF
 
 POD_PROXY_ONLY = 1
 POD_FORCED = 2

@@ -80,17 +80,6 @@ static __always_inline void tb_end_connection(struct tb_conn *conn)
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
 }
 
-/* A round trip of a young connection. Its server is established by now. The client looks for it at
- * once: the map forgets connections that wait for long. */
-static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops, struct tb_conn *conn)
-{
-	if (conn->refused)
-		return;
-	tb_seek(conn);
-	if (tb_has_passed(TB_MIN_AGE, conn->since, tb_tick_ns()))
-		tb_call(skops, TB_CALL_PER_PACKET);
-}
-
 /* Callbacks of a socket that may have been paired. */
 static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 {
@@ -177,11 +166,13 @@ struct bpf_iter__task_file {
 	struct file *file;
 };
 
-/* Its output is the file numbers, each a __u32, of readers that need a new edge: edge.h. */
+/* Its output, each a __u32: the file numbers of readers that need a new edge (edge.h), and
+ * TB_VISIT_AGAIN for each socket that waits for another visit. */
 int tb_visit_file(struct bpf_iter__task_file *context)
 {
 	void *file = context->file, *meta = context->meta, *socket;
-	__u32 fd = context->fd;
+	__u32 fd = context->fd, again = TB_VISIT_AGAIN;
+	int found;
 
 	tb_find_registers();
 	if (!file)
@@ -192,7 +183,12 @@ int tb_visit_file(struct bpf_iter__task_file *context)
 	socket = *(void *volatile *)(socket + OFF_SOCKET_SK); /* its struct sock */
 	if (socket)
 		socket = bpf_skc_to_tcp_sock(socket); /* NULL for all but TCP's */
-	if (socket && tb_visit(socket, (__u64)socket))
+	if (!socket)
+		return 0;
+	found = tb_visit(socket, (__u64)socket);
+	if (found & TB_NEEDS_EDGE)
 		bpf_seq_write(*(void *volatile *)meta, &fd, sizeof(fd));
+	if (found & TB_NEEDS_VISIT)
+		bpf_seq_write(*(void *volatile *)meta, &again, sizeof(again));
 	return 0;
 }

@@ -128,6 +128,9 @@ struct tb_fionread {
 	__u64 lost; /* answers that could not be written */
 };
 
+/* What a visit writes for a process with a socket that waits for another visit to leave. */
+#define TB_VISIT_AGAIN 0xffffffff
+
 /* A value of map "conns" begins with an id. This one is of a socket by which the joiner sees
  * whether FIONREAD is mended: the mend gives it this answer. */
 #define TB_CANARY 0x7fffffffffffffffULL

@@ -13,20 +13,26 @@
  *
  * RULE (leaving). What lies unread in a removed socket's bypass queue is lost, and a redirect to it
  * on its way fails. What it has bypassed itself must have been read, too: else its next bytes, by
- * TCP, lie behind that, and edge.h does not see it. So a socket leaves in three visits, each of a
- * pass of its own:
+ * TCP, lie behind that, and edge.h does not see it. So a socket leaves in three visits, some time
+ * apart:
  *   1. The first writes TB_LEAVING. Sends at both ends that begin from then on see it, and bypass
  *      no byte into an empty queue.
- *   2. The second notes how many sends have begun on the bypass, and then finds no thread inside a
- *      call at either end: each psock has the sockhash's reference alone, and those of sleepers.
- *   3. The third finds both queues empty, again no thread inside a call, and then the same number.
+ *   2. The second notes how many sends have begun on the bypass, and then finds both ends at rest:
+ *      none of their redirects is on its way. An end that is on TCP is: it came there when none
+ *      was, unless `is_behind`. At one on the bypass no thread is inside a call: its psock has the
+ *      sockhash's reference alone, and those of sleepers.
+ *   3. The third finds both queues empty, again both ends at rest, and then the same number.
  *      So no redirect is on its way, none has begun since 2, and none can begin. If 3 finds
  *      otherwise, 2 is next.
  */
 
 /* How long a member waits for its peer to join. */
 #define TB_LONELY NS_PER_S
+/* One that left joins again after so many times as many exchanges as the last time. */
+#define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
+/* In so many exchanges before it may join, each packet of a socket is looked at. */
+#define TB_WATCHED 4
 
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
@@ -75,6 +81,26 @@ static __always_inline int tb_is_known(const struct tb_conn *conn, __u64 now)
 	       tb_has_passed(TB_MIN_AGE, conn->since, now);
 }
 
+/* Does the next pass but a few find it known? Until then it calls per round trip: a stream that is
+ * not answered never calls per packet. */
+static __always_inline int tb_is_nearly_known(const struct tb_conn *conn, __u64 now)
+{
+	return conn->exchanges + TB_WATCHED >= conn->wanted &&
+	       tb_has_passed(TB_MIN_AGE, conn->since, now);
+}
+
+/* A round trip of a connection that is far from joining. Its server is established by now. The
+ * client looks for it at once: the map forgets connections that wait for long. */
+static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops, struct tb_conn *conn)
+{
+	if (conn->refused)
+		return tb_call(skops, TB_CALL_NEVER);
+	tb_seek(conn);
+	tb_note_exchange(conn, skops->rcv_nxt, tb_sent(conn->me.sk));
+	if (tb_is_nearly_known(conn, tb_tick_ns()))
+		tb_call(skops, TB_CALL_PER_PACKET);
+}
+
 /* A paired socket that is not in the sockhash sends a packet. */
 static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
@@ -104,6 +130,10 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		tb_call(skops, TB_CALL_NEVER);
 		return;
 	}
+	if (!tb_is_nearly_known(conn, tb_tick_ns())) {
+		tb_call(skops, TB_CALL_PER_ROUND_TRIP);
+		return;
+	}
 	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn) || !tb_has_peer(conn))
 		return;
 	tb_miss(conn->me.pod_id, weight);
@@ -131,7 +161,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		return;
 	}
 	conn->path = TB_PATH_TCP;
-	conn->wasted = 0;
+	conn->credit = TB_FIRST_CREDIT;
 	conn->tcp_at = now;
 	conn->at.psock = TB_JOINING;
 	if (sockhash.update(&id, socket)) {
@@ -168,24 +198,35 @@ static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 no
 	int is_lone =
 		!tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
 
-	return conn->wasted > TB_WASTE || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
+	return !conn->credit || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
 /* Is no thread inside a call on this socket, but for those that sleep? None of these is on its way
  * to a redirect: such a thread does not sleep in the socket's own queue. */
-static __always_inline int tb_is_at_rest(__u64 sk, __u64 psock)
+static __always_inline int tb_is_unused(__u64 sk, __u64 psock)
 {
 	__u32 sleepers = tb_sleepers(sk), refs = tb_psock_refs(psock);
 
 	return refs == 1 || (refs == 1 + sleepers && tb_sleepers(sk) == sleepers);
 }
 
-/* The same of both ends. */
+/* Is no redirect of this end's on its way, by its struct tb_conn? One is being decided upon while
+ * `sent` is ahead of `decided`. */
+static __always_inline int tb_is_at_rest(__u64 conn, __u64 sk)
+{
+#define TB_OF_END(type, member) TB_READ(type, conn + offsetof(struct tb_conn, member))
+	if (TB_OF_END(__u32, decided) != TB_OF_END(__u32, sent))
+		return 0;
+	if (TB_OF_END(__u32, path) == TB_PATH_TCP && !TB_OF_END(__u32, is_behind))
+		return 1;
+	return tb_is_unused(sk, TB_OF_END(__u64, at.psock));
+}
+
+/* Of neither end's? */
 static __always_inline int tb_is_idle(const struct tb_conn *conn)
 {
-	return tb_is_at_rest(conn->me.sk, conn->at.psock) &&
-	       (!tb_is_peer_in(conn) ||
-		tb_is_at_rest(conn->peer.sk, TB_PEERS(__u64, conn, at.psock)));
+	return tb_is_at_rest(conn->me.conn, conn->me.sk) &&
+	       (!tb_is_peer_in(conn) || tb_is_at_rest(conn->peer.conn, conn->peer.sk));
 }
 
 /* Do no bypassed bytes lie unread, at either end? */
@@ -238,33 +279,38 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
 	conn->moved.sent = tb_sent(conn->me.sk);
 	conn->exchanges = 0;
-	conn->wanted = tb_min(2 * conn->wanted, TB_MAX_WANTED);
+	conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);
 	tb_set_membership(conn, TB_OUT, now);
 	tb_count_membership(conn, 0);
 }
 
-/* A member stays, or takes a step on its way out. */
-static __always_inline void tb_visit_member(struct tb_conn *conn, __u64 sk, __u64 now)
+/* A member stays, or takes a step on its way out. Returns 1 if another step is to follow. */
+static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64 now)
 {
 	__u32 outcome = conn->refused ? 0 : tb_reason_to_refuse(conn, sk);
 
 	if (outcome)
 		tb_refuse(conn, outcome);
 	if (tb_must_stay(conn, sk))
-		return;
-	if (!conn->at.psock) /* the socket was used again as it joined */
-		return tb_set_membership(conn, TB_OUT, now);
+		return 0;
+	if (!conn->at.psock) { /* the socket was used again as it joined */
+		tb_set_membership(conn, TB_OUT, now);
+		return 0;
+	}
 	if (tb_membership(conn->state) == TB_LEAVING) {
-		if (tb_try_leave(conn))
-			return tb_leave(conn, now);
+		if (tb_try_leave(conn)) {
+			tb_leave(conn, now);
+			return 0;
+		}
 	} else {
 		if (!conn->refused && !tb_gains_nothing(conn, now) &&
 		    !(tb_control_flags() & TB_CONTROL_LEAVE))
-			return;
+			return 0;
 		conn->noted = 0;
 		tb_set_membership(conn, TB_LEAVING, now);
 	}
-	tb_ring(conn->me.pod_id); /* for the next step */
+	tb_ring(conn->me.pod_id); /* if it cannot take it soon */
+	return 1;
 }
 
 /* `socket` lies at `sk`. */
@@ -283,21 +329,26 @@ static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket
 		tb_join(conn, socket, sk, now);
 }
 
-/* The TCP socket at `sk`, of an open file; `socket` is its verified pointer. Is its reader to get a
- * new edge? */
+/* What tb_visit() finds. */
+enum tb_needs { TB_NEEDS_EDGE = 1, TB_NEEDS_VISIT = 2 };
+
+/* The TCP socket at `sk`, of an open file; `socket` is its verified pointer. Returns enum tb_needs.
+ */
 static __always_inline int tb_visit(void *socket, __u64 sk)
 {
 	struct tb_conn *conn = conns.sk_storage_get(socket, 0, 0);
 	__u64 now = bpf_ktime_get_ns();
-	int may_be_behind;
+	int may_be_behind, found = 0;
 
 	if (!conn || !conn->me.id)
 		return 0;
 	may_be_behind = tb_may_be_behind(conn); /* as a member it may still know */
 	tb_visit_sender(conn);
-	if (tb_membership(conn->state) != TB_OUT)
-		tb_visit_member(conn, sk, now);
-	else
+	if (tb_membership(conn->state) == TB_OUT)
 		tb_visit_outsider(conn, socket, sk, now);
-	return may_be_behind && tb_check_edge(conn, sk);
+	else if (tb_visit_member(conn, sk, now))
+		found |= TB_NEEDS_VISIT;
+	if (may_be_behind && tb_check_edge(conn, sk))
+		found |= TB_NEEDS_EDGE;
+	return found;
 }

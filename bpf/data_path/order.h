@@ -26,9 +26,11 @@
 /* A run of so much without an answer is a stream, which goes by TCP until it is answered: so that
  * it has left the bypass before its reader rests. */
 #define TB_STREAM (256 * 1024)
-/* So often in vain in the sockhash, and a connection leaves it; an exchange makes up for some. */
-#define TB_WASTE 1024
-#define TB_RELIEF 8
+/* In the sockhash a message by TCP costs more than outside. So a member has a credit for such
+ * messages, in units of tb_cost(), and leaves when it is used up. Bypassed exchanges add to it. */
+#define TB_FIRST_CREDIT (1 << 20)
+#define TB_MOST_CREDIT (8 << 20)
+#define TB_EXCHANGE_CREDIT 8192
 
 /* Is the connection at both ends neither closed nor about to be? */
 static __always_inline int tb_is_open(const struct tb_conn *conn, const void *tp)
@@ -155,7 +157,7 @@ static __always_inline void tb_note_answers(struct tb_conn *conn, __u32 size)
 	conn->peer_sent = sent;
 	conn->run = tb_cost(size);
 	if (conn->path == TB_PATH_BYPASS)
-		conn->wasted -= tb_min(conn->wasted, TB_RELIEF);
+		conn->credit = tb_min(conn->credit + TB_EXCHANGE_CREDIT, TB_MOST_CREDIT);
 }
 
 /* Has the peer joined since this direction last looked? Notes its place in the sockhash. */
@@ -204,13 +206,15 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 {
 	__u32 reason = tb_wish(conn, tp, state, now);
 
+	if (!tb_may_send(tp))
+		return reason ? reason : TB_REASON_HALF_CLOSED;
 	/* A thread that was inside send before this socket joined has sent by TCP since. */
 	if (conn->tcp_seq != TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)) {
 		conn->is_behind = 1;
 		conn->path = TB_PATH_TCP;
 		return TB_REASON_ORDER;
 	}
-	if (!reason || (tb_may_send(tp) && !tb_try_return(conn, reason, state))) {
+	if (!reason || !tb_try_return(conn, reason, state)) {
 		reason = tb_check_room(conn, size);
 		if (!reason)
 			return TB_REASON_NONE;
@@ -235,9 +239,11 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 		tb_ring(conn->peer.pod_id); /* a pass takes it out */
 	if (reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->me.pod_id); /* it may be this end */
-	if (reason == TB_REASON_PAUSED || conn->wasted++ < TB_WASTE)
+	if (reason == TB_REASON_PAUSED)
 		return;
-	tb_miss(conn->me.pod_id, 1);
+	conn->credit -= tb_min(conn->credit, tb_cost(size));
+	if (!conn->credit)
+		tb_miss(conn->me.pod_id, 1 + size / TB_EXCHANGE_BYTES);
 }
 
 /* Redirects the message or lets it go by TCP. */
@@ -257,6 +263,7 @@ static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn,
 		conn->path = TB_PATH_TCP;
 		reason = TB_REASON_LEAVING;
 	}
+	conn->decided = conn->sent;
 	if (reason)
 		return tb_note_tcp(conn, reason, msg->size, now);
 	conn->queued += tb_cost(msg->size);

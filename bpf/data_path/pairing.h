@@ -63,7 +63,7 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	conn->moved.sent = skops->snd_nxt;
 	conn->since = tb_tick_ns();
 	tb_expect_passes(pod->id);
-	tb_call_also(skops, TB_MIN_AGE ? TB_CALL_PER_ROUND_TRIP : TB_CALL_PER_PACKET);
+	tb_call_also(skops, TB_CALL_PER_ROUND_TRIP);
 	return conn;
 }
 

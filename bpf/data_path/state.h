@@ -3,8 +3,8 @@
  * What the programs remember: of a connection being set up, of each paired socket, of the node.
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and
- * its sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `sent`,
- * `begun` and `is_behind` of it, each one aligned word.
+ * its sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `path`,
+ * `sent`, `decided`, `begun` and `is_behind` of it, each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
@@ -104,6 +104,7 @@ struct tb_conn {
 	/* Its sends: order.h, unread.h */
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
+	__u32 decided;	  /* of those, so many have their verdict */
 	__u32 begun;	  /* of those, begun while on the bypass */
 	__u32 tcp_seq;	  /* write_seq when it went to the bypass */
 	__u32 is_behind;  /* it went to TCP while bypassed bytes lay unread at the peer */
@@ -111,7 +112,7 @@ struct tb_conn {
 	__u32 peer_sent;  /* of the peer's, at the last message */
 	__u32 run;	  /* what was sent since the peer last sent, in units of tb_cost() */
 	__u32 queued;	  /* what the peer may have unread, in the same units */
-	__u32 wasted;	  /* a score: messages on TCP in the sockhash, less those that gained */
+	__u32 credit;	  /* in the same units: so much may go by TCP before it leaves */
 	__u64 tcp_at;	  /* when a message last went by TCP */
 	struct tb_place there;
 	/* Not yet in the counters */

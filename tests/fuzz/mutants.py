@@ -160,8 +160,8 @@ EDGE_TOO_EARLY = _mutant(
 EDGE_AFTER_LEAVING = _mutant(
     "edges: none for a reader that has left",
     (
-        r"return may_be_behind && tb_check_edge\(conn, sk\);",
-        "return tb_membership(conn->state) != TB_OUT && tb_check_edge(conn, sk);",
+        r"if \(may_be_behind && tb_check_edge\(conn, sk\)\)",
+        "if (tb_membership(conn->state) != TB_OUT && tb_check_edge(conn, sk))",
     ),
 )
 EDGE_OF_THE_CLOSED = _mutant(
@@ -222,11 +222,19 @@ LEAVES_UNHEARD = _mutant(
 )
 LEAVES_BLINDLY = _mutant(
     "leaving: while a thread of the peer's is inside a call",
-    (r"tb_is_at_rest\(conn->peer\.sk, [^;]+;", "1);"),
+    (r"tb_is_at_rest\(conn->peer\.conn, [^;]+;", "1);"),
 )
 LEAVES_OWN = _mutant(
     "leaving: while a thread of its own is inside a call",
-    (r"return tb_is_at_rest\(conn->me\.sk, conn->at\.psock\) &&", "return"),
+    (r"return tb_is_at_rest\(conn->me\.conn, conn->me\.sk\) &&", "return"),
+)
+LEAVES_BEHIND = _mutant(
+    "leaving: while a redirect of the peer's rests that TCP has overtaken",
+    (r" && !TB_OF_END\(__u32, is_behind\)", ""),
+)
+LEAVES_UNDECIDED = _mutant(
+    "leaving: while a send of the peer's is being decided upon",
+    (r"if \(TB_OF_END\(__u32, decided\) != TB_OF_END\(__u32, sent\)\)", "if (0)"),
 )
 LEAVES_AWAKE = _mutant(
     "leaving: only when no thread sleeps",

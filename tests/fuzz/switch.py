@@ -30,6 +30,7 @@ BOUND = RCVBUF + SNDBUF // 2  # tb_bound() of a sidecar, and more than that of a
 STRICT_BOUND = RCVBUF // 4
 TICK_NS = 1_000_000
 REFRESH_NS = 1_000_000_000
+MOST_EXCHANGES = 1000  # that joining may take
 OUT, MEMBER, LEAVING = range(3)  # enum tb_membership
 ESTABLISHED, FIN_WAIT2, CLOSE_WAIT = 1, 5, 8
 
@@ -413,14 +414,17 @@ class Connection:
         self.settle()
 
     def join(self) -> None:
-        """Both, after some exchanges."""
-        for sender in (0, 1, 0, 1, 0):
-            self.send(sender, 1)
-            self.read_everything(1 - sender)
-        self.packet(1)
-        for number in range(2):
-            self.visit(number)
-            self.rules.host_begin_pass(number)
+        """Both, after some exchanges: more each time."""
+        for _ in range(MOST_EXCHANGES):
+            for sender in (0, 1, 0, 1, 0):
+                self.send(sender, 1)
+                self.read_everything(1 - sender)
+            self.packet(1)
+            for number in range(2):
+                self.visit(number)
+                self.rules.host_begin_pass(number)
+            if all(self.membership(number) == MEMBER for number in range(2)):
+                break
         assert [self.membership(number) for number in range(2)] == [MEMBER, MEMBER]
         for sender in (0, 1):  # the first message after the peer has joined goes by TCP
             self.send(sender, 1)

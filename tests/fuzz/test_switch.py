@@ -183,7 +183,7 @@ TestSwitch.settings = settings(
 
 
 Make = Callable[..., Connection]
-LOOKS = range(1, 32)  # more than any program's looks at the kernel's memory
+LOOKS = range(1, 48)  # more than any program's looks at the kernel's memory
 
 
 def fresh(
@@ -470,7 +470,7 @@ def out(make: Make) -> Connection:
     assert leaves(connection, 0)
     assert leaves(connection, 1)
     connection.flags = 0
-    for sender in (0, 1) * 3:
+    for sender in (0, 1) * 6:
         echo(connection, sender)
     connection.packet(1)
     return connection
@@ -511,6 +511,7 @@ def joins_beside_another_sockmap(make: Make) -> None:
 def sleeps_as_it_leaves(make: Make) -> None:
     """A member has turned blocking, and a thread sleeps in recv: it leaves for good."""
     connection = make()
+    echo(connection, 1)
     connection.ends[1].is_nonblocking = False
     connection.ends[1].is_waiting = True
     if not leaves(connection, 1):
@@ -524,7 +525,7 @@ def comes_back_with_a_sleeper(make: Make) -> None:
     assert leaves(connection, 0)
     connection.ends[1].is_waiting = False
     connection.flags = 0
-    for sender in (0, 1) * 3:
+    for sender in (0, 1) * 6:
         echo(connection, sender)
     connection.packet(0)
     connection.visit(1)
@@ -560,6 +561,29 @@ def leaves_with_a_redirect_on_its_way(make: Make) -> None:
     connection.begin(1, 10)
     leaves(connection, 0, 4)
     connection.arrive(1)
+
+
+def leaves_with_an_overtaken_one_on_its_way(make: Make) -> None:
+    connection = make(pods=2)
+    connection.begin(1, 10)
+    connection.ends[0].is_owned = True
+    connection.begin(1, 10)
+    connection.ends[0].is_owned = False
+    connection.read_everything(0)
+    leaves(connection, 0, 4)
+    connection.arrive(1)
+
+
+def leaves_as_a_send_is_decided_upon(make: Make) -> None:
+    def leave(connection: Connection) -> None:
+        if leaves(connection, 0):
+            raise Broken("it has left")
+
+    for look in LOOKS:
+        connection = make()
+        with connection.meanwhile(look, partial(leave, connection)):
+            connection.begin(1, 10)
+        connection.settle()
 
 
 def leaves_with_its_own_on_its_way(make: Make) -> None:
@@ -661,6 +685,8 @@ BREAKS = [
     (mutants.LEAVES_UNREAD, leaves_with_bytes_unread),
     (mutants.LEAVES_UNHEARD, leaves_before_it_was_read),
     (mutants.LEAVES_BLINDLY, leaves_with_a_redirect_on_its_way),
+    (mutants.LEAVES_BEHIND, leaves_with_an_overtaken_one_on_its_way),
+    (mutants.LEAVES_UNDECIDED, leaves_as_a_send_is_decided_upon),
     (mutants.LEAVES_OWN, leaves_with_its_own_on_its_way),
     (mutants.LEAVES_AWAKE, sleeps_as_it_leaves),
     (mutants.LEAVES_FOR_A_WHILE, comes_back_with_a_sleeper),

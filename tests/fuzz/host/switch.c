@@ -254,6 +254,9 @@ void host_packet(int end)
 	context.sk = (struct bpf_sock *)&ends[end].sock;
 	if (context.bpf_sock_ops_cb_flags & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG)
 		tb_sock_ops(&context);
+	context.op = BPF_SOCK_OPS_RTT_CB; /* its acknowledgement comes at once */
+	if (context.bpf_sock_ops_cb_flags & BPF_SOCK_OPS_RTT_CB_FLAG)
+		tb_sock_ops(&context);
 	ends[end].callbacks = context.bpf_sock_ops_cb_flags;
 }
 
@@ -261,7 +264,7 @@ void host_visit(int end)
 {
 	struct host_sock *sock = &ends[end].sock;
 
-	if (tb_visit(sock, (__u64)sock))
+	if (tb_visit(sock, (__u64)sock) & TB_NEEDS_EDGE)
 		ends[end].edges += sock->rcv_nxt != sock->copied_seq; /* tcp_data_ready() */
 }
 
