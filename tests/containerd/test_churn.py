@@ -18,7 +18,7 @@ from tests.containerd.containerd import CniCalls
 from tests.containerd.cri import CriError
 from tests.containerd.inventory import Inventory, attached
 
-PODS = int(os.environ.get("TCPIP_BYPASS_CHURN_PODS", "100"))  # per chain
+PODS = int(os.environ.get("TCPIP_BYPASS_CHURN_PODS", "60"))  # per chain
 
 
 @dataclass(frozen=True)
