@@ -81,7 +81,7 @@ class Pod(ctypes.Structure):
         ("reserved_1", c_uint32),
         ("ip_count", c_uint32),
         ("excluded_count", c_uint32),
-        ("reserved_2", c_uint32),
+        ("netns", c_uint32),
         ("ip", Addr * MAX_IPS),
         ("excluded", PortRange * MAX_PORT_RANGES),
     ]

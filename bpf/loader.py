@@ -55,7 +55,6 @@ _OFFSETS: dict[str, _Place | None] = {
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
-    "REQUEST_SOCK_LISTENER": ("request_sock", "__req_common.skc_listener"),
     "SK_MSG_LIST": ("sk_msg", "list"),
     "SK_MSG_SIZE": ("sk_msg", "sg.size"),
     "SOCKET_FILE": ("socket", "file"),
@@ -81,6 +80,8 @@ _OFFSETS: dict[str, _Place | None] = {
     "TASK_STACK": ("task_struct", "stack"),
     "TCP_REQUEST_RCV_ISN": ("tcp_request_sock", "rcv_isn"),
     "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
+    "NET_NS_INODE": ("net", "ns.inum"),
+    "TCP_SOCK_CB_FLAGS": ("tcp_sock", "bpf_sock_ops_cb_flags"),
     "TCP_SOCK_BYTES_ACKED": ("tcp_sock", "bytes_acked"),
     "TCP_SOCK_BYTES_RECEIVED": ("tcp_sock", "bytes_received"),
     "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
@@ -111,7 +112,8 @@ class Limits:
     sockets: int = 262_144  # sockhash: two per connection; 16 bytes each are taken at once
     pending: int = 32_768  # LRU: connections being set up; about 200 bytes each, at once
     counters: int = 16_384  # pods times hops; taken as needed
-    exchanges: int = 8  # so many a connection makes by TCP before it may join
+    segments: int = 8  # so many a socket has received before it is looked at
+    exchanges: int = 8  # so many a connection makes, with each packet looked at, before it may join
     age_ms: int = 50  # and so old it is
 
 
@@ -282,6 +284,7 @@ class Programs:
             f"-DTB_MAX_SOCKETS={limits.sockets}",
             f"-DTB_MAX_PENDING={limits.pending}",
             f"-DTB_MAX_COUNTERS={limits.counters}",
+            f"-DTB_MIN_SEGMENTS={limits.segments}",
             f"-DTB_MIN_EXCHANGES={limits.exchanges}",
             f"-DTB_MIN_AGE_MS={limits.age_ms}ULL",
             *extra_flags,

@@ -41,6 +41,7 @@
 #include "data_path/policy.h"
 #include "data_path/counters.h"
 #include "data_path/due.h"
+#include "data_path/calls.h"
 #include "data_path/services.h"
 #include "data_path/pairing.h"
 #include "data_path/readers.h"
@@ -63,6 +64,8 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 	if (conn->me.id && tb_membership(conn->state) != TB_OUT)
 		sockhash.delete(&conn->me.id);
 	conn->me.id = 0;
+	conn->token = 0;
+	conn->refused = 0;
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
 	tb_call(skops, TB_CALL_NEVER);
 }
@@ -83,13 +86,16 @@ static __always_inline void tb_end_connection(struct tb_conn *conn)
 /* Callbacks of a socket that may have been paired. */
 static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 {
-	struct bpf_sock *sk = skops->sk;
-	struct tb_conn *conn;
+	struct tb_conn *conn = tb_conn_of(skops);
 
-	if (!sk)
+	/* It is to be paired anew: the programs have been loaded since. */
+	if (!conn && skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB)
+		return tb_begin(skops, skops->bpf_sock_ops_cb_flags & TB_CLIENT);
+	if (!conn)
 		return;
-	conn = conns.sk_storage_get(sk, 0, 0);
-	if (!conn || !conn->me.id)
+	if (skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB || skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+		return tb_use_again(skops, conn);
+	if (!conn->me.id)
 		return;
 	if (skops->op == BPF_SOCK_OPS_STATE_CB) {
 		tb_flush_tally(conn);
@@ -97,10 +103,6 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 			tb_end_connection(conn);
 		return;
 	}
-	if (skops->op == BPF_SOCK_OPS_RTT_CB)
-		return tb_complete_round_trip(skops, conn);
-	if (skops->op != BPF_SOCK_OPS_HDR_OPT_LEN_CB)
-		return tb_use_again(skops, conn);
 	if (tb_membership(conn->state) == TB_OUT)
 		tb_wait_to_join(skops, conn);
 }
@@ -109,9 +111,8 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
  * the same cgroup answer RWND_INIT and the like with it. */
 int tb_sock_ops(struct bpf_sock_ops *skops)
 {
-	int is_of_socket = skops->op == BPF_SOCK_OPS_STATE_CB || skops->op == BPF_SOCK_OPS_RTT_CB ||
+	int is_of_socket = skops->op == BPF_SOCK_OPS_STATE_CB ||
 			   (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB && skops->is_fullsock);
-	__u32 outcome, hop = TB_HOP_NONE;
 	struct tb_pod *pod;
 
 	if (is_of_socket || skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB ||
@@ -124,16 +125,12 @@ int tb_sock_ops(struct bpf_sock_ops *skops)
 		return 1;
 	if (pod->flags & TB_POD_SERVICES)
 		tb_serve_services(skops, pod);
-	if (skops->op == BPF_SOCK_OPS_RWND_INIT && !skops->is_fullsock)
-		tb_announce(skops, pod);
 	if (skops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
-		outcome = tb_client_established(skops, pod);
+		tb_begin(skops, TB_CLIENT);
 	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
-		outcome = tb_server_established(skops, pod, &hop);
-	else
-		return 1;
-	if (outcome)
-		tb_count_outcome(pod->id, hop, outcome);
+		tb_begin(skops, 0);
+	else if (skops->op == BPF_SOCK_OPS_RTT_CB)
+		tb_complete_round_trip(skops, pod);
 	return 1;
 }
 

@@ -46,7 +46,7 @@ struct tb_pod {
 	__u32 reserved_1; /* keeps the layout of version 0.1, whose records an upgrade reads */
 	__u32 ip_count;
 	__u32 excluded_count;
-	__u32 reserved_2;
+	__u32 netns;		       /* inode of the network namespace; 0: not known */
 	struct tb_addr ip[TB_MAX_IPS]; /* ip[0] names the pod's network namespace */
 	struct tb_port_range excluded[TB_MAX_PORT_RANGES];
 };

@@ -93,6 +93,8 @@ def record_of(attachment: Attachment) -> abi.Pod:
         ip_count=min(len(attachment.ips), abi.MAX_IPS),
         excluded_count=min(len(attachment.excluded_ports), abi.MAX_PORT_RANGES),
     )
+    with suppress(OSError):
+        pod.netns = os.stat(attachment.netns).st_ino  # noqa: PTH116 - a str, as CNI gives it
     for slot, (address, _) in zip(pod.ip, attachment.ips):
         ctypes.memmove(slot.word, _mapped(address), ctypes.sizeof(slot.word))
     for ports, (first, last) in zip(pod.excluded, attachment.excluded_ports):

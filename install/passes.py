@@ -45,31 +45,34 @@ def visit_pod(visit: int, folder: Path) -> int:
     BlockingIOError while another process runs a pass over the same pod, since two visits to one
     socket at once would write the same memory.
     """
-    visited = 0
     with (folder / "cgroup.procs").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            for pid in _processes(folder):
-                with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    visit_process(visit, pid)
-                    visited += 1
+            first = left = list(_processes(folder))
+            for _ in range(MOST_VISITS):
+                left = [pid for pid in left if visit_process(visit, pid)]
+                if not left:
+                    break
+                time.sleep(BETWEEN_VISITS_S)
         finally:  # closing is not enough: a child forked meanwhile would keep the lock
             fcntl.flock(lock, fcntl.LOCK_UN)
-    return visited
+    return len(first)
 
 
-def visit_process(visit: int, pid: int) -> None:
-    """One process of a pass, the new edges that it asks for, and the next steps of sockets that
-    leave; raises as visit_pod() does."""
-    for _ in range(MOST_VISITS):
+def visit_process(visit: int, pid: int) -> bool:
+    """One process of a pass, and the new edges that it asks for; raises as visit_pod() does.
+
+    Returns whether it has a socket that may take its next step on its way out.
+    """
+    try:
         found = array.array("I", bpfsys.visit_files(visit, pid))
-        for fd in found:
-            with contextlib.suppress(OSError):  # closed meanwhile, or the process has ended
-                if fd != abi.VISIT_AGAIN:
-                    wake_reader(pid, fd)
-        if abi.VISIT_AGAIN not in found:
-            break
-        time.sleep(BETWEEN_VISITS_S)
+    except ProcessLookupError:  # it has just ended
+        return False
+    for fd in found:
+        with contextlib.suppress(OSError):  # closed meanwhile, or the process has ended
+            if fd != abi.VISIT_AGAIN:
+                wake_reader(pid, fd)
+    return abi.VISIT_AGAIN in found
 
 
 def wake_reader(pid: int, fd: int) -> None:

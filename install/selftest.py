@@ -33,7 +33,7 @@ from install.probes import PROBES
 POD_ID = 1
 SCRATCH_PREFIX = "tcpip-bypass-selftest-"
 TIMEOUT_S = 180  # a probe that hangs ends by its own time-outs; this is for slow machines
-LIMITS = Limits(sockets=4096, pending=4096, counters=64, exchanges=1, age_ms=0)
+LIMITS = Limits(sockets=4096, pending=4096, counters=64, segments=1, exchanges=1, age_ms=0)
 PASSES_S = 0.004
 
 FULL, PROXY_ONLY, OFF = names.MODES

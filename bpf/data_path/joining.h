@@ -31,8 +31,6 @@
 /* One that left joins again after so many times as many exchanges as the last time. */
 #define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
-/* In so many exchanges before it may join, each packet of a socket is looked at. */
-#define TB_WATCHED 4
 
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
@@ -63,7 +61,8 @@ static __always_inline __u32 tb_note_exchange(struct tb_conn *conn, __u32 receiv
 
 	if (!in || (int)out <= 0) /* one less for a moment, while the own FIN is made */
 		return 0;
-	tb_count_tcp(conn, TB_REASON_WAITING, out);
+	if (tb_is_paired(conn))
+		tb_count_tcp(conn, TB_REASON_WAITING, out);
 	conn->moved.received = received;
 	conn->moved.sent = sent;
 	conn->exchanges++;
@@ -77,27 +76,44 @@ static __always_inline int tb_is_known(const struct tb_conn *conn, __u64 now)
 	__u32 sent = tb_read32(conn->me.sk + OFF_TCP_SOCK_WRITE_SEQ);
 	__u32 more = received != conn->moved.received && sent != conn->moved.sent;
 
-	return tb_is_paired(conn) && conn->exchanges + more >= conn->wanted &&
+	return tb_is_paired(conn) && conn->watched + more >= TB_MIN_EXCHANGES &&
 	       tb_has_passed(TB_MIN_AGE, conn->since, now);
 }
 
-/* Does the next pass but a few find it known? Until then it calls per round trip: a stream that is
- * not answered never calls per packet. */
-static __always_inline int tb_is_nearly_known(const struct tb_conn *conn, __u64 now)
+/* Is each packet that it sends to be looked at? Until then it calls per round trip: a stream that
+ * is not answered never calls per packet. */
+static __always_inline int tb_is_to_watch(const struct tb_conn *conn, __u64 now)
 {
-	return conn->exchanges + TB_WATCHED >= conn->wanted &&
+	return tb_is_paired(conn) && conn->exchanges >= conn->wanted &&
 	       tb_has_passed(TB_MIN_AGE, conn->since, now);
 }
 
-/* A round trip of a connection that is far from joining. Its server is established by now. The
- * client looks for it at once: the map forgets connections that wait for long. */
-static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops, struct tb_conn *conn)
+/* A round trip of a connection that is far from joining. Each end looks for the other one. */
+static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops,
+						   const struct tb_pod *pod)
 {
-	if (conn->refused)
-		return tb_call(skops, TB_CALL_NEVER);
-	tb_seek(conn);
+	struct tb_conn *conn;
+
+	if (skops->state != BPF_TCP_ESTABLISHED || skops->segs_in < TB_MIN_SEGMENTS)
+		return;
+	conn = tb_conn_of(skops);
+	if (!conn || !conn->me.id)
+		conn = tb_meet(skops, pod);
+	if (!conn)
+		return;
+	if (!conn->refused && conn->me.is_client)
+		tb_seek(conn);
+	else if (!conn->refused && !tb_is_paired(conn))
+		tb_find_client(skops, pod, conn);
 	tb_note_exchange(conn, skops->rcv_nxt, tb_sent(conn->me.sk));
-	if (tb_is_nearly_known(conn, tb_tick_ns()))
+	if (!conn->refused && !tb_is_paired(conn) && conn->exchanges > TB_SEEKING) {
+		if (conn->me.is_client)
+			halves.delete(&conn->half);
+		tb_refuse(conn, TB_OUTCOME_NO_PEER);
+	}
+	if (conn->refused)
+		tb_call(skops, TB_CALL_NEVER);
+	else if (tb_is_to_watch(conn, tb_tick_ns()))
 		tb_call(skops, TB_CALL_PER_PACKET);
 }
 
@@ -112,25 +128,22 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	 */
 	if (sent == first)
 		return;
-	tb_seek(conn);
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
-	if (!tb_is_paired(conn)) {
-		if (conn->exchanges > TB_SEEKING)
-			tb_call(skops, TB_CALL_NEVER);
-		return;
-	}
+	conn->watched += weight != 0;
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
 	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
 	 * So the current thread is the sender, or a reader that acknowledges. */
 	if (!outcome && tb_is_owned(sk) && tb_ignores_short_sends())
 		outcome = TB_OUTCOME_INELIGIBLE;
+	if (!outcome && !tb_has_peer(conn) && conn->exchanges > conn->wanted + TB_SEEKING)
+		outcome = TB_OUTCOME_NO_PEER; /* it has not found this end */
 	if (outcome && !conn->refused)
 		tb_refuse(conn, outcome);
 	if (outcome) {
 		tb_call(skops, TB_CALL_NEVER);
 		return;
 	}
-	if (!tb_is_nearly_known(conn, tb_tick_ns())) {
+	if (!tb_is_to_watch(conn, tb_tick_ns())) {
 		tb_call(skops, TB_CALL_PER_ROUND_TRIP);
 		return;
 	}
@@ -152,8 +165,10 @@ static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u
 /* `socket` lies at `sk`. */
 static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk, __u64 now)
 {
-	__u64 id = conn->me.id;
+	__u64 id = *(volatile __u64 *)&conn->me.id;
 
+	if (!id)
+		return;
 	/* Another program's sockmap has it already: the kernel would let both. */
 	if (tb_read64(sk + OFF_SOCK_USER_DATA)) {
 		if (tb_psock(sk) != conn->at.psock) /* its own former one goes with the last call */
@@ -166,7 +181,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	conn->at.psock = TB_JOINING;
 	if (sockhash.update(&id, socket)) {
 		conn->at.psock = 0;
-		conn->exchanges = 0; /* the map is full, or memory short: another time */
+		conn->exchanges = conn->watched =
+			0; /* the map is full, or memory short: another time */
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
@@ -244,6 +260,13 @@ static __always_inline __u64 tb_begun(const struct tb_conn *conn)
 	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + peers);
 }
 
+/* A thread may sleep in recv without a reference, so that another one's, on its way to a redirect,
+ * passes for the sleeper's (tb_is_unused). So where a thread sleeps, the steps are passes apart. */
+static __always_inline int tb_has_sleepers(const struct tb_conn *conn)
+{
+	return tb_sleepers(conn->me.sk) || tb_sleepers(conn->peer.sk);
+}
+
 /* RULE (leaving), the second visit or the third. Returns 1 if it may leave now. The sends are
  * counted before the first look in the second, and after the last look in the third. */
 static __always_inline int tb_try_leave(struct tb_conn *conn)
@@ -278,16 +301,17 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 	sockhash.delete(&id);
 	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
 	conn->moved.sent = tb_sent(conn->me.sk);
-	conn->exchanges = 0;
+	conn->exchanges = conn->watched = 0;
 	conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);
 	tb_set_membership(conn, TB_OUT, now);
 	tb_count_membership(conn, 0);
 }
 
-/* A member stays, or takes a step on its way out. Returns 1 if another step is to follow. */
+/* A member stays, or takes a step on its way out. Returns 1 if the next step may follow at once. */
 static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64 now)
 {
 	__u32 outcome = conn->refused ? 0 : tb_reason_to_refuse(conn, sk);
+	int is_leaving = tb_membership(conn->state) == TB_LEAVING;
 
 	if (outcome)
 		tb_refuse(conn, outcome);
@@ -297,7 +321,7 @@ static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64
 		tb_set_membership(conn, TB_OUT, now);
 		return 0;
 	}
-	if (tb_membership(conn->state) == TB_LEAVING) {
+	if (is_leaving) {
 		if (tb_try_leave(conn)) {
 			tb_leave(conn, now);
 			return 0;
@@ -309,8 +333,8 @@ static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64
 		conn->noted = 0;
 		tb_set_membership(conn, TB_LEAVING, now);
 	}
-	tb_ring(conn->me.pod_id); /* if it cannot take it soon */
-	return 1;
+	tb_ring(conn->me.pod_id); /* for the next step, if it does not */
+	return (!is_leaving || conn->noted) && !tb_has_sleepers(conn);
 }
 
 /* `socket` lies at `sk`. */

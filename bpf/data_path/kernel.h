@@ -68,7 +68,7 @@ static __always_inline __u8 tb_read8(__u64 address)
 /* Have so many nanoseconds passed between two times? */
 static __always_inline int tb_has_passed(__u64 ns, __u64 since, __u64 now)
 {
-	return (__s64)(now - since) > (__s64)ns;
+	return (__s64)(now - since) >= (__s64)ns;
 }
 
 static __always_inline __u32 tb_min(__u32 a, __u32 b)

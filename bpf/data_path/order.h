@@ -263,7 +263,7 @@ static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn,
 		conn->path = TB_PATH_TCP;
 		reason = TB_REASON_LEAVING;
 	}
-	conn->decided = conn->sent;
+	*(volatile __u32 *)&conn->decided = conn->sent; /* behind the rest */
 	if (reason)
 		return tb_note_tcp(conn, reason, msg->size, now);
 	conn->queued += tb_cost(msg->size);

@@ -3,18 +3,21 @@
  * Two sockets find out that they are the ends of one connection. No socket joins a sockhash here.
  *
  * RULE (identity). Two sockets are one connection only if their initial sequence numbers mirror.
- * The kernel drew these two 32-bit numbers for this connection. Addresses do not decide. iptables
- * REDIRECT changes the server's, NAT the client's port, and client ports are reused at once.
- * 127.0.0.1:p -> 127.0.0.1:8080 is the same tuple in every pod. Nor do the numbers alone decide.
- * They are a hash of the tuple under one secret per boot, plus a clock (net/core/secure_seq.c). So
- * the same tuple draws the same numbers in two network namespaces at the same moment. Hence `netns`
- * in the key, and the rules on addresses in tb_client_established() and tb_half_fits().
+ * The kernel drew these two 32-bit numbers for this connection. They are computed from what TCP has
+ * counted since. Addresses do not decide. iptables REDIRECT changes the server's, NAT the client's
+ * port, and client ports are reused at once. 127.0.0.1:p -> 127.0.0.1:8080 is the same tuple in
+ * every pod. Nor do the numbers alone decide. They are a hash of the tuple under one secret per
+ * boot, plus a clock (net/core/secure_seq.c). So the same tuple draws the same numbers in two
+ * network namespaces at the same moment. Hence `netns` in the key, and the rules on addresses in
+ * tb_enter() and tb_half_fits().
  */
 
-/* So old it is when it is first looked at, and may join. Most connections are shorter, and pay
- * little. */
+/* With fewer segments received (TB_MIN_SEGMENTS) a connection is left alone, and younger than this
+ * it does not join. Most connections are shorter, and pay little. */
 #define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
-/* So many exchanges an unpaired client is asked for its server. */
+/* So many exchanges it makes until each of its packets is looked at. */
+#define TB_FIRST_WANTED 4
+/* So many exchanges an end looks for the other one. */
 #define TB_SEEKING 16
 
 /*
@@ -32,17 +35,35 @@ static __always_inline __u64 tb_new_id(struct bpf_sock_ops *skops, const struct 
 	return next >> TB_ID_SHIFT == first >> TB_ID_SHIFT ? next : 0;
 }
 
-/* Gives the socket of this callback, which lies at `sk`, a struct tb_conn with `me` filled in; or
- * returns NULL with the reason in *outcome. */
-static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
-						   const struct tb_pod *pod, __u64 sk, int is_proxy,
-						   __u32 *outcome)
+static __always_inline struct tb_conn *tb_conn_of(struct bpf_sock_ops *skops)
 {
+	struct bpf_sock *sk = skops->sk;
+
+	return sk ? conns.sk_storage_get(sk, 0, 0) : NULL;
+}
+
+/* Fills in the connection's numbers. An active opener has counted its SYN. */
+static __always_inline void tb_number(struct tb_half_key *key, __u64 sk, int is_client)
+{
+	__u32 own = tb_read32(sk + OFF_TCP_SOCK_SND_UNA) - tb_read32(sk + OFF_TCP_SOCK_BYTES_ACKED);
+	__u32 peers =
+		tb_read32(sk + OFF_TCP_SOCK_RCV_NXT) - tb_read32(sk + OFF_TCP_SOCK_BYTES_RECEIVED);
+
+	key->client_isn = is_client ? own + 1 : peers;
+	key->server_isn = is_client ? peers : own;
+}
+
+/* Gives the socket of this callback, which lies at `sk`, a struct tb_conn with `me` and `half`
+ * filled in, but for `half.netns`. Returns NULL if memory is short. */
+static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
+						   const struct tb_pod *pod, __u64 sk)
+{
+	int is_client = (skops->bpf_sock_ops_cb_flags & TB_CLIENT) != 0;
 	struct bpf_sock *socket = skops->sk;
 	struct tb_conn *conn;
-	__u64 id;
+	__u32 refused;
+	__u64 id, token;
 
-	*outcome = TB_OUTCOME_FULL;
 	if (!socket)
 		return NULL;
 	conn = conns.sk_storage_get(socket, 0, BPF_SK_STORAGE_GET_F_CREATE);
@@ -51,146 +72,118 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	id = tb_new_id(skops, conn);
 	if (!id)
 		return NULL;
+	token = conn->token;
+	refused = conn->refused; /* RULE (splice) */
 	__builtin_memset(conn, 0, sizeof(*conn));
+	conn->token = token;
+	conn->refused = refused;
 	conn->last_id = id;
 	conn->me.id = id;
 	conn->me.sk = sk;
 	conn->me.conn = (__u64)conn;
 	conn->me.pod_id = pod->id;
-	conn->me.is_proxy = is_proxy;
-	conn->wanted = TB_MIN_EXCHANGES;
+	conn->me.is_proxy = tb_is_proxy(sk, pod);
+	conn->me.is_client = is_client;
+	tb_number(&conn->half, sk, is_client);
+	conn->wanted = TB_FIRST_WANTED;
 	conn->moved.received = skops->rcv_nxt;
 	conn->moved.sent = skops->snd_nxt;
 	conn->since = tb_tick_ns();
 	tb_expect_passes(pod->id);
-	tb_call_also(skops, TB_CALL_PER_ROUND_TRIP);
 	return conn;
 }
 
-/*
- * A SYN has reached a listener of this pod, and the SYN-ACK is about to go out. Both initial
- * sequence numbers are known, so the connection is announced to its client, which is established
- * first. A client without an announcement has no peer on this node.
- */
-static __always_inline void tb_announce(struct bpf_sock_ops *skops, const struct tb_pod *pod)
+/* A client enters its connection for its server. `netns` says in which namespace the server must
+ * be, unless the client's pod owns the address: a sidecar may speak in the name of a client
+ * elsewhere (TPROXY), to its own namespace. Returns 0, or an enum tb_outcome. */
+static __always_inline __u32 tb_enter(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+				      struct tb_conn *conn)
 {
-	struct tb_half_key key = {};
 	struct tb_half half = {};
-	__u64 request = tb_context_sock(skops);
-	__u64 listener = tb_read64(request + OFF_REQUEST_SOCK_LISTENER);
 
-	if (!listener || tb_pod_excludes(pod, skops->local_port))
-		return;
-	if ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(listener, pod))
-		return;
-	if (!tb_requested(skops, request, &key))
-		return;
-	key.netns = tb_key_netns(&key.client, request);
-	half.server.pod_id = pod->id;
-	half.server_netns = tb_netns_of(request);
-	halves.insert(&key, &half);
-}
-
-/* The client's end is established, before the server's. Claims the connection if it was announced.
- * Returns an enum tb_outcome, TB_OUTCOME_NONE while the server has not claimed it as well. */
-static __always_inline __u32 tb_client_established(struct bpf_sock_ops *skops,
-						   const struct tb_pod *pod)
-{
-	__u64 sk = tb_context_sock(skops);
-	struct tb_half_key key = {};
-	struct tb_half half = {}, *found;
-	struct tb_dial dial = {};
-	struct tb_conn *conn;
-	int is_proxy = tb_is_proxy(sk, pod);
-	__u32 outcome;
-
-	if (!TB_ADDR(skops, local, &key.client) || !TB_ADDR(skops, remote, &half.dialled))
+	if (!TB_ADDR(skops, local, &conn->half.client) || !TB_ADDR(skops, remote, &half.dialled))
 		return TB_OUTCOME_NO_PEER;
-	key.netns = tb_key_netns(&key.client, sk);
-	key.client_isn = skops->snd_nxt;
-	key.server_isn = skops->rcv_nxt;
-	if (pod->flags & TB_POD_SERVICES) {
-		dial.client = key.client;
-		dial.client_isn = key.client_isn;
-		dials.delete(&dial);
-	}
-	found = halves.lookup(&key);
-	if (!found)
-		return TB_OUTCOME_NO_PEER;
-	/* A sidecar may speak in the name of a client elsewhere (TPROXY), to its own namespace. */
-	if (found->client.id || (!key.netns && !tb_pod_owns(pod, &key.client) &&
-				 found->server_netns != tb_netns_of(sk)))
-		return TB_OUTCOME_MISMATCH;
-	half.server.pod_id = found->server.pod_id;
-	half.server_netns = found->server_netns;
-	half.has_token = (pod->flags & TB_POD_SERVICES) && tb_has_token(skops, &key, found);
-	half.dialled_port = bpf_ntohl(skops->remote_port);
-	if (tb_pod_excludes(pod, half.dialled_port) || tb_pod_excludes(pod, skops->local_port) ||
-	    ((pod->flags & TB_POD_PROXY_ONLY) && !is_proxy))
-		return TB_OUTCOME_EXCLUDED;
-	conn = tb_remember(skops, pod, sk, is_proxy, &outcome);
-	if (!conn)
-		return outcome;
-	conn->me.is_client = 1;
-	conn->half = key;
 	half.client = conn->me;
-	halves.update(&key, &half);
-	return TB_OUTCOME_NONE;
+	half.client_netns = tb_netns_of(conn->me.sk);
+	half.token = conn->token;
+	half.dialled_port = tb_remote_port(skops);
+	if (!tb_pod_owns(pod, &conn->half.client) || !tb_is_in_netns_of(pod, conn->me.sk))
+		conn->half.netns = half.client_netns;
+	return halves.insert(&conn->half, &half) ? TB_OUTCOME_MISMATCH : TB_OUTCOME_NONE;
 }
 
-/* Whether a connection may be this pod's server's. RULE (identity): a half is taken once. From
- * another pod only the owner of the dialled address takes it, or the pod of the client's token. */
-static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_half_key *key,
-					const struct tb_pod *pod, const struct tb_addr *local,
-					__u64 netns)
+/* Whether the connection that a client has entered may be this server's, whose pod is `pod`. RULE
+ * (identity): it is taken once. From another pod only the owner of the dialled address takes it, or
+ * the pod of the client's token. */
+static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_conn *conn,
+					const struct tb_pod *pod, const struct tb_addr *local)
 {
-	if (half->server.id || half->server_netns != netns)
+	if (half->server.id)
 		return 0;
 	if (half->client.pod_id == pod->id)
-		return 1;
-	return !key->netns && tb_pod_owns(pod, local) &&
+		return half->client_netns == tb_netns_of(conn->me.sk);
+	return !conn->half.netns && tb_pod_owns(pod, local) &&
+	       tb_is_in_netns_of(pod, conn->me.sk) &&
 	       (tb_pod_owns(pod, &half->dialled) ||
-		(half->has_token && half->server.pod_id == pod->id));
+		(half->token && half->token == tb_token(&conn->half, pod->id)));
 }
 
-/* The server's end is established: it is paired if its client has claimed the connection. */
-static __always_inline __u32 tb_server_established(struct bpf_sock_ops *skops,
-						   const struct tb_pod *pod, __u32 *hop)
+/* A server looks for the connection that its client has entered, and is paired if it fits. */
+static __always_inline void tb_find_client(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					   struct tb_conn *conn)
+{
+	struct tb_half half, *found;
+	struct tb_addr local = {};
+
+	if (!TB_ADDR(skops, remote, &conn->half.client) || !TB_ADDR(skops, local, &local))
+		return;
+	conn->half.netns = tb_netns_of(conn->me.sk);
+	found = halves.lookup(&conn->half);
+	if (!found && !tb_addr_is_local(&conn->half.client)) {
+		conn->half.netns = 0;
+		found = halves.lookup(&conn->half);
+	}
+	if (!found)
+		return;
+	half = *found;
+	if (!tb_half_fits(&half, conn, pod, &local))
+		return tb_refuse(conn, TB_OUTCOME_MISMATCH);
+	if (tb_pod_excludes(pod, half.dialled_port))
+		return tb_refuse(conn, TB_OUTCOME_EXCLUDED);
+	half.server = conn->me;
+	halves.update(&conn->half, &half);
+	conn->peer = half.client;
+	conn->hop = tb_hop(&conn->peer, &conn->me);
+	tb_count_outcome(pod->id, conn->hop, TB_OUTCOME_PAIRED);
+}
+
+/* A connection is no longer young: its socket is remembered, or calls no more. */
+static __always_inline struct tb_conn *tb_meet(struct bpf_sock_ops *skops, const struct tb_pod *pod)
 {
 	__u64 sk = tb_context_sock(skops);
-	struct tb_half_key key = {};
-	struct tb_addr local = {};
-	struct tb_half half, *found;
+	__u32 outcome = TB_OUTCOME_NONE;
 	struct tb_conn *conn;
-	__u32 outcome;
 
-	if (!TB_ADDR(skops, remote, &key.client) || !TB_ADDR(skops, local, &local))
-		return TB_OUTCOME_NO_PEER;
-	key.netns = tb_key_netns(&key.client, sk);
-	key.client_isn = skops->rcv_nxt;
-	key.server_isn = skops->snd_nxt;
-	found = halves.lookup(&key);
-	if (!found)
-		return TB_OUTCOME_NO_PEER;
-	half = *found;
-	if (!half.client.id) {
-		halves.delete(&key); /* its client is on another node, or not accelerated */
-		return TB_OUTCOME_NO_PEER;
+	if (tb_pod_excludes(pod, skops->local_port) ||
+	    tb_pod_excludes(pod, tb_remote_port(skops)) ||
+	    ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(sk, pod))) {
+		tb_count_outcome(pod->id, TB_HOP_NONE, TB_OUTCOME_EXCLUDED);
+		tb_call(skops, TB_CALL_NEVER);
+		return NULL;
 	}
-	if (!tb_half_fits(&half, &key, pod, &local, tb_netns_of(sk)))
-		return TB_OUTCOME_MISMATCH;
-	if (tb_pod_excludes(pod, skops->local_port) || tb_pod_excludes(pod, half.dialled_port) ||
-	    tb_pod_excludes(pod, bpf_ntohl(skops->remote_port)))
-		return TB_OUTCOME_EXCLUDED;
-	conn = tb_remember(skops, pod, sk, tb_is_proxy(sk, pod), &outcome);
-	if (!conn)
-		return outcome;
-	conn->half = key;
-	conn->peer = half.client;
-	*hop = conn->hop = tb_hop(&half.client, &conn->me);
-	half.server = conn->me;
-	halves.update(&key, &half);
-	return TB_OUTCOME_PAIRED;
+	conn = tb_remember(skops, pod, sk);
+	if (!conn) {
+		tb_count_outcome(pod->id, TB_HOP_NONE, TB_OUTCOME_FULL);
+		tb_call(skops, TB_CALL_NEVER);
+		return NULL;
+	}
+	if (conn->refused)
+		outcome = conn->refused;
+	else if (conn->me.is_client)
+		outcome = tb_enter(skops, pod, conn);
+	if (outcome)
+		tb_refuse(conn, outcome);
+	return conn;
 }
 
 static __always_inline int tb_is_paired(const struct tb_conn *conn)
@@ -198,7 +191,7 @@ static __always_inline int tb_is_paired(const struct tb_conn *conn)
 	return conn->peer.id != 0;
 }
 
-/* A client that is not paired asks for the server that has claimed its connection. The map may have
+/* A client that is not paired asks for the server that has found its connection. The map may have
  * dropped the entry, or have it for another connection by now: then this one stays on TCP. A visit
  * and a callback may both ask at once. The one that takes the entry away counts. */
 static __always_inline void tb_seek(struct tb_conn *conn)
@@ -206,7 +199,7 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 	struct tb_half *half;
 	struct tb_end server;
 
-	if (tb_is_paired(conn))
+	if (tb_is_paired(conn) || !conn->me.is_client)
 		return;
 	half = halves.lookup(&conn->half);
 	if (!half)
@@ -235,17 +228,13 @@ static __always_inline int tb_is_peer_in(const struct tb_conn *conn)
 	       tb_file(conn->peer.sk);
 }
 
-/* Are these two still the sockets that were paired? The numbers are computed anew from what TCP has
- * counted since. An active opener counts its SYN. */
+/* Are these two still the sockets that were paired? */
 static __always_inline int tb_is_same_connection(const struct tb_conn *conn, __u64 sk)
 {
-	__u32 own = tb_read32(sk + OFF_TCP_SOCK_SND_UNA) - tb_read32(sk + OFF_TCP_SOCK_BYTES_ACKED);
-	__u32 peers =
-		tb_read32(sk + OFF_TCP_SOCK_RCV_NXT) - tb_read32(sk + OFF_TCP_SOCK_BYTES_RECEIVED);
+	struct tb_half_key now = {};
 
 	if (conn->half.netns && conn->half.netns != tb_netns_of(sk))
 		return 0;
-	if (conn->me.is_client)
-		return own + 1 == conn->half.client_isn && peers == conn->half.server_isn;
-	return own == conn->half.server_isn && peers == conn->half.client_isn;
+	tb_number(&now, sk, conn->me.is_client);
+	return now.client_isn == conn->half.client_isn && now.server_isn == conn->half.server_isn;
 }

@@ -81,15 +81,24 @@ static __always_inline int tb_addr_select(__u32 family, __u32 v4, __u32 w0, __u3
 		tb_addr_select((skops)->family, v4, w0, w1, w2, w3, addr);                         \
 	})
 
+/* The port of the other end, in host byte order. */
+static __always_inline __u32 tb_remote_port(struct bpf_sock_ops *skops)
+{
+	__u32 port = skops->remote_port;
+
+	TB_PIN(port);
+	return bpf_ntohl(port);
+}
+
 static __always_inline __u64 tb_netns_of(__u64 sk)
 {
 	return tb_read64(sk + OFF_SOCK_NET);
 }
 
-/* The namespace part of a key, see struct tb_half_key; sk may be a request socket. */
-static __always_inline __u64 tb_key_netns(const struct tb_addr *client, __u64 sk)
+/* Is a socket in the network namespace that ADD has configured? A pod can make more. */
+static __always_inline int tb_is_in_netns_of(const struct tb_pod *pod, __u64 sk)
 {
-	return tb_addr_is_local(client) ? tb_netns_of(sk) : 0;
+	return !pod->netns || pod->netns == tb_read32(tb_netns_of(sk) + OFF_NET_NS_INODE);
 }
 
 static __always_inline __u32 tb_hop(const struct tb_end *client, const struct tb_end *server)

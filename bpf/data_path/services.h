@@ -73,41 +73,13 @@ static __always_inline __u64 tb_token(const struct tb_half_key *key, __u64 pod_i
 	return v0 ^ v1 ^ v2 ^ v3;
 }
 
-/* What a request socket and its SYN tell of the key; `netns` is not in it. */
+/* The key as far as a request socket tells it: all but `netns`. */
 static __always_inline int tb_requested(struct bpf_sock_ops *skops, __u64 request,
 					struct tb_half_key *key)
 {
 	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
 	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
 	return TB_ADDR(skops, remote, &key->client);
-}
-
-/* When a socket calls the programs. A listener of a pod that serves Services asks for its SYN-ACKs;
- * its connections inherit that. */
-enum tb_calls {
-	TB_CALL_NEVER,
-	TB_CALL_PER_ROUND_TRIP = BPF_SOCK_OPS_RTT_CB_FLAG,
-	/* and when its state changes */
-	TB_CALL_PER_PACKET = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG,
-};
-
-static __always_inline void tb_set_flags(struct bpf_sock_ops *skops, int flags)
-{
-	if (flags != skops->bpf_sock_ops_cb_flags)
-		bpf_sock_ops_cb_flags_set(skops, flags);
-}
-
-static __always_inline void tb_call(struct bpf_sock_ops *skops, enum tb_calls when)
-{
-	int all = TB_CALL_PER_ROUND_TRIP | TB_CALL_PER_PACKET;
-
-	tb_set_flags(skops, (skops->bpf_sock_ops_cb_flags & ~all) | when);
-}
-
-/* Besides what another program on the cgroup has asked for. */
-static __always_inline void tb_call_also(struct bpf_sock_ops *skops, enum tb_calls when)
-{
-	tb_set_flags(skops, skops->bpf_sock_ops_cb_flags | when);
 }
 
 /* The client says that its SYN comes from this node: no other peer gets to see the option. */
@@ -123,23 +95,20 @@ static __always_inline void tb_note_dial(struct bpf_sock_ops *skops)
 	dials.update(&dial, &one);
 }
 
-/* A SYN-ACK is being made: fills the key of its connection. Returns 1 if this pod has announced
- * that connection, and if the SYN came from this node. */
-static __always_inline int tb_find_announced(struct bpf_sock_ops *skops, const struct tb_pod *pod,
-					     struct tb_half_key *key)
+/* A SYN-ACK is being made: fills the key of its connection. Returns 1 if the SYN came from this
+ * node, and to a port that is not excluded. */
+static __always_inline int tb_is_dialled_here(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					      struct tb_half_key *key)
 {
 	__u64 request = tb_context_sock(skops);
 	struct tb_dial dial = {};
-	struct tb_half *half;
 
-	if (skops->is_fullsock || !tb_requested(skops, request, key))
+	if (skops->is_fullsock || tb_pod_excludes(pod, skops->local_port) ||
+	    !tb_requested(skops, request, key))
 		return 0;
 	dial.client = key->client;
 	dial.client_isn = key->client_isn;
-	if (!dials.lookup(&dial))
-		return 0;
-	half = halves.lookup(key);
-	return half && half->server.pod_id == pod->id;
+	return dials.lookup(&dial) != NULL;
 }
 
 static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const struct tb_pod *pod)
@@ -148,7 +117,7 @@ static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const st
 	struct tb_half_key key = {};
 	__u64 token;
 
-	if (!tb_find_announced(skops, pod, &key))
+	if (!tb_is_dialled_here(skops, pod, &key))
 		return;
 	if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
 		bpf_reserve_hdr_opt(skops, sizeof(option), 0);
@@ -159,6 +128,26 @@ static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const st
 	bpf_store_hdr_opt(skops, &option, sizeof(option), 0);
 }
 
+/* A client is established: keeps the token of the SYN-ACK that it has just got, if it has one. */
+static __always_inline void tb_keep_token(struct bpf_sock_ops *skops)
+{
+	/* To search by kind and ID, the length is that of the two (bpf_helpers(7)). */
+	struct tb_option option = {TB_OPTION_KIND, 4, TB_OPTION_ID};
+	struct bpf_sock *sk = skops->sk;
+	struct tb_dial dial = {};
+	struct tb_conn *conn;
+
+	if (!sk || !TB_ADDR(skops, local, &dial.client))
+		return;
+	dial.client_isn = skops->snd_nxt;
+	dials.delete(&dial);
+	if (bpf_load_hdr_opt(skops, &option, sizeof(option), 0) != sizeof(option))
+		return;
+	conn = conns.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (conn)
+		__builtin_memcpy(&conn->token, option.token, sizeof(conn->token));
+}
+
 static __always_inline void tb_serve_services(struct bpf_sock_ops *skops, const struct tb_pod *pod)
 {
 	if (skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
@@ -167,21 +156,9 @@ static __always_inline void tb_serve_services(struct bpf_sock_ops *skops, const 
 		tb_call(skops, TB_CALL_PER_PACKET);
 	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
 		tb_call(skops, TB_CALL_NEVER);
+	else if (skops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+		tb_keep_token(skops);
 	else if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB ||
 		 skops->op == BPF_SOCK_OPS_WRITE_HDR_OPT_CB)
 		tb_write_option(skops, pod);
-}
-
-/* Does the SYN-ACK that the client has just got show that the announcing pod has sent it? */
-static __always_inline int tb_has_token(struct bpf_sock_ops *skops, const struct tb_half_key *key,
-					const struct tb_half *half)
-{
-	/* To search by kind and ID, the length is that of the two (bpf_helpers(7)). */
-	struct tb_option option = {TB_OPTION_KIND, 4, TB_OPTION_ID};
-	__u64 token;
-
-	if (bpf_load_hdr_opt(skops, &option, sizeof(option), 0) != sizeof(option))
-		return 0;
-	__builtin_memcpy(&token, option.token, sizeof(token));
-	return token == tb_token(key, half->server.pod_id);
 }

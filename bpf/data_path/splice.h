@@ -4,9 +4,9 @@
  *
  * RULE (splice). splice(2) takes bytes from TCP's own queue alone (tcp_splice_read): it never sees
  * bypassed ones. A socket that has spliced never joins; readers that splice mostly begin with it,
- * before a connection has made the exchanges that joining takes. A member that splices for the
- * first time is seen at that moment, and leaves. Where this program cannot be attached, no
- * application's socket joins (install/selftest.py).
+ * before their socket is remembered. So one that still calls per round trip gets a struct tb_conn
+ * for that alone. A member that splices for the first time is seen at that moment, and leaves.
+ * Where this program cannot be attached, no application's socket joins (install/selftest.py).
  */
 
 /* Attached to the entry of tcp_splice_read(struct socket *, ...), net/ipv4/tcp.c. */
@@ -14,12 +14,14 @@ int tb_watch_splice(__u64 *arguments)
 {
 	void *socket = (void *)arguments[0], *sk;
 	struct tb_conn *conn;
+	int is_young;
 
 	sk = *(void *volatile *)(socket + OFF_SOCKET_SK);
 	if (!sk)
 		return 0;
-	conn = conns.sk_storage_get(sk, 0, 0);
-	if (conn && conn->me.id && !conn->refused)
+	is_young = tb_read8((__u64)sk + OFF_TCP_SOCK_CB_FLAGS) & TB_CALL_PER_ROUND_TRIP;
+	conn = conns.sk_storage_get(sk, 0, is_young ? BPF_SK_STORAGE_GET_F_CREATE : 0);
+	if (conn && !conn->refused)
 		tb_refuse(conn, TB_OUTCOME_SPLICE);
 	if (conn && tb_membership(conn->state) != TB_OUT)
 		tb_ring(conn->me.pod_id);

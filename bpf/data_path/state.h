@@ -32,24 +32,25 @@ struct tb_place {
 };
 
 /*
- * The key of a connection that is being set up: RULE (identity) in pairing.h. `netns` is 0 for a
- * client address that ADD recorded for one pod, which is unique on the node.
+ * The key of a connection: RULE (identity) in pairing.h. `netns` is 0 for a client address that ADD
+ * recorded for the client's pod, which is unique on the node.
  */
 struct tb_half_key {
 	struct tb_addr client;
-	__u64 netns;	  /* struct net *, where each namespace has the address `client` */
+	__u64 netns;	  /* struct net *, the client's */
 	__u32 client_isn; /* sequence number of the client's first data byte */
 	__u32 server_isn;
 };
 
-/* A connection that is being set up: announced, then claimed by its client, then its server. */
+/* A connection whose client has entered it. Its server looks for it. */
 struct tb_half {
-	struct tb_end client;	/* id 0: not claimed */
-	struct tb_end server;	/* id 0: not claimed; pod_id: the pod that has announced it */
-	__u64 server_netns;	/* struct net *, of the listener */
+	struct tb_end client;
+	struct tb_end server;	/* id 0: not found yet */
+	__u64 client_netns;	/* struct net * */
+	__u64 token;		/* of the SYN-ACK: services.h; 0: it had none */
 	struct tb_addr dialled; /* where the client meant to go */
 	__u32 dialled_port;	/* host byte order */
-	__u32 has_token;	/* the SYN-ACK had the announcing pod's token: services.h */
+	__u32 reserved;
 };
 
 /* A connect of a pod that dials Services: its SYN is about to go out. */
@@ -91,12 +92,14 @@ struct tb_conn {
 	struct tb_end peer;	 /* id 0: not paired yet */
 	struct tb_half_key half; /* a client finds its server by it */
 	__u64 last_id;		 /* the newest id of this socket, kept over a disconnect */
+	__u64 token;		 /* of the SYN-ACK that a client got through a Service */
 	__u32 hop;
 	/* Whether it joins, and leaves: readers.h, joining.h */
 	__u32 refused;	 /* enum tb_outcome that keeps it out for good; 0: none */
 	__u32 state;	 /* enum tb_membership and the count of its changes */
-	__u32 exchanges; /* since it was born, or has left: bytes went there and back */
-	__u32 wanted;	 /* so many exchanges before it joins */
+	__u32 exchanges; /* since it was met, or has left: bytes went there and back */
+	__u32 wanted;	 /* so many of those before each packet is looked at */
+	__u32 watched;	 /* and so many since then */
 	struct tb_moved moved;
 	__u64 since; /* when it was born, or `state` changed */
 	struct tb_place at;

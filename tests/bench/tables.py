@@ -183,8 +183,8 @@ CHAPTERS = {
         "A socket joins after bytes there and back, and a direction goes by TCP once 256 KB were "
         "sent without an answer. So a stream one way goes by TCP: from its first byte on where the "
         "connection is fresh, soon where it has joined (200 ms of questions and answers before "
-        "it). What is measured there is what the programs cost. Duplex: both ends read and write, "
-        "also after 200 ms; each direction answers the other, so both may bypass.",
+        "it). It leaves once the sockhash costs it more than it gains. What is measured there is "
+        "what the programs cost. Duplex: both ends read and write, also after 200 ms.",
         STREAMS,
     ),
     "mesh": Chapter(
@@ -225,7 +225,7 @@ CHAPTERS = {
     "churn": Chapter(
         "Short connections",
         "Connect, one request of 64 bytes, one answer, close; one after the other, both ends on "
-        "one CPU. A connection joins after 8 exchanges and 50 ms, so these stay on TCP, and the "
+        "one CPU. A connection is looked at after 8 segments, so these stay on TCP, and the "
         "ratio is what the programs cost.",
         (
             Table(

@@ -269,18 +269,14 @@ IDENTITY = Mutant(
         *ORDER.edits,
         *JOINS_STRANGER.edits,
         *JOINS_ALONE.edits,
-        Edit(r"(?<!dial\.)client_isn = [^;]+;", "client_isn = 0;", 3),
-        Edit(r"server_isn = [^;]+;", "server_isn = 0;", 3),
-        Edit(r"if \(found->client\.id \|\| ", "if ("),
-        Edit(r"half->server\.id \|\| half->server_netns != netns", "0"),
+        Edit(r"(?<!dial\.)client_isn = [^;]+;", "client_isn = 0;", 2),
+        Edit(r"server_isn = [^;]+;", "server_isn = 0;", 2),
+        Edit(r"halves\.insert\(([^)]+)\) \?", "halves.update(&conn->half, &half) ?"),
+        Edit(r"if \(half->server\.id\)", "if (0)"),
         Edit(r"half->client\.id != conn->me\.id \|\| ", ""),
     ),
 )
 REUSED_SOCKET = _mutant(
     "identity: a socket that disconnected keeps its bypass queue",
     (r"if \(conn->me\.id && [^;]+;", ""),
-)
-ANNOUNCED_ELSEWHERE = _mutant(
-    "identity: a server joins what another namespace's listener has announced",
-    (r" \|\| half->server_netns != netns\)", ")"),
 )

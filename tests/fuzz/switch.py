@@ -63,7 +63,7 @@ def compiled(
     program.write_text(edit(loader.source_text()))
     library = folder / Path(host).with_suffix(".so")
     limits = [f"-DTB_MAX_{name}=1" for name in ("SOCKETS", "PENDING", "COUNTERS")]
-    numbers = ["-DTB_MIN_EXCHANGES=1", "-DTB_MIN_AGE_MS=0ULL"]
+    numbers = ["-DTB_MIN_SEGMENTS=1", "-DTB_MIN_EXCHANGES=1", "-DTB_MIN_AGE_MS=0ULL"]
     warnings = ["-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas"]
     folders = [f"-I{HOST}", f"-I{loader.SOURCE.parent}"]
     source = [f'-DPROGRAM="{program}"', str(HOST / host)]

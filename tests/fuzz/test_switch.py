@@ -92,7 +92,9 @@ class Machine(RuleBasedStateMachine):
     def begin(self, sender: int, look: int, steps: list[tuple[str, int]]) -> None:
         """A thread's verdict, with what happens meanwhile. Its redirect may rest on its way."""
         if self._may_send(sender) and len(self.connection.ends[sender].redirects) < 3:
-            with self._meanwhile(look, steps):
+            # A socket's sends take its lock in turn: no other one's verdict comes within this one.
+            others = [each for each in steps if each != ("begin", sender)]
+            with self._meanwhile(look, others):
                 self.connection.begin(sender, 10)
 
     @rule(number=SIDE, look=st.integers(0, 24), steps=STEPS)
@@ -470,7 +472,7 @@ def out(make: Make) -> Connection:
     assert leaves(connection, 0)
     assert leaves(connection, 1)
     connection.flags = 0
-    for sender in (0, 1) * 6:
+    for sender in (0, 1) * 24:
         echo(connection, sender)
     connection.packet(1)
     return connection
@@ -525,7 +527,7 @@ def comes_back_with_a_sleeper(make: Make) -> None:
     assert leaves(connection, 0)
     connection.ends[1].is_waiting = False
     connection.flags = 0
-    for sender in (0, 1) * 6:
+    for sender in (0, 1) * 24:
         echo(connection, sender)
     connection.packet(0)
     connection.visit(1)

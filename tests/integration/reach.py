@@ -131,11 +131,12 @@ def visiting(bed: Bed) -> Iterator[None]:
 def join(bed: Bed, *pairs: Ends) -> int:
     """Makes these connections known well enough to join; returns how many bytes that took."""
     sent = 0
-    time.sleep(2 * KNOWN.age_ms / 1000)
-    # The first one ends a round trip, and is not noted; the last one may not be noted yet.
-    for _ in range(KNOWN.exchanges + 2):
+    for _ in range(2):  # their programs meet them, and know them when they are old enough
         for ends in pairs:
-            sent += traffic_pods.exchange(*ends, rounds=1)
+            sent += traffic_pods.exchange(*ends, rounds=KNOWN.exchanges)
+        time.sleep(2 * KNOWN.age_ms / 1000)
+    for ends in pairs:
+        sent += traffic_pods.exchange(*ends, rounds=KNOWN.exchanges)
     visit(bed)
     for left, right in pairs:
         sent += traffic_pods.consume(left, right) + traffic_pods.consume(right, left)

@@ -582,7 +582,10 @@ def test_load_and_unload_during_transfers() -> None:
         streams.flow()
         status = bed.node.status()
         assert {pod["generation"] for pod in status["pods"]} == {"gen-2"}
-        exchange(*silent)
+        before = sidecars()
+        reach.join(bed, silent)  # once more: the new programs have paired its sockets, too
+        assert exchange(*silent) > 0
+        assert eventually(lambda: sidecars() > before)
         new = bpf_objects.pinned(bed.node.bpffs) - old
         bed.node.load()  # removes what is idle
         assert eventually(lambda: bpf_objects.surviving(old) == [], JOINER_S)

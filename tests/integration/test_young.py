@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that are younger than they must be to join: bpf/data_path/pairing.h, TB_MIN_AGE."""
+"""Connections too young to join: bpf/data_path/pairing.h, TB_MIN_SEGMENTS and TB_MIN_AGE."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ YOUNG_MS = 200
 @pytest.fixture
 def pod() -> Iterator[LightPod]:
     with (
-        closing(Programs(replace(LIMITS, exchanges=2, age_ms=YOUNG_MS))) as programs,
+        closing(Programs(replace(LIMITS, segments=8, exchanges=8, age_ms=YOUNG_MS))) as programs,
         light.accelerated(programs) as made,
     ):
         yield made
 
 
-def test_a_short_connection_is_paired_and_no_more(pod: LightPod) -> None:
+def test_a_short_connection_is_left_alone(pod: LightPod) -> None:
     def ask(pod: LightPod) -> bool:
         ends = Ends(pod, joins=False)
         ends.exchange()
@@ -36,7 +36,7 @@ def test_a_short_connection_is_paired_and_no_more(pod: LightPod) -> None:
 
     assert holds(ask, pod)
     total = pod.total()
-    assert (total.connections, total.joined) == ({"paired": 2}, 0)
+    assert (total.connections, total.joined) == ({}, 0)
     assert total.tcp_messages == {}
 
 

@@ -35,9 +35,11 @@ from tests.bed.netns import NetNamespace
 from tests.bed.pod import ENTER
 from tests.integration import traffic
 
-LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, exchanges=1, age_ms=0)
+SEEKING = 20  # rounds, in which the ends of a connection give up to look for each other
+ACQUAINTANCE = 16  # rounds in which the two ends of a connection find each other
+FIRST_BYTES = 2 * ACQUAINTANCE + 2  # of exchange(): those, and the first after both have joined
+LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, segments=1, exchanges=4, age_ms=0)
 TIMEOUT_S = 10.0
-FIRST_BYTES = 4  # of exchange(), two each way: before its ends join, and the first after that
 IPPROTO_MPTCP = 262
 BRIDGE = "br0"
 HALF_KEY = struct.Struct("=16x8xII")  # struct tb_half_key of bpf/tcpip_bypass.c
@@ -431,11 +433,23 @@ def connected(
 
 
 def accepted(listener: socket.socket) -> socket.socket:
-    """The next connection of a listener, with a time-out."""
+    """The next connection of a listener, with a time-out; accepted by the listener's own user."""
     listener.settimeout(TIMEOUT_S)
-    taken, _ = listener.accept()
+    with _as_user(os.fstat(listener.fileno()).st_uid):
+        taken, _ = listener.accept()
     taken.settimeout(TIMEOUT_S)
     return taken
+
+
+@contextmanager
+def _as_user(uid: int) -> Iterator[None]:
+    """The sockets that this thread makes meanwhile are that user's."""
+    libc = ctypes.CDLL(None)
+    before = libc.setfsuid(uid)
+    try:
+        yield
+    finally:
+        libc.setfsuid(before)
 
 
 def visit() -> None:
@@ -447,16 +461,16 @@ def visit() -> None:
 def exchange(left: socket.socket, right: socket.socket, *, rounds: int = 4) -> int:
     """Send random bytes to and fro, checking each; returns how many went in all.
 
-    After the first round a pass lets both ends join.
+    First the ends get to know each other, and a pass lets both join.
     """
     total = 0
-    for number in range(rounds):
+    for number in range(-ACQUAINTANCE, rounds):
         for sender, receiver in ((left, right), (right, left)):
-            data = os.urandom(1 + 700 * number)
+            data = os.urandom(1 + 700 * max(0, number))
             sender.sendall(data)
             assert receive(receiver, len(data)) == data, f"round {number} from {sender}"
             total += len(data)
-        if number == 0:
+        if number == -1:
             visit()
             total += consume(left, right) + consume(right, left)
     return total
@@ -471,7 +485,7 @@ def consume(sender: socket.socket, receiver: socket.socket) -> int:
 
 def talk_all(pairs: Sequence[tuple[socket.socket, socket.socket]], *, rounds: int = 4) -> None:
     """On all connections at once, each end says what only it can say, and hears the other's."""
-    for number in range(rounds):
+    for number in range(-ACQUAINTANCE, rounds):
         for who, pair in enumerate(pairs):
             for side, sock in enumerate(pair):
                 sock.sendall(f"round {number}, connection {who}, side {side}".encode())
@@ -479,7 +493,7 @@ def talk_all(pairs: Sequence[tuple[socket.socket, socket.socket]], *, rounds: in
             for side, sock in enumerate(pair):
                 wanted = f"round {number}, connection {who}, side {1 - side}".encode()
                 assert receive(sock, len(wanted)) == wanted
-        if number == 0:
+        if number == -1:
             visit()
 
 

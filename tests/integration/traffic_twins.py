@@ -24,7 +24,7 @@ TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21  # linux/tcp.h
 REPAIR_OFF_NO_WP = -1
 RECV_QUEUE, SEND_QUEUE = 1, 2
 PATIENCE_S = 1.0
-EXCHANGES, PAUSE_S = 4, 0.002
+EXCHANGES, PAUSE_S = 24, 0.002
 
 
 def sequence_numbers(sock: socket.socket) -> list[int]:

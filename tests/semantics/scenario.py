@@ -24,6 +24,7 @@ SETTLE_S: Final = float(os.environ.get("TB_SETTLE_S", "0.05"))
 PATIENCE_S: Final = 100 * SETTLE_S
 # The time-out of an event loop's sockets: longer than any scenario may take.
 LONG_S: Final = 1000.0
+ACQUAINTANCE: Final = 16  # exchanges in which the ends of a connection find each other
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -125,7 +126,7 @@ class Io:
 
     def greeted(self, client: socket.socket, server: socket.socket) -> None:
         """Bytes go both ways, both ends join where they shall, and bytes go both ways again."""
-        exchanged(client, server)
+        exchanged(client, server, ACQUAINTANCE)
         self.join()
         exchanged(client, server)
 
@@ -141,9 +142,9 @@ class Io:
         return (client, server) if self.upstream else (server, client)
 
 
-def exchanged(client: socket.socket, server: socket.socket) -> None:
-    """Sends two bytes each way, each end having read everything before it sends."""
-    for _ in range(2):
+def exchanged(client: socket.socket, server: socket.socket, times: int = 2) -> None:
+    """Sends so many bytes each way, each end having read everything before it sends."""
+    for _ in range(times):
         client.sendall(b"c")
         exactly(server, 1)
         server.sendall(b"s")

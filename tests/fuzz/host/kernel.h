@@ -45,7 +45,7 @@ struct host_sock {
 	__s32 peek_off;
 	__u32 tsflags;
 	__u16 urg_data;
-	__u8 is_mptcp, nonagle, userlocks, state;
+	__u8 is_mptcp, nonagle, userlocks, state, cb_flags;
 };
 
 struct host_net {
@@ -93,6 +93,7 @@ struct poll_wqueues {
 #define OFF_MEMCG_MEMORY offsetof(struct memcg, memory)
 #define OFF_MEMCG_VMSTATS offsetof(struct memcg, cached)
 #define OFF_MEMCG_VMSTATS_STATE 0
+#define OFF_NET_NS_INODE 0
 #define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
 #define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
 #define OFF_PAGE_COUNTER_MAX offsetof(struct page_counter, max)
@@ -134,6 +135,7 @@ struct poll_wqueues {
 #define OFF_TASK_STACK offsetof(struct host_task, stack)
 #define OFF_TCP_REQUEST_RCV_ISN offsetof(struct request, rcv_isn)
 #define OFF_TCP_REQUEST_SNT_ISN offsetof(struct request, snt_isn)
+#define OFF_TCP_SOCK_CB_FLAGS offsetof(struct host_sock, cb_flags)
 #define OFF_TCP_SOCK_BYTES_ACKED offsetof(struct host_sock, bytes_acked)
 #define OFF_TCP_SOCK_BYTES_RECEIVED offsetof(struct host_sock, bytes_received)
 #define OFF_TCP_SOCK_COPIED_SEQ offsetof(struct host_sock, copied_seq)

@@ -12,6 +12,7 @@ import time
 
 from tests.light import CLIENT_IP, SERVER_IP
 from tests.semantics.scenario import (
+    ACQUAINTANCE,
     OPTIONS,
     PATIENCE_S,
     SETTLE_S,
@@ -22,6 +23,7 @@ from tests.semantics.scenario import (
     attempt,
     configure,
     exactly,
+    exchanged,
     libc,
     poll_mask,
     recv,
@@ -90,6 +92,7 @@ def idle_at_first(io: Io) -> None:
 
 def questions(io: Io, asker: socket.socket, other: socket.socket) -> None:
     """Five more exchanges, once both ends have joined where they shall."""
+    exchanged(asker, other, ACQUAINTANCE)
     io.join()
     for number in range(5):
         asker.sendall(b"question %d" % number)
@@ -332,7 +335,7 @@ def connections_set_up_together(io: Io) -> None:
         server, peer = listener.accept()
         servers[peer] = server
     wrong = 0
-    for repeat in range(3):
+    for repeat in range(ACQUAINTANCE + 2):
         for client in clients:
             client.sendall(b"%d" % client.getsockname()[1])
         for client in clients:
@@ -341,7 +344,7 @@ def connections_set_up_together(io: Io) -> None:
             wrong += exactly(server, len(text)) != text
             server.sendall(text)
             wrong += exactly(client, len(text)) != text
-        if not repeat:
+        if repeat == ACQUAINTANCE - 1:
             io.join(connections=50)
     io.log("wrong", wrong)
 
