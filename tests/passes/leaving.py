@@ -40,7 +40,7 @@ BYPASSED_S = 0.03  # and they bypass so long, at most
 LIMIT_S = 600.0
 _LAST = "tb_count_bypassed(conn, msg->size, now);\n}"
 _WAIT = "for (int i = 0; i < 32768; i++)\n\t\tbpf_ktime_get_ns();\n\t"
-_DOUBLED = "conn->wanted = tb_min(2 * conn->wanted, TB_MAX_WANTED);"
+_BACK_OFF = "conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);"
 _CONDITIONS = "return tb_is_drained(conn) && tb_is_idle(conn) && tb_begun(conn) == begun;"
 _Fork = multiprocessing.get_context("fork")
 
@@ -52,7 +52,7 @@ def replaced(text: str, old: str, new: str) -> str:
 
 def slow(text: str) -> str:
     """Waits between verdict and redirect; and a socket that has left may join again at once."""
-    return replaced(replaced(text, _LAST, _WAIT + _LAST), _DOUBLED, "")
+    return replaced(replaced(text, _LAST, _WAIT + _LAST), _BACK_OFF, "")
 
 
 def without_condition(text: str) -> str:
