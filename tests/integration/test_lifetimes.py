@@ -721,7 +721,7 @@ def test_a_stream_without_answers_leaves_at_both_ends(
 
         assert eventually(has_left)
         counted = sum((pod.total() for pod in pods), HopCounters())
-        assert counted.tcp_messages["stream"] > 1024  # TB_WASTE
+        assert counted.tcp_messages["stream"] > 1024  # TB_FIRST_CREDIT
         assert 0 < counted.bypassed_bytes - before < STREAM
         assert exchange(*ends)
         assert outcomes(*pods) == {"paired": 2}
