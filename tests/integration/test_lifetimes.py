@@ -29,6 +29,7 @@ from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import ENTER
 from tests.integration import reach, traffic_pods
 from tests.integration.traffic_pods import (
+    ACQUAINTANCE,
     FIRST_BYTES,
     LightNode,
     LightPod,
@@ -257,8 +258,9 @@ def test_the_sender_is_killed(pods: tuple[LightPod, LightPod]) -> None:
         with accepted(listener) as theirs:
             assert receive(theirs, 5) == b"hello"
             theirs.sendall(b"start")
-            until_joined(client)
-            for _ in range(2):  # the first message after joining goes by TCP
+            for number in range(ACQUAINTANCE + 2):  # the first one after joining goes by TCP
+                if number == ACQUAINTANCE:
+                    until_joined(client)
                 theirs.sendall(b"go")
                 assert receive(theirs, 5) == b"ready"
             theirs.sendall(b"!!")
@@ -284,7 +286,7 @@ def test_the_receiver_is_killed(pods: tuple[LightPod, LightPod]) -> None:
             for number in range(50):
                 theirs.sendall(bytes(1_000))
                 assert theirs.recv(1) == b"k"
-                if number == 0:
+                if number == ACQUAINTANCE:
                     until_joined(client)
             child.kill()
             child.wait()
