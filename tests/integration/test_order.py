@@ -13,6 +13,7 @@ from tests import light
 REPOSITORY = Path(__file__).parents[2]
 CONNECTIONS = 300
 MESSAGES = 20
+ACQUAINTANCE = 12  # exchanges after which both ends may join
 PROGRAM = f"""
 import json, pathlib, sys, time
 from install import probes
@@ -20,10 +21,11 @@ probes.enter(pathlib.Path(sys.argv[1]))
 sent, corrupted = bytes(range({MESSAGES})), 0
 for _ in range({CONNECTIONS}):
     with probes.connected(greet=False) as (client, server):
-        client.sendall(b"?")
-        server.recv(1)
-        server.sendall(b"!")
-        client.recv(1)
+        for _ in range({ACQUAINTANCE}):
+            client.sendall(b"?")
+            server.recv(1)
+            server.sendall(b"!")
+            client.recv(1)
         for number in sent:  # in the midst of these they join
             client.sendall(bytes([number]))
             time.sleep(0.001)

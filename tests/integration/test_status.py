@@ -35,6 +35,7 @@ from tests.integration import plugin_calls
 
 ACCELERATED = {names.ENABLED: "true"}
 SIZE = 1000  # bytes of a message
+YOUNG = 2 * SIZE * 16  # bytes of a connection before it is looked at, at most
 TRAFFIC = """
 import socket, sys, time
 exchanges = int(sys.argv[1])
@@ -48,7 +49,6 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
     with socket.create_connection(listener.getsockname(), timeout=20) as client:
         server, _ = listener.accept()
         server.settimeout(20)
-        time.sleep(0.1)  # younger connections are not counted
         for _ in range(exchanges):
             client.sendall(b"x" * 1000)
             read(server)
@@ -111,7 +111,7 @@ def test_status_of_a_pod_that_talks(bed: Bed, pod: Pod) -> None:
     assert (found["namespace"], found["attached"], found["proxy_only"]) == ("shop", True, False)
     assert set(found["ips"]) == set(pod.ips)
     counted = found["hops"]["local"]
-    assert counted["bypassed_bytes"] + counted["tcp_bytes"] == sent
+    assert sent - YOUNG < counted["bypassed_bytes"] + counted["tcp_bytes"] <= sent
     assert counted["bypassed_bytes"] > sent / 2
     assert counted["connections"] == {"paired": 2}
     table = bed.node.call("status")
@@ -223,6 +223,13 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
     sent = 0.0
     seen = [samples(metrics)]
 
+    def count(pod: Pod, exchanges: int) -> float:
+        before = sent_locally(samples(metrics))
+        most = talk(pod, exchanges)
+        counted = sent_locally(samples(metrics)) - before
+        assert most - YOUNG < counted <= most
+        return counted
+
     def check() -> None:
         now = samples(metrics)
         assert sent_locally(now) == sent
@@ -238,11 +245,11 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
         name = f"talker-{turn}"
         with bed.pod(name, interception=None, annotations=ACCELERATED) as pod:
             check()
-            sent += talk(pod, 50 * (3 - turn))
+            sent += count(pod, 50 * (3 - turn))
             check()
             bed.node.load()
             check()
-            sent += talk(pod, 10)
+            sent += count(pod, 40)
             check()
             assert any(f"pod={name}" in each for each in seen[-1])
         check()
@@ -254,7 +261,7 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
     assert seen[-1]["tcpip_bypass_loaded{}"] == 0
     bed.node.load()
     with bed.pod("last", interception=None, annotations=ACCELERATED) as pod:
-        sent += talk(pod, 5)
+        sent += count(pod, 40)
         check()
 
 
@@ -279,10 +286,11 @@ def wait_for_sockets(metrics: Metrics, count: int) -> None:
 
 def test_metrics_of_a_node_whose_state_cannot_be_read(bed: Bed, pod: Pod) -> None:
     metrics = Metrics(in_process(bed))
-    sent = talk(pod, 5)
+    talk(pod, 50)
     attachments = bed.node.state_dir / names.ATTACHMENTS
     elsewhere = bed.folder / "attachments"
-    assert sent_locally(samples(metrics)) == sent
+    sent = sent_locally(samples(metrics))
+    assert sent > 0
     shutil.move(attachments, elsewhere)
     attachments.symlink_to(attachments)  # ELOOP, also for root
     found = samples(metrics)
