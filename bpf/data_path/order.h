@@ -29,8 +29,8 @@
 /* In the sockhash a message by TCP costs more than outside. So a member has a credit for such
  * messages, in units of tb_cost(), and leaves when it is used up. Bypassed exchanges add to it. */
 #define TB_FIRST_CREDIT (1 << 20)
-#define TB_MOST_CREDIT (8 << 20)
-#define TB_EXCHANGE_CREDIT 8192
+#define TB_MOST_CREDIT (2 << 20)
+#define TB_EXCHANGE_CREDIT 2048
 
 /* Is the connection at both ends neither closed nor about to be? */
 static __always_inline int tb_is_open(const struct tb_conn *conn, const void *tp)
