@@ -24,9 +24,9 @@ class RoundTrip:
 
 
 ROUND_TRIPS = {
-    "inbound": RoundTrip(26.0, 15.8),
-    "outbound": RoundTrip(23.5, 13.4),
-    "sidecars": RoundTrip(32.9, 13.5),
+    "inbound": RoundTrip(27.7, 17.3),
+    "outbound": RoundTrip(31.5, 16.5),
+    "sidecars": RoundTrip(34.8, 17.7),
 }
 # Hops without a sidecar were not measured by themselves: inside a pod as towards the application,
 # between two as between sidecars.
