@@ -50,6 +50,7 @@ _Place = tuple[str, str]  # a struct, and the path of a member of it
 _OFFSETS: dict[str, _Place | None] = {
     "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
+    "NET_NS_INODE": ("net", "ns.inum"),
     "NET_TCP_RMEM": ("net", "ipv4.sysctl_tcp_rmem"),
     "POLL_WQUEUES_TASK": ("poll_wqueues", "polling_task"),
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
@@ -80,10 +81,9 @@ _OFFSETS: dict[str, _Place | None] = {
     "TASK_STACK": ("task_struct", "stack"),
     "TCP_REQUEST_RCV_ISN": ("tcp_request_sock", "rcv_isn"),
     "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
-    "NET_NS_INODE": ("net", "ns.inum"),
-    "TCP_SOCK_CB_FLAGS": ("tcp_sock", "bpf_sock_ops_cb_flags"),
     "TCP_SOCK_BYTES_ACKED": ("tcp_sock", "bytes_acked"),
     "TCP_SOCK_BYTES_RECEIVED": ("tcp_sock", "bytes_received"),
+    "TCP_SOCK_CB_FLAGS": ("tcp_sock", "bpf_sock_ops_cb_flags"),
     "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
     "TCP_SOCK_RCV_NXT": ("tcp_sock", "rcv_nxt"),
     "TCP_SOCK_RCV_WND": ("tcp_sock", "rcv_wnd"),
@@ -110,7 +110,7 @@ class Limits:
     """How many entries the maps hold. When one is full, new connections stay on TCP."""
 
     sockets: int = 262_144  # sockhash: two per connection; 16 bytes each are taken at once
-    pending: int = 32_768  # LRU: connections being set up; about 200 bytes each, at once
+    pending: int = 32_768  # LRU: ends that look for each other; about 200 bytes each, at once
     counters: int = 16_384  # pods times hops; taken as needed
     segments: int = 8  # so many a socket has received before it is looked at
     exchanges: int = 8  # so many a connection makes, with each packet looked at, before it may join

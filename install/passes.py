@@ -97,7 +97,8 @@ def wake_reader(pid: int, fd: int) -> None:
 
 
 def _processes(folder: Path) -> Iterator[int]:
-    """Those in a cgroup and in the ones below it. Path.glob() takes ten times as long."""
+    """Those in a cgroup and in the ones below it. Path.glob() took a quarter of a pass
+    more."""
     left = [os.fspath(folder)]
     while left:
         cgroup_path = left.pop()

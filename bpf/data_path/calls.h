@@ -3,8 +3,7 @@
  * When a socket calls the programs.
  */
 
-/* A listener of a pod that serves Services asks for its SYN-ACKs;
- * its connections inherit that. */
+/* A listener of a pod that serves Services asks for its SYN-ACKs; its connections inherit that. */
 enum tb_calls {
 	TB_CALL_NEVER,
 	TB_CALL_PER_ROUND_TRIP = BPF_SOCK_OPS_RTT_CB_FLAG,
@@ -22,7 +21,7 @@ static __always_inline void tb_set_flags(struct bpf_sock_ops *skops, int flags)
 		bpf_sock_ops_cb_flags_set(skops, flags);
 }
 
-/* Besides what another program on the cgroup has asked for. */
+/* Of these calls the socket now gets those alone, for all programs on the cgroup. */
 static __always_inline void tb_call(struct bpf_sock_ops *skops, enum tb_calls when)
 {
 	int all = TB_CALL_PER_ROUND_TRIP | TB_CALL_PER_PACKET;

@@ -53,6 +53,13 @@ static __always_inline __u32 tb_sent(__u64 sk)
 	       (state != BPF_TCP_ESTABLISHED && state != BPF_TCP_CLOSE_WAIT);
 }
 
+/* What it has exchanged so far counts no more: another time. */
+static __always_inline void tb_start_over(struct tb_conn *conn)
+{
+	conn->exchanges = 0;
+	conn->watched = 0;
+}
+
 /* Counts an exchange if bytes went there and back since the last one. Returns its weight, 0 for
  * none. */
 static __always_inline __u32 tb_note_exchange(struct tb_conn *conn, __u32 received, __u32 sent)
@@ -181,8 +188,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	conn->at.psock = TB_JOINING;
 	if (sockhash.update(&id, socket)) {
 		conn->at.psock = 0;
-		conn->exchanges = conn->watched =
-			0; /* the map is full, or memory short: another time */
+		tb_start_over(conn); /* the map is full, or memory short */
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
@@ -301,7 +307,7 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 	sockhash.delete(&id);
 	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
 	conn->moved.sent = tb_sent(conn->me.sk);
-	conn->exchanges = conn->watched = 0;
+	tb_start_over(conn);
 	conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);
 	tb_set_membership(conn, TB_OUT, now);
 	tb_count_membership(conn, 0);

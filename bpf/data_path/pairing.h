@@ -112,9 +112,9 @@ static __always_inline __u32 tb_enter(struct bpf_sock_ops *skops, const struct t
 	return halves.insert(&conn->half, &half) ? TB_OUTCOME_MISMATCH : TB_OUTCOME_NONE;
 }
 
-/* Whether the connection that a client has entered may be this server's, whose pod is `pod`. RULE
- * (identity): it is taken once. From another pod only the owner of the dialled address takes it, or
- * the pod of the client's token. */
+/* Does the connection that a client has entered fit this server, a socket of `pod`? RULE
+ * (identity): a server takes it once. From another pod only the owner of the dialled address takes
+ * it, or the pod of the client's token. */
 static __always_inline int tb_half_fits(const struct tb_half *half, const struct tb_conn *conn,
 					const struct tb_pod *pod, const struct tb_addr *local)
 {
@@ -157,29 +157,30 @@ static __always_inline void tb_find_client(struct bpf_sock_ops *skops, const str
 	tb_count_outcome(pod->id, conn->hop, TB_OUTCOME_PAIRED);
 }
 
+/* Has the pod opted out for the socket of this callback, which lies at `sk`? */
+static __always_inline int tb_is_excluded(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					  __u64 sk)
+{
+	return tb_pod_excludes(pod, skops->local_port) ||
+	       tb_pod_excludes(pod, tb_remote_port(skops)) ||
+	       ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(sk, pod));
+}
+
 /* A connection is no longer young: its socket is remembered, or calls no more. */
 static __always_inline struct tb_conn *tb_meet(struct bpf_sock_ops *skops, const struct tb_pod *pod)
 {
 	__u64 sk = tb_context_sock(skops);
-	__u32 outcome = TB_OUTCOME_NONE;
-	struct tb_conn *conn;
+	int is_excluded = tb_is_excluded(skops, pod, sk);
+	struct tb_conn *conn = is_excluded ? NULL : tb_remember(skops, pod, sk);
+	__u32 outcome = is_excluded ? TB_OUTCOME_EXCLUDED : TB_OUTCOME_FULL;
 
-	if (tb_pod_excludes(pod, skops->local_port) ||
-	    tb_pod_excludes(pod, tb_remote_port(skops)) ||
-	    ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(sk, pod))) {
-		tb_count_outcome(pod->id, TB_HOP_NONE, TB_OUTCOME_EXCLUDED);
-		tb_call(skops, TB_CALL_NEVER);
-		return NULL;
-	}
-	conn = tb_remember(skops, pod, sk);
 	if (!conn) {
-		tb_count_outcome(pod->id, TB_HOP_NONE, TB_OUTCOME_FULL);
+		tb_count_outcome(pod->id, TB_HOP_NONE, outcome);
 		tb_call(skops, TB_CALL_NEVER);
 		return NULL;
 	}
-	if (conn->refused)
-		outcome = conn->refused;
-	else if (conn->me.is_client)
+	outcome = conn->refused;
+	if (!outcome && conn->me.is_client)
 		outcome = tb_enter(skops, pod, conn);
 	if (outcome)
 		tb_refuse(conn, outcome);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the programs remember: of a connection being set up, of each paired socket, of the node.
+ * What the programs remember: of connections whose ends look for each other, of sockets, of the
+ * node.
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and
  * its sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `path`,
@@ -42,7 +43,7 @@ struct tb_half_key {
 	__u32 server_isn;
 };
 
-/* A connection whose client has entered it. Its server looks for it. */
+/* A client enters its connection into map `halves`, and the server looks for it there. */
 struct tb_half {
 	struct tb_end client;
 	struct tb_end server;	/* id 0: not found yet */

@@ -20,7 +20,6 @@ from tests.bed import APP_UID, PROXY_UID, netns
 from tests.fuzz import mutants
 from tests.integration import traffic_forgery, traffic_pods, traffic_twins
 from tests.integration.traffic_pods import (
-    ACQUAINTANCE,
     SEEKING,
     LightNode,
     LightPod,
@@ -38,6 +37,7 @@ from tests.integration.traffic_pods import (
     talk_all,
 )
 from tests.integration.traffic_twins import sequence_numbers
+from tests.light import ACQUAINTANCE
 
 SO_COOKIE = 57  # asm-generic/socket.h
 A, B, C, D = "10.9.0.1", "10.9.0.2", "10.9.0.3", "10.9.0.4"
@@ -409,15 +409,17 @@ def attack(node: LightNode) -> Iterator[Attack]:
 
 @contextmanager
 def attacking(node: LightNode) -> Iterator[Attack]:
-    with node.pod(A) as victim, node.pod(B) as server, node.pod(C) as attacker:
-        for name in ("all", "lo", "eth0"):
-            attacker.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)
-        with server.listen() as listener:
-            yield Attack(victim, server, attacker, listener)
+    with (
+        node.pod(A) as victim,
+        node.pod(B) as server,
+        node.pod(C) as attacker,
+        server.listen() as listener,
+    ):
+        yield Attack(victim, server, attacker, listener)
 
 
 class Attack:
-    """A victim, whom it talks to, and a pod that would like to be that server."""
+    """A victim has a server, and another pod, the attacker, poses as that server."""
 
     def __init__(
         self,
@@ -559,8 +561,6 @@ def test_posing_as_the_client(node: LightNode) -> None:
     connection before the victim does."""
     earlier = node.pending()
     with node.pod(A) as victim, node.pod(B) as server, node.pod(C) as attacker:
-        for name in ("all", "lo", "eth0"):
-            attacker.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)
         with connected(victim, server, source=(A, 40_000)) as (ours, theirs):
             numbers = sequence_numbers(ours)
             forged = traffic_forgery.pose_as_client(attacker, (A, 40_000), (B, 8080), *numbers)

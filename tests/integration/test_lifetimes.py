@@ -29,7 +29,6 @@ from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import ENTER
 from tests.integration import reach, traffic_pods
 from tests.integration.traffic_pods import (
-    ACQUAINTANCE,
     FIRST_BYTES,
     LightNode,
     LightPod,
@@ -44,6 +43,7 @@ from tests.integration.traffic_pods import (
     reset,
 )
 from tests.integration.traffic_stream import Streams
+from tests.light import ACQUAINTANCE, LIMITS
 
 A, B, C = "10.9.0.1", "10.9.0.2", "10.9.0.3"
 MB = 1 << 20
@@ -427,7 +427,7 @@ def test_a_pod_is_deleted_during_a_transfer(pods: tuple[LightPod, LightPod]) -> 
 def test_full_maps() -> None:
     """What finds no room stays on TCP and works; room that is free again is used again."""
     with (
-        traffic_pods.node(replace(traffic_pods.LIMITS, sockets=4)) as node,
+        traffic_pods.node(replace(LIMITS, sockets=4)) as node,
         node.pod(A) as client,
         node.pod(B) as server,
     ):

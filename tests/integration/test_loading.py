@@ -15,6 +15,7 @@ from bpf.loader import Instructions, KernelFunction
 from tests.bed import PROXY_UID
 from tests.integration import traffic_pods
 from tests.integration.traffic_pods import FIRST_BYTES, bypassed, connected, eventually, exchange
+from tests.light import LIMITS
 
 A, B = "10.244.0.11", "10.244.0.12"
 NO_FUNCTION = 1  # a BTF ID: the kernel's first type is a plain one
@@ -43,11 +44,11 @@ def test_the_helper_does_as_well(monkeypatch: pytest.MonkeyPatch, *, is_there: b
 
 def test_a_refused_function_leaves_no_map_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_files()
-    programs = loader.Programs(traffic_pods.LIMITS)
+    programs = loader.Programs(LIMITS)
     once = open_files() - before
     function = refused()
     monkeypatch.setattr(loader, "rdonly_cast", lambda _: function)
-    again = loader.Programs(traffic_pods.LIMITS)
+    again = loader.Programs(LIMITS)
     assert open_files() - before == 2 * once
     for each in (programs, again):
         each.close()

@@ -16,6 +16,7 @@ from tests.bed.addresses import FAMILIES, Family
 from tests.bed.pingpong import PLAIN_HOPS, HopName
 from tests.integration import reach, traffic_pods
 from tests.integration.traffic_pods import Maker, eventually, exchange, receive
+from tests.light import ACQUAINTANCE
 
 ROUTED = ("10.246.0.0/16", "fd00:10:246::/64")
 ACCELERATED = {names.ENABLED: "true"}
@@ -85,7 +86,7 @@ def test_a_service_leads_to_whichever_pod_it_chose(settings: dict[str, Plain]) -
     change = reach.total(bed, client, first, second).since(before)
     assert (change.connections["paired"], change.joined) == (4, 4)
     assert set(change.tcp_messages) == {"waiting", "order"}
-    assert change.bypassed_messages == (traffic_pods.ACQUAINTANCE + 20) * 4
+    assert change.bypassed_messages == (ACQUAINTANCE + 20) * 4
 
 
 def test_a_pod_that_calls_itself_through_its_service(plain: Plain) -> None:

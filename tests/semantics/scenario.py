@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Union
 
-from tests.light import CLIENT_IP, SERVER_IP
+from tests.light import ACQUAINTANCE, CLIENT_IP, SERVER_IP
 
 # Long enough for whatever is under way on loopback to have arrived. A slow virtual machine sets
 # the variable.
@@ -24,7 +24,6 @@ SETTLE_S: Final = float(os.environ.get("TB_SETTLE_S", "0.05"))
 PATIENCE_S: Final = 100 * SETTLE_S
 # The time-out of an event loop's sockets: longer than any scenario may take.
 LONG_S: Final = 1000.0
-ACQUAINTANCE: Final = 16  # exchanges in which the ends of a connection find each other
 
 libc = ctypes.CDLL(None, use_errno=True)
 

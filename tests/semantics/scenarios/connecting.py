@@ -10,9 +10,8 @@ import socket
 import struct
 import time
 
-from tests.light import CLIENT_IP, SERVER_IP
+from tests.light import ACQUAINTANCE, CLIENT_IP, SERVER_IP
 from tests.semantics.scenario import (
-    ACQUAINTANCE,
     OPTIONS,
     PATIENCE_S,
     SETTLE_S,
