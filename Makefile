@@ -10,8 +10,10 @@ C_SOURCES := $(wildcard bpf/*.c bpf/*.h bpf/data_path/*.h tests/*/*.c tests/*/*.
 
 setup: .venv/.ready
 
-.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/tools.txt install/agent/cri.proto \
-		install/agent/messages.sh
+AGENT := install/program/agent
+
+.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/tools.txt $(AGENT)/cri.proto \
+		$(AGENT)/messages.sh
 	./install/setup.sh
 	touch $@
 

@@ -1,19 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The node's side: the node program, and how everything gets onto a node."""
-
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
-import tomllib
-
-
-def _project() -> dict[str, Any]:
-    """Of pyproject.toml, which stands beside this package also in the image."""
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    project: dict[str, Any] = tomllib.loads(text)["project"]
-    return project
-
-
-VERSION: str = _project()["version"]
+"""The node program, and what puts everything onto a node."""

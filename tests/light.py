@@ -20,7 +20,7 @@ from unittest import mock
 from bpf import abi, bpfsys, loader, pins, stats
 from bpf.loader import Limits, Programs
 from cni_plugin import cgroup, names
-from install.passes import repeated, visit_pod
+from install.program.passes import repeated, visit_pod
 
 CLIENT_IP = "127.0.0.6"
 SERVER_IP = "127.0.0.1"

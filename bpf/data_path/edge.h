@@ -7,8 +7,8 @@
  * follow. So while a sender notes that its TCP bytes may lie behind bypassed ones (`is_behind`),
  * passes visit the reader. Once it has read what was bypassed, the pass makes a new edge: it writes
  * SO_RCVLOWAT's own value back, which runs tcp_data_ready() (tcp_set_rcvlowat). That is done from
- * user space (install/passes.py). A packet of the reader's could carry its new window past a sender
- * that drops the packet.
+ * user space (install/program/passes.py). A packet of the reader could carry its new window past a
+ * sender that drops the packet.
  */
 
 /* May the peer's TCP bytes lie behind bypassed ones? A peer that has closed does not say. */

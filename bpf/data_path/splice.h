@@ -6,7 +6,7 @@
  * bypassed ones. A socket that has spliced never joins; readers that splice mostly begin with it,
  * before their socket is remembered. So one that still calls per round trip gets a struct tb_conn
  * for that alone. A member that splices for the first time is seen at that moment, and leaves.
- * Where this program cannot be attached, no application's socket joins (install/selftest.py).
+ * Where this program cannot be attached, no application's socket joins: the mode is `proxy-only`.
  */
 
 /* Attached to the entry of tcp_splice_read(struct socket *, ...), net/ipv4/tcp.c. */

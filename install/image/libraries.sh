@@ -20,6 +20,6 @@ rm -rf "$1/bin"
 # shellcheck disable=SC2046
 get /compiler $(project "project['optional-dependencies']['build']")
 mkdir -p "$2"
-PYTHONPATH=/compiler install/agent/messages.sh python3 "$2"
+PYTHONPATH=/compiler install/program/agent/messages.sh python3 "$2"
 echo /opt/tcpip-bypass >"$1/tcpip-bypass.pth"
 python3 -m compileall -q "$1"

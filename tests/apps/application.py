@@ -77,7 +77,7 @@ class Application:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the kernel must do right for it, as the self-test's checks (install/selftest.py)."""
+        """What the kernel must do right for it: checks of install/program/selftest.py."""
         splice = {"splice"} if self.reader == "splice" else set()
         return frozenset(
             splice | ({"fionread_bypassed", "fionread_tcp"} if self.fionread else set())

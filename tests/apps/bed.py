@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bpf import abi
-from install import report
-from install.node import Node
+from install.program import report
+from install.program.node import Node
 from tests.apps import place, silence, sockets
 from tests.apps.application import Application
 from tests.apps.place import HopName, Place, Pods

@@ -11,7 +11,7 @@ from typing import get_args
 
 from rich.console import Console
 
-from install.intervals import Interval
+from install.program.intervals import Interval
 from tests.apps.application import Application, Reader
 from tests.apps.place import HOPS
 from tests.apps.registry import APPLICATIONS

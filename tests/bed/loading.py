@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from install import cli, freshness, selftest
-from install.selftest import Check, Verdict
+from install.program import cli, freshness, selftest
+from install.program.selftest import Check, Verdict
 
 BUILD = Path(__file__).parents[2] / "build"
 

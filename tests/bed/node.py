@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from install import exits
+from install.program import exits
 from tests.bed import loading
 
 PROGRAM = Path(__file__).parents[2] / ".venv" / "bin" / "tcpip-bypass-node"

@@ -13,7 +13,7 @@ from tests.bed.pingpong import HOPS
 from tests.bench.metrics import METRICS
 from tests.bench.results import Section
 
-MODULE = Path(__file__).parents[2] / "install" / "estimate" / "figures.py"
+MODULE = Path(__file__).parents[2] / "install" / "program" / "estimate" / "figures.py"
 
 
 def write(hops: Section, module: Path = MODULE) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from install.intervals import Interval
+from install.program.intervals import Interval
 from tests.bench.results import Results
 
 

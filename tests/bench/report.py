@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from install.intervals import Interval
+from install.program.intervals import Interval
 from tests.bench import limits, machine, plots
 from tests.bench.limits import Verdict
 from tests.bench.metrics import METRICS

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from install.intervals import Interval
+from install.program.intervals import Interval
 from tests.bed.pairs import Bytes
 from tests.bench import stats
 from tests.bench.stats import Summary

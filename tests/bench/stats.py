@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From measurements to statements: medians, spreads, ratios and how sure they are.
 
-How a ratio of two variants and its interval come about: install/intervals.py.
+How a ratio of two variants and its interval come about: install/program/intervals.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from install.intervals import Interval, bootstrap_median
+from install.program.intervals import Interval, bootstrap_median
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from install.intervals import Interval
+from install.program.intervals import Interval
 from tests.bench import stats
 from tests.bench.metrics import METRICS
 from tests.bench.results import Section

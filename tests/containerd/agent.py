@@ -19,7 +19,7 @@ from typing import Any
 
 from bpf import pins
 from cni_plugin import names
-from install.conf_dir import ConfDir
+from install.program.conf_dir import ConfDir
 from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY
 from tests.bed.cni import Json
 from tests.containerd.bed import PLAIN, RuntimeBed
@@ -95,7 +95,7 @@ class Agent:
 
     def command(self, command: str, *options: str) -> list[str | Path]:
         """The command line of this release's node program."""
-        program = [sys.executable, "-m", "install.cli", command]
+        program = [sys.executable, "-m", "install.program.cli", command]
         return ["env", "--chdir", self.release.source, *program, *options]
 
     def run(self, command: str, *options: str) -> str:

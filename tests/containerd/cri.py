@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from install.agent import cri
-from install.agent.cri import CriError, Runtime, messages
+from install.program.agent import cri
+from install.program.agent.cri import CriError, Runtime, messages
 
 __all__ = ["Cri", "CriError", "PodIdentity", "SandboxStatus", "connected"]
 

@@ -28,8 +28,8 @@ import pytest
 from bpf import pins
 from cni_plugin import attachment, names
 from cni_plugin.state import Key, State
-from install.agent import bpffs
-from install.generations import is_bpffs
+from install.program.agent import bpffs
+from install.program.generations import is_bpffs
 from tests.bed import OPTED_OUT, apiserver, cgroups, cni
 from tests.bed.cni import Json
 from tests.bed.pod import MESH

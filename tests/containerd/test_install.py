@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from install import installer
-from install.conflist import Entry
-from install.installer import Places
+from install.program import installer
+from install.program.conflist import Entry
+from install.program.installer import Places
 from tests.bed import cni
 from tests.bed.bed import FROZEN_PLUGIN
 from tests.containerd import inventory

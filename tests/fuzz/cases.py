@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bpf import abi
 from cni_plugin import names
-from install.probes import heard_by_edges
+from install.program.probes import heard_by_edges
 from tests.light import CLIENT_IP, SERVER_IP, LightPod
 from tests.semantics.scenario import message_headers
 

@@ -20,9 +20,9 @@ from bpf import abi
 from bpf.loader import VISIT, Programs
 from bpf.stats import HopCounters
 from cni_plugin import names
-from install import commands, passes, report
-from install.generations import Generations
-from install.node import Node
+from install.program import commands, passes, report
+from install.program.generations import Generations
+from install.program.node import Node
 from tests.bed import Bed, Pod, congestion, kubeproxy, open_bed, pingpong
 from tests.bed.addresses import Family
 from tests.bed.cni import DUAL_STACK

@@ -11,7 +11,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from install import VERSION
+from install.program import VERSION
 from tests import manifests
 from tests.bed.bed import REPOSITORY
 from tests.image.container import Answer, ScratchNode, scratch_node

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from bpf import pins
 from bpf.loader import Limits
 from bpf.stats import HopCounters
-from install import generations, passes, report
-from install.node import Node
+from install.program import generations, passes, report
+from install.program.node import Node
 from tests.bed import Bed, Pod
 from tests.bed.pingpong import Hop
 from tests.bed.pod import PROXY

@@ -11,8 +11,8 @@ import pytest
 
 from bpf import bpfsys
 from cni_plugin import names
-from install.agent.metrics import Metrics
-from install.node import Node
+from install.program.agent.metrics import Metrics
+from install.program.node import Node
 from tests.bed import Pod, cgroups, open_bed, promtool
 from tests.bed.bed import Bed
 from tests.bed.promtool import Scrapes

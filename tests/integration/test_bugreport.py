@@ -9,10 +9,10 @@ import sys
 import tarfile
 from pathlib import Path
 
-from install import bugreport
-from install.check.node import Asked
-from install.installer import Places
-from install.node import Node
+from install.program import bugreport
+from install.program.check.node import Asked
+from install.program.installer import Places
+from install.program.node import Node
 from tests.bed import open_bed, roots
 from tests.bed.node import PROGRAM
 

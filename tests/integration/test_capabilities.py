@@ -84,7 +84,12 @@ def try_kernel(scratch: Scratch, names: frozenset[str]) -> Done:
 
 def mount_bpffs(scratch: Scratch, names: frozenset[str]) -> Done:
     """A bpffs in the node's mount namespace, as the agent mounts it."""
-    mount: Argv = [sys.executable, "-m", "install.agent.bpffs", scratch.bed.folder / "bpffs"]
+    mount: Argv = [
+        sys.executable,
+        "-m",
+        "install.program.agent.bpffs",
+        scratch.bed.folder / "bpffs",
+    ]
     return scratch.call(names, *mount, scratch.proc / "1/ns/mnt")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from install import VERSION, exits
+from install.program import VERSION, exits
 from tests.bed import open_bed
 from tests.bed.bed import FROZEN_PLUGIN, Bed
 from tests.bed.node import PROGRAM

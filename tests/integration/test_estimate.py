@@ -15,9 +15,9 @@ from typing import Literal
 import pytest
 
 from cni_plugin import netconf, policy
-from install.estimate import pods as of_pods
-from install.estimate import sockets
-from install.estimate.survey import Estimate, Survey
+from install.program.estimate import pods as of_pods
+from install.program.estimate import sockets
+from install.program.estimate.survey import Estimate, Survey
 from tests import capabilities, manifests
 from tests.bed import OPTED_OUT, Bed, Pod, cni, fetch, mesh, open_bed
 from tests.bed.addresses import Family

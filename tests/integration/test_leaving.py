@@ -10,10 +10,10 @@ from pathlib import Path
 
 from bpf.loader import Programs
 from cni_plugin import cgroup
-from install import leaving
-from install.generations import Generations
-from install.passes import OWN_CGROUP, repeated
-from install.probes import PART, heard_by_edges
+from install.program import leaving
+from install.program.generations import Generations
+from install.program.passes import OWN_CGROUP, repeated
+from install.program.probes import PART, heard_by_edges
 from tests.bed import open_bed
 from tests.fuzz.cases import Ends, edges_of
 from tests.integration.traffic_pods import eventually

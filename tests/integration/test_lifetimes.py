@@ -24,7 +24,7 @@ import pytest
 
 from bpf import abi, bpfsys, pins
 from bpf.stats import HopCounters
-from install.generations import Generation
+from install.program.generations import Generation
 from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import ENTER
 from tests.integration import reach, traffic_pods

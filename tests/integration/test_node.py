@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 
 from bpf import abi
-from install import commands, freshness, selftest
-from install.generations import Generations
-from install.node import Node
-from install.selftest import Check, Verdict
+from install.program import commands, freshness, selftest
+from install.program.generations import Generations
+from install.program.node import Node
+from install.program.selftest import Check, Verdict
 from tests.bed import cgroups, open_bed
 from tests.bed.bed import Bed
 from tests.bed.node import PROGRAM

@@ -16,7 +16,7 @@ MESSAGES = 20
 ACQUAINTANCE = 12  # exchanges after which both ends may join
 PROGRAM = f"""
 import json, pathlib, sys, time
-from install import probes
+from install.program import probes
 probes.enter(pathlib.Path(sys.argv[1]))
 sent, corrupted = bytes(range({MESSAGES})), 0
 for _ in range({CONNECTIONS}):

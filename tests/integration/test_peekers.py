@@ -15,7 +15,7 @@ from tests.bed import APP_UID, PROXY_UID
 REPOSITORY = Path(__file__).parents[2]
 PROGRAM = """
 import os, pathlib, socket, sys, time
-from install import probes
+from install.program import probes
 probes.enter(pathlib.Path(sys.argv[1]))
 os.setuid(int(sys.argv[2]))
 size, total, taken = map(int, sys.argv[3:])

@@ -25,8 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from bpf import bpfsys, pins
 from cni_plugin import names
 from cni_plugin.state import Key, State
-from install.agent.metrics import Metrics
-from install.node import Node
+from install.program.agent.metrics import Metrics
+from install.program.node import Node
 from tests.bed import Pod, cgroups, open_bed
 from tests.bed.bed import Bed
 from tests.bed.cni import DUAL_STACK

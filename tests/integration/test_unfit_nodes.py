@@ -25,7 +25,7 @@ from urllib.error import HTTPError
 import pytest
 
 from cni_plugin import names
-from install import exits
+from install.program import exits
 from tests.bed import open_bed, roots
 from tests.bed.apt import PrivateApt, debian_mirrors
 from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY

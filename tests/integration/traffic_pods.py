@@ -29,7 +29,7 @@ from bcc import lib
 
 from bpf import abi, bpfsys, pins, stats
 from bpf.loader import VISIT, Limits, Programs
-from install import passes
+from install.program import passes
 from tests.bed import APP_UID, PROXY_UID, cgroups, netns
 from tests.bed.netns import NetNamespace
 from tests.bed.pod import ENTER

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from install.probes import enter
+from install.program.probes import enter
 
 # Least, initial and most bytes of a socket's buffers: with the usual 4 MB to send, a thousand
 # stalled receivers use up the memory that a machine of 24 GB has for TCP.

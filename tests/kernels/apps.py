@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 from bpf import bpfsys, pins
-from install import passes
-from install.generations import Generations
+from install.program import passes
+from install.program.generations import Generations
 from tests.apps import bed, tools
 from tests.apps.application import Application
 from tests.apps.bed import AppNode

@@ -26,7 +26,7 @@ from typing import Any
 
 from bpf import abi, bpfsys, pins
 from bpf.loader import Programs
-from install.probes import ADDRESSES, enter, unread_bytes
+from install.program.probes import ADDRESSES, enter, unread_bytes
 from tests.light import LIMITS, LightPod, accelerated
 
 PAIRS = 6

@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 
-from install.probes import connected
+from install.program.probes import connected
 from tests.light import SERVER_IP, LightPod, accelerated, away_from_pods
 
 SOL_TLS, TLS_TX, TLS_RX, TCP_ULP = 282, 1, 2, 31

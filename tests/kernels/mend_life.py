@@ -24,8 +24,8 @@ from typing import Any
 
 from bpf import abi, bpfsys, pins
 from bpf.loader import Programs
-from install.generations import Generations
-from install.probes import connected, enter, unread_bytes
+from install.program.generations import Generations
+from install.program.probes import connected, enter, unread_bytes
 from tests.light import LIMITS, LightPod, accelerated
 
 BPFFS = Path("/sys/fs/bpf/life")

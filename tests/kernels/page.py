@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cni_plugin import names
-from install.selftest import FIONREAD, SPLICE
+from install.program.selftest import FIONREAD, SPLICE
 from tests.kernels.images import LOCKED_DOWN
 from tests.kernels.machine import Run
 from tests.kernels.suites import PROJECT, UNDER_LOCKDOWN, Failed

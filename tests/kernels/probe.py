@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from bpf.loader import LoadError, Programs
 from cni_plugin import names
-from install.probes import enter
+from install.program.probes import enter
 from tests.light import CLIENT_IP, SERVER_IP, LightPod, accelerated
 from tests.passes import mptcp
 

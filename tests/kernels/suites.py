@@ -81,7 +81,7 @@ def _selftest(printed: dict[str, Any]) -> Finding:
     failed = [check["name"] for check in printed["checks"] if not check["ok"]]
     summary = f"{printed['mode']} ({', '.join(failed)} wrong)" if failed else printed["mode"]
     summary += ", FIONREAD mended" if printed.get("mended") else ""
-    # Its exit status says no more than the mode: install/exits.py.
+    # Its exit status says no more than the mode: install/program/exits.py.
     return Finding(summary, frozenset({printed["mode"]}), known=tuple(failed))
 
 

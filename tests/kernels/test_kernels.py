@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from install.probes import PROBES
-from install.selftest import OFF, SPLICE, Check, Verdict, decide
+from install.program.probes import PROBES
+from install.program.selftest import OFF, SPLICE, Check, Verdict, decide
 from tests.bed.apt import AptError
 from tests.kernels import __main__ as command
 from tests.kernels import images, modules, page, report

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import Any
 
-from install.probes import connected
+from install.program.probes import connected
 from tests.light import LightPod, accelerated
 
 PASSES_A_SECOND = 20

@@ -27,7 +27,7 @@ from typing import Any
 from bpf import abi
 from bpf.loader import VISIT
 from cni_plugin import cgroup
-from install import passes
+from install.program import passes
 from tests.light import LIMITS, SERVER_IP, LightPod, accelerated, edited, remove_cgroup
 
 PAIRS = 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What container runtimes take from a folder of network configurations.
 
-Written anew from the sources that install/conf_dir.py names, so that the two can disagree.
+Written anew from the sources that install/program/conf_dir.py names, so that the two can disagree.
 """
 
 from __future__ import annotations

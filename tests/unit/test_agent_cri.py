@@ -15,21 +15,21 @@ from typing import Any
 import pytest
 
 from cni_plugin import names, protocol, results
-from install import report
-from install import status as tables
-from install.agent import repair
-from install.agent.agent import Agent, Settings
-from install.agent.cri import Network, Runtime, Sandbox, messages
-from install.agent.http import Health
-from install.agent.metrics import Metrics
-from install.agent.repair import YOUNG_S, Plugin, Tally, collect
-from install.check import pods
-from install.conf_dir import ConfDir, Ours
-from install.conflist import Entry
-from install.host import OWN_PROC
-from install.installer import Places
-from install.node import Node
-from install.pods import has_cgroup
+from install.program import report
+from install.program import status as tables
+from install.program.agent import repair
+from install.program.agent.agent import Agent, Settings
+from install.program.agent.cri import Network, Runtime, Sandbox, messages
+from install.program.agent.http import Health
+from install.program.agent.metrics import Metrics
+from install.program.agent.repair import YOUNG_S, Plugin, Tally, collect
+from install.program.check import pods
+from install.program.conf_dir import ConfDir, Ours
+from install.program.conflist import Entry
+from install.program.host import OWN_PROC
+from install.program.installer import Places
+from install.program.node import Node
+from install.program.pods import has_cgroup
 from tests.bed.bed import REPOSITORY
 from tests.unit.test_attachment import BLANK
 
@@ -124,9 +124,9 @@ def test_the_runtime_config_is_what_the_entry_asks_for() -> None:
 @pytest.mark.parametrize("module", ["cri_pb2.py", "cri_pb2_grpc.py"])
 def test_the_messages_are_made_of_the_interface_as_it_is(module: str, tmp_path: Path) -> None:
     """They are made with the venv and the image, and no later change may be forgotten."""
-    folder = REPOSITORY / "install" / "agent"
+    folder = REPOSITORY / "install" / "program" / "agent"
     subprocess.run([folder / "messages.sh", sys.executable, tmp_path], check=True)
-    made = (tmp_path / "install" / "agent" / module).read_text()
+    made = (tmp_path / "install" / "program" / "agent" / module).read_text()
     assert (folder / module).read_text() == made
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from install import installer
-from install.agent import kubernetes
-from install.agent.agent import Agent, Settings
-from install.agent.http import Health
-from install.agent.kubernetes import DaemonSet, Question
-from install.agent.metrics import Metrics
-from install.agent.schedule import NotDone, Waiting
-from install.node import Node
+from install.program import installer
+from install.program.agent import kubernetes
+from install.program.agent.agent import Agent, Settings
+from install.program.agent.http import Health
+from install.program.agent.kubernetes import DaemonSet, Question
+from install.program.agent.metrics import Metrics
+from install.program.agent.schedule import NotDone, Waiting
+from install.program.node import Node
 from tests.bed import apiserver
 from tests.bed.apiserver import BEING_DELETED, FORBIDDEN, GONE, WANTED, Answer, ApiServer
 
@@ -84,7 +84,7 @@ def test_a_refusal_that_passes_is_none(server: ApiServer, monkeypatch: pytest.Mo
     def recover(_seconds: float) -> None:
         server.answer = WANTED
 
-    monkeypatch.setattr("install.agent.kubernetes.time.sleep", recover)
+    monkeypatch.setattr("install.program.agent.kubernetes.time.sleep", recover)
     assert not question.ask().deleted
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from install.agent.schedule import NotDone, Task, Waiting
+from install.program.agent.schedule import NotDone, Task, Waiting
 
 
 class Clock:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from install.agent.watch import Watch
+from install.program.agent.watch import Watch
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_without_inotify_everything_may_have_changed(
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("install.agent.watch.INotify", refuse)
+        patch.setattr("install.program.agent.watch.INotify", refuse)
         watch.watch({"files": {tmp_path}})
         assert watch.descriptors() == []
         assert watch.changed() == {"files"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from install import intervals
-from install.intervals import Interval
+from install.program import intervals
+from install.program.intervals import Interval
 from tests.bed import wrk
 from tests.bed.bed import REPOSITORY
 from tests.bed.pairs import Bytes, alternated

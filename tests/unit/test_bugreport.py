@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from install import bugreport, log
-from install.bugreport import Part
+from install.program import bugreport, log
+from install.program.bugreport import Part
 
 TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl"
 

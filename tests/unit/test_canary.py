@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from bpf import abi, pins
-from install import canary, log
-from install.canary import Canary
-from install.generations import Generation
+from install.program import canary, log
+from install.program.canary import Canary
+from install.program.generations import Generation
 
 CONTROL, SOCKHASH = 3, 4
 

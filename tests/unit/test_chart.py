@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from cni_plugin import schema
-from install import switch
-from install.cli import build_parser
+from install.program import switch
+from install.program.cli import build_parser
 from tests import manifests
 from tests.manifests import CHART, render
 from tests.unit.cases import ROOT

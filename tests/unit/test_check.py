@@ -18,25 +18,25 @@ from rich.console import Console
 
 from cni_plugin import names
 from cni_plugin.state import State
-from install import canary, exits, host, report, selftest
-from install import cli as program
-from install import status as tables
-from install.agent.agent import Agent, Settings
-from install.agent.http import Health
-from install.agent.metrics import Metrics
-from install.check import command, finding, kernel, pods
-from install.check import node as of_node
-from install.check.finding import Finding
-from install.check.node import Asked
-from install.conflist import Entry
-from install.generations import Generation
-from install.host import OWN_PROC
-from install.in_force import in_force
-from install.installer import Places
-from install.joiner import Passes
-from install.node import Node
-from install.report import Facts, Failure
-from install.switch import Kept, Switch, keep
+from install.program import canary, exits, host, report, selftest
+from install.program import cli as program
+from install.program import status as tables
+from install.program.agent.agent import Agent, Settings
+from install.program.agent.http import Health
+from install.program.agent.metrics import Metrics
+from install.program.check import command, finding, kernel, pods
+from install.program.check import node as of_node
+from install.program.check.finding import Finding
+from install.program.check.node import Asked
+from install.program.conflist import Entry
+from install.program.generations import Generation
+from install.program.host import OWN_PROC
+from install.program.in_force import in_force
+from install.program.installer import Places
+from install.program.joiner import Passes
+from install.program.node import Node
+from install.program.report import Facts, Failure
+from install.program.switch import Kept, Switch, keep
 from tests.unit.cases import ROOT
 from tests.unit.test_attachment import BLANK
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from install import compare, report
-from install.compare import Comparison, Phase
-from install.node import Node, NodeError
-from install.report import Facts
-from install.switch import Kept, Switch
+from install.program import compare, report
+from install.program.compare import Comparison, Phase
+from install.program.node import Node, NodeError
+from install.program.report import Facts
+from install.program.switch import Kept, Switch
 from tests.unit.test_check import WELL
 
 

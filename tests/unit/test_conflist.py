@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cni_plugin import names
-from install import conflist, installer
-from install.conf_dir import ConfDir, Ours, Outcome
-from install.conflist import ConfError, Entry
+from install.program import conflist, installer
+from install.program.conf_dir import ConfDir, Ours, Outcome
+from install.program.conflist import ConfError, Entry
 from tests.unit import networks, runtimes
 
 CASES = networks.all_networks()

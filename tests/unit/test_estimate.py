@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from cni_plugin import names, netconf, policy
-from install.estimate import command, figures, sockets
-from install.estimate.pairs import Connection, End, Judge, pair
-from install.estimate.pods import Pod, planned
-from install.estimate.sockets import Address, Buffers, Dump, Socket
-from install.estimate.survey import Survey
+from install.program.estimate import command, figures, sockets
+from install.program.estimate.pairs import Connection, End, Judge, pair
+from install.program.estimate.pods import Pod, planned
+from install.program.estimate.sockets import Address, Buffers, Dump, Socket
+from install.program.estimate.survey import Survey
 from tests.unit.cases import ROOT
 
 PROXY = 1337

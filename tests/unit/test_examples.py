@@ -8,8 +8,8 @@ import shlex
 
 import pytest
 
-from install.cli import build_parser
-from install.examples import EXAMPLES, PROGRAM
+from install.program.cli import build_parser
+from install.program.examples import EXAMPLES, PROGRAM
 
 LINES = [arguments for examples in EXAMPLES.values() for _, arguments in examples]
 

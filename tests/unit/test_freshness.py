@@ -12,17 +12,17 @@ import pytest
 from bpf import pins
 from bpf.loader import PINS, LoadError
 from cni_plugin import names
-from install import commands, freshness, log, selftest
-from install.agent import bpffs
-from install.agent.agent import Agent, Settings
-from install.agent.http import Health
-from install.agent.metrics import Metrics
-from install.conflist import Entry
-from install.freshness import reason_to_load
-from install.host import OWN_PROC
-from install.installer import Places
-from install.node import Node
-from install.selftest import Check, Verdict
+from install.program import commands, freshness, log, selftest
+from install.program.agent import bpffs
+from install.program.agent.agent import Agent, Settings
+from install.program.agent.http import Health
+from install.program.agent.metrics import Metrics
+from install.program.conflist import Entry
+from install.program.freshness import reason_to_load
+from install.program.host import OWN_PROC
+from install.program.installer import Places
+from install.program.node import Node
+from install.program.selftest import Check, Verdict
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from typing import cast
 
 import pytest
 
-from install.agent import http as served
-from install.agent.http import MAX_CONNECTIONS, Health, Server, parse_address
-from install.agent.metrics import Metrics
-from install.node import Node
+from install.program.agent import http as served
+from install.program.agent.http import MAX_CONNECTIONS, Health, Server, parse_address
+from install.program.agent.metrics import Metrics
+from install.program.node import Node
 
 BROKEN = "a bug in the collector"
 

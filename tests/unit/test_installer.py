@@ -20,11 +20,11 @@ from typing import Any, NoReturn
 import pytest
 
 from cni_plugin import names
-from install import installer, trial
-from install.conf_dir import Outcome
-from install.conflist import Entry
-from install.installer import Places, Uninstalled
-from install.plugin_files import DoesNotRun, InstallError
+from install.program import installer, trial
+from install.program.conf_dir import Outcome
+from install.program.conflist import Entry
+from install.program.installer import Places, Uninstalled
+from install.program.plugin_files import DoesNotRun, InstallError
 from tests.bed.node import PROGRAM
 from tests.unit import frozen, networks, runtimes
 

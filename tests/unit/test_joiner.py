@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from bpf import abi
-from install import joiner
-from install.generations import Generation
-from install.joiner import BURST_NS, FORGET_S, SHARE, Joiner
-from install.passes import Runner
+from install.program import joiner
+from install.program.generations import Generation
+from install.program.joiner import BURST_NS, FORGET_S, SHARE, Joiner
+from install.program.passes import Runner
 
 
 class Opened:
@@ -136,8 +136,8 @@ def test_a_joiner_in_debt_comes_to_its_passes(
         passes.append(folder)
         return 100_000
 
-    monkeypatch.setattr("install.joiner.time.monotonic", lambda: now_s)
-    monkeypatch.setattr("install.joiner.time.process_time_ns", lambda: own_ns)
+    monkeypatch.setattr("install.program.joiner.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("install.program.joiner.time.process_time_ns", lambda: own_ns)
     monkeypatch.setattr(made.runner, "run", run)
     opened: Any = Opened(1)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from install import report
+from install.program import report
 from tests.unit.cases import ROOT
 from tests.unit.test_check import WELL
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from install import log
+from install.program import log
 from tests.unit.test_attachment import BLANK
 
 

@@ -20,11 +20,11 @@ import tomllib
 import yaml
 from packaging.requirements import Requirement
 
-from install import VERSION, cli
-from install.agent.agent import LOAD_S
-from install.agent.command import CRI_SOCKETS
-from install.agent.http import START_PATIENCE_S
-from install.agent.kubernetes import DaemonSet
+from install.program import VERSION, cli
+from install.program.agent.agent import LOAD_S
+from install.program.agent.command import CRI_SOCKETS
+from install.program.agent.http import START_PATIENCE_S
+from install.program.agent.kubernetes import DaemonSet
 from tests import manifests
 from tests.bed.bed import REPOSITORY
 

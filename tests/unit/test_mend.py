@@ -14,12 +14,12 @@ import pytest
 from bpf import pins
 from bpf.loader import PINS
 from cni_plugin import names
-from install import cli as program
-from install import selftest
-from install.agent import command
-from install.generations import Generation, Generations
-from install.node import Node
-from install.selftest import Check
+from install.program import cli as program
+from install.program import selftest
+from install.program.agent import command
+from install.program.generations import Generation, Generations
+from install.program.node import Node
+from install.program.selftest import Check
 
 
 def node(tmp_path: Path, entry: dict[str, str] | None) -> Node:

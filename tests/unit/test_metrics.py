@@ -15,10 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bpf import abi
 from bpf.stats import HopCounters
-from install import VERSION, freshness, report
-from install.agent.metrics import REPAIRS, Metrics
-from install.node import Node
-from install.report import Facts, Failure, Growth, Reading
+from install.program import VERSION, freshness, report
+from install.program.agent.metrics import REPAIRS, Metrics
+from install.program.node import Node
+from install.program.report import Facts, Failure, Growth, Reading
 from tests.unit.test_attachment import BLANK
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from cni_plugin import names
-from install import report
-from install.agent import metrics as exported
-from install.agent.metrics import Metrics
-from install.generations import Generation
-from install.report import Facts
+from install.program import report
+from install.program.agent import metrics as exported
+from install.program.agent.metrics import Metrics
+from install.program.generations import Generation
+from install.program.report import Facts
 from tests.bed import promtool
 from tests.bed.promtool import Scrapes
 from tests.manifests import render

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bpf import abi
-from install import switch
-from install.agent.metrics import REPAIRS, Metrics
-from install.check import finding
-from install.node import Node
+from install.program import switch
+from install.program.agent.metrics import REPAIRS, Metrics
+from install.program.check import finding
+from install.program.node import Node
 from tests.unit.cases import ROOT
 
 TEXT = (ROOT / "docs" / "operating.md").read_text()

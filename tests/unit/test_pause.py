@@ -10,8 +10,8 @@ import pytest
 
 from bpf.stats import HopCounters
 from cni_plugin.state import Attachment
-from install import commands, pauses, report
-from install.node import Node
+from install.program import commands, pauses, report
+from install.program.node import Node
 from tests.unit.test_attachment import BLANK
 
 # Bypassed bytes at each look: still there, closed a connection in between, idle.

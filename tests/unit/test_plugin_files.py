@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cni_plugin import names
-from install.plugin_files import InstallError, PluginFiles, digest
+from install.program.plugin_files import InstallError, PluginFiles, digest
 from tests.bed.bed import FROZEN_PLUGIN
 from tests.unit import frozen, runtimes
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from bpf import abi
 from cni_plugin import names, netconf
 from cni_plugin.state import Attachment, State
-from install import pauses, switch
-from install.node import Node
-from install.pauses import Pauses
-from install.switch import Kept, Switch, SwitchError
+from install.program import pauses, switch
+from install.program.node import Node
+from install.program.pauses import Pauses
+from install.program.switch import Kept, Switch, SwitchError
 from tests.unit.test_attachment import BLANK
 
 
@@ -126,7 +126,7 @@ def test_what_is_kept_and_damaged_counts_as_nothing(tmp_path: Path, text: str) -
 
 @dataclass(eq=False)
 class Generation:
-    """What install.generations.Generation does to the kernel, done to two variables."""
+    """What install.program.generations.Generation does to the kernel, done to two variables."""
 
     paused: bool = False
     pods: set[int] = field(default_factory=set)
@@ -146,7 +146,7 @@ class Generation:
 
 @dataclass
 class ScratchNode:
-    """As much of install.node.Node as settle() needs."""
+    """As much of install.program.node.Node as settle() needs."""
 
     state: State
     loaded: list[Generation]

@@ -47,5 +47,5 @@ def test_what_is_counted() -> None:
 
 def test_the_projects_files_are_those_of_git() -> None:
     found = {path.relative_to(words.ROOT).as_posix() for path in words.tracked()}
-    assert {"Makefile", "install/agent/cri.proto", "tests/words.toml"} <= found
+    assert {"Makefile", "install/program/agent/cri.proto", "tests/words.toml"} <= found
     assert not [path for path in found if "pyc" in path or "cri_pb2" in path or ".venv" in path]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes the sockets of a generation out of its sockhash, as `unload` and a new `load` do."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from bpf import bpfsys, pins
+from install.program import log, passes
+from install.program.generations import Generation, opened
+from install.program.passes import PassTimeout, Runner
+
+PATIENCE_S = 5.0
+_PAUSE_S = 0.01  # between passes: a socket leaves in three of them
+_LONGEST_PAUSE_S, _KEEP_S = 1.0, 24 * 3600.0  # of a process that is left behind
+
+
+def empty(generation: Generation, folders: Iterable[Path], patience_s: float = PATIENCE_S) -> bool:
+    """Whether no socket is in the generation's sockhash any more.
+
+    ``folders`` are the cgroups of the pods. A socket with unread bypassed bytes stays until its
+    reader has read them, and one that no process has open (in flight between two) cannot leave.
+    """
+    generation.retire()
+    if not generation.is_whole():  # version 0.1: its sockets leave as they close
+        generation.set_paused(True)
+        return not generation.has_sockets()
+    deadline = time.monotonic() + patience_s
+    pods, runner = set(folders), Runner()
+    try:
+        with opened(generation.folder / pins.VISIT) as visit:
+            while generation.has_sockets():
+                if time.monotonic() > deadline:
+                    return False
+                for pod in sorted(pods):
+                    try:
+                        runner.run(visit, pod)
+                    except BlockingIOError:
+                        continue  # the joiner is at it
+                    except (PassTimeout, EOFError, OSError):
+                        pods.discard(pod)  # gone, or a pass that does not end
+                time.sleep(_PAUSE_S)
+    finally:
+        runner.close()
+    return True
+
+
+def empty_all(generations: Iterable[Generation], folders: Iterable[Path]) -> list[Generation]:
+    """The same for several; says which of them have not come to their end, and returns them."""
+    pods, left = list(folders), []
+    for generation in generations:
+        if not empty(generation, pods):
+            left.append(generation)
+            log.warning(
+                "sockets_left",
+                f"sockets of {generation.folder.name} have unread bypassed bytes, or cannot be"
+                " reached; they go on by TCP",
+                generation=generation.folder.name,
+            )
+    return left
+
+
+def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
+    """Leave a process behind that goes on with the passes until its sockets have left.
+
+    For generations whose pins are about to be removed. Readers that rest past the bound are given
+    their new edge, and leave. It ends after a day at most.
+    """
+    if not generation.is_whole():
+        return
+    with (
+        opened(generation.folder / pins.VISIT) as visit,
+        opened(generation.folder / pins.SOCKHASH) as sockhash,
+    ):
+        child = os.fork()
+        if not child:
+            try:
+                passes.leave_container()
+                if not os.fork():
+                    _let_go(visit, sockhash)
+                    _keep_on(visit, sockhash, list(folders))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+
+
+def _let_go(*kept: int) -> None:
+    """Closes all files but these: locks among them, and what a caller of this program reads."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(devnull, fd)
+    for fd in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(fd)
+
+
+def _keep_on(visit: int, sockhash: int, folders: list[Path]) -> None:
+    """At most a fiftieth of a CPU, as the joiner takes."""
+    deadline, pause_s = time.monotonic() + _KEEP_S, _PAUSE_S
+    while not bpfsys.map_is_empty(sockhash) and time.monotonic() < deadline:
+        began_s = time.process_time()
+        for folder in folders:
+            with contextlib.suppress(OSError):  # gone
+                passes.visit_pod(visit, folder)
+        time.sleep(max(pause_s, 50 * (time.process_time() - began_s)))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who has paused what: the operator of this node, by `pause`, and the cluster's switch.
+
+The kernel knows only what is paused. `switch.json` tells which of it the switch alone wants, so
+that each of the two can end its own pauses and not the other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from bpf import abi
+from cni_plugin import names
+from install.program import log
+from install.program import switch as switches
+from install.program.generations import Generation
+from install.program.switch import Kept, Switch
+
+if TYPE_CHECKING:
+    from install.program.node import Node
+
+
+@dataclass(frozen=True)
+class Pauses:
+    """The whole node, or single pods by their IDs."""
+
+    node: bool = False
+    pods: frozenset[int] = frozenset()
+
+
+def in_kernel(generations: Iterable[Generation]) -> Pauses:
+    """What is paused now: the node when there are generations and all of them are."""
+    flags, pods = [], set[int]()
+    for generation in generations:
+        with contextlib.suppress(FileNotFoundError):  # removed by a load since it was listed
+            flags.append(generation.flags() & abi.CONTROL_PAUSED)
+            pods |= generation.paused_pods()
+    return Pauses(bool(flags) and all(flags), frozenset(pods))
+
+
+def settle(
+    node: Node,
+    change: Callable[[Pauses], Pauses] = lambda own: own,
+    switch: Switch | None = None,
+) -> int:
+    """Pauses what the operator and the switch want, and nothing else. Call it under the lock.
+
+    ``change`` is what the operator changes about their own pauses. ``switch`` is what the agent has
+    read, None what was kept last. Returns how many generations there are; raises OSError.
+    """
+    generations = node.generations.complete()
+    found = switches.kept(node.state)
+    before = found or Kept()
+    now = in_kernel(generations)
+    own = change(Pauses(now.node and not before.holds_node, now.pods - before.held_pods))
+    switch = switch or before.switch
+    wanted = Pauses(switch.is_stop, _pods_of(node, switch.exclude_namespaces, before.held_pods))
+    after = Kept(switch, wanted.node and not own.node, wanted.pods - own.pods)
+    # A process that dies half way must not leave a pause of the switch's that counts as the
+    # operator's: the file claims it before the kernel has it, and as long as the kernel has it.
+    _keep(
+        node,
+        replace(
+            after,
+            holds_node=before.holds_node or after.holds_node,
+            held_pods=before.held_pods | after.held_pods,
+        ),
+    )
+    _into_kernel(node, generations, now, Pauses(own.node or wanted.node, own.pods | wanted.pods))
+    _keep(node, after)
+    return len(generations)
+
+
+def _into_kernel(
+    node: Node, generations: Iterable[Generation], now: Pauses, wanted: Pauses
+) -> None:
+    """A load that found the kernel unfit has paused older generations, and they stay so."""
+    current = node.generations.current()
+    is_unfit = node.state.node_mode()[0] == "off"
+    for generation in generations:
+        with contextlib.suppress(FileNotFoundError):
+            if wanted.node != now.node and (wanted.node or generation == current or not is_unfit):
+                generation.set_paused(wanted.node)
+            if wanted.pods != generation.paused_pods():
+                generation.set_paused_pods(set(wanted.pods))
+
+
+def _keep(node: Node, what: Kept) -> None:
+    """A state folder that cannot be written is no reason not to pause."""
+    there = switches.kept(node.state)
+    path = node.state.folder / names.SWITCH_JSON
+    if what == there or (there is None and what == Kept() and not path.exists()):
+        return
+    try:
+        switches.keep(node.state, what)
+    except OSError as error:
+        log.error("switch_not_kept", f"pods that start now do not know the switch: {error}")
+
+
+def _pods_of(node: Node, namespaces: tuple[str, ...], before: frozenset[int]) -> frozenset[int]:
+    """The pods of these namespaces; those of before when the state folder cannot be read."""
+    if not namespaces:
+        return frozenset()
+    try:
+        return frozenset(r.pod_id for r in node.attachments() if r.pod_namespace in namespaces)
+    except OSError as error:
+        log.warning("pods_unknown", f"pods that came since may bypass: {error}")
+        return before
