@@ -31,7 +31,7 @@ from pathlib import Path
 from cni_plugin import names, netconf
 from cni_plugin.netconf import NetConf
 from cni_plugin.protocol import CniError
-from install.program import conflist
+from install.program import conflist, whole_file
 from install.program.conflist import ConfError, Conflist, Entry, Json, NotValid
 
 _LIST = ".conflist"
@@ -360,7 +360,7 @@ def _give_back(single: Path, as_list: Path) -> None:
     """At any moment one of the two is there and valid. An owner's newer file stays."""
     if not os.path.lexists(single):
         os.link(_aside(single), single, follow_symlinks=False)
-        sync_folder(single.parent)
+        whole_file.sync(single.parent)
     _unlink(as_list)
     _unlink(_aside(single))
 
@@ -381,52 +381,28 @@ def _replace(file: _File, text: str) -> None:
     target = file.path.resolve(strict=True)
     _write(target, text, target.stat(), before=lambda: _check_unchanged(file))
     if file.path.is_symlink():
-        staged = _staged(file.path)
-        staged.unlink(missing_ok=True)
-        staged.symlink_to(file.path.readlink())
-        _rename(staged, file.path)
+        whole_file.link(file.path, file.path.readlink(), staged=_staged(file.path))
+        whole_file.sync(file.path.parent)
 
 
 def _write(
     path: Path, text: str, like: os.stat_result, before: Callable[[], None] = lambda: None
 ) -> None:
-    """Atomically and synced, with that mode and owner; ``before`` may object at the last moment."""
-    staged = _staged(path)
-    try:
-        staged.unlink(missing_ok=True)
-        fd = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-            os.fchmod(fd, like.st_mode & 0o7777)  # before it is another's, which takes CAP_FOWNER
-            os.fchown(fd, like.st_uid, like.st_gid)
-            file.flush()
-            os.fsync(fd)
-        before()
-        _rename(staged, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            staged.unlink(missing_ok=True)
-        raise
+    """With that mode and owner; ``before`` may object at the last moment."""
+    whole_file.write_synced(
+        path,
+        text.encode("utf-8", "surrogateescape"),
+        staged=_staged(path),
+        mode=like.st_mode & 0o7777,
+        owner=(like.st_uid, like.st_gid),
+        before=before,
+    )
 
 
 def _staged(path: Path) -> Path:
     return path.with_name(f".{path.name}{_OURS}")
 
 
-def _rename(old: Path, new: Path) -> None:
-    old.rename(new)
-    sync_folder(new.parent)
-
-
 def _unlink(path: Path) -> None:
     path.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """What was renamed in this folder is so after a power cut, too."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    whole_file.sync(path.parent)

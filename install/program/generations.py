@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bpf import abi, bpfsys, pins
 from bpf.loader import PINS, PINS_OF_ALL, Programs
+from install.program import whole_file
 
 _NAME = re.compile(r"gen-\d+")
 _STAGED = "next"  # bpffs refuses names with a dot
@@ -147,10 +148,8 @@ class Generations:
             if before in self.complete():  # else somebody has removed it, or a part of it
                 generation.set_flags(before.flags() & ~abi.CONTROL_LEAVE)
                 generation.set_paused_pods(before.paused_pods())
-            staged = self.root / _STAGED
-            staged.unlink(missing_ok=True)
-            staged.symlink_to(generation.folder.name)
-            staged.rename(self.root / pins.CURRENT)
+            current, target = self.root / pins.CURRENT, Path(generation.folder.name)
+            whole_file.link(current, target, staged=self.root / _STAGED)
         except BaseException:
             shutil.rmtree(generation.folder, ignore_errors=True)
             raise

@@ -1,15 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A lock on a folder, for as long as a process lives."""
+"""Locks by flock(2) on what is there: nothing to create, nothing stale after a crash."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from bpf import bpfsys
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the lock; raises BlockingIOError while another process has it."""
+    with bpfsys.closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:  # closing is not enough: a child forked meanwhile would keep the lock
+            fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 class FolderLock:
-    """flock(2) on the folder itself: no file to create, nothing stale after a crash."""
+    """A lock for as long as a process lives."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

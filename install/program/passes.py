@@ -13,7 +13,6 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import select
@@ -27,6 +26,7 @@ from pathlib import Path
 
 from bpf import abi, bpfsys
 from cni_plugin import cgroup
+from install.program import lock
 
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
 MOST_VISITS = 4  # of a process in one pass: leaving takes three
@@ -45,17 +45,13 @@ def visit_pod(visit: int, folder: Path) -> int:
     BlockingIOError while another process runs a pass over the same pod, since two visits to one
     socket at once would write the same memory.
     """
-    with (folder / "cgroup.procs").open("rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            first = left = list(_processes(folder))
-            for _ in range(MOST_VISITS):
-                left = [pid for pid in left if visit_process(visit, pid)]
-                if not left:
-                    break
-                time.sleep(BETWEEN_VISITS_S)
-        finally:  # closing is not enough: a child forked meanwhile would keep the lock
-            fcntl.flock(lock, fcntl.LOCK_UN)
+    with lock.held(folder / "cgroup.procs"):
+        first = left = list(_processes(folder))
+        for _ in range(MOST_VISITS):
+            left = [pid for pid in left if visit_process(visit, pid)]
+            if not left:
+                break
+            time.sleep(BETWEEN_VISITS_S)
     return len(first)
 
 

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cni_plugin import names
-from install.program import host, trial
-from install.program.conf_dir import sync_folder
+from install.program import host, trial, whole_file
 
 _STORE = f".{names.PLUGIN}"
 _STAGED = f".{names.PLUGIN}.next"
@@ -194,22 +193,13 @@ class PluginFiles:
             with contextlib.suppress(OSError):  # unless there are other versions in it
                 self.store.rmdir()
             raise
-        sync_folder(self.store)
+        whole_file.sync(self.store)
         return folder
 
     def _swap_in(self, folder: Path) -> None:
-        staged = self.bin_dir / _STAGED
-        staged.unlink(missing_ok=True)
-        staged.symlink_to(Path(_STORE, folder.name, names.PLUGIN))
-        self._rename_to_link(staged)
-
-    def _rename_to_link(self, staged: Path) -> None:
-        try:
-            staged.rename(self.link)
-        except OSError:
-            staged.unlink()
-            raise
-        sync_folder(self.bin_dir)
+        target = Path(_STORE, folder.name, names.PLUGIN)
+        whole_file.link(self.link, target, staged=self.bin_dir / _STAGED)
+        whole_file.sync(self.bin_dir)
 
     def _remove_all_but(self, *kept: Path | None) -> None:
         in_use = {_identity(self.proc / str(pid) / "exe") for pid in self.running()}
@@ -252,24 +242,18 @@ class PluginFiles:
         if self.store.exists():
             shutil.rmtree(self.store)
         if there:
-            sync_folder(self.bin_dir)
+            whole_file.sync(self.bin_dir)
         return there
 
     def remove_stub(self) -> None:
         """Absent is as good."""
         if self.has_stub:
             self.link.unlink()
-            sync_folder(self.bin_dir)
+            whole_file.sync(self.bin_dir)
 
     def _put_stub(self) -> None:
         staged = self.bin_dir / _STAGED
-        staged.unlink(missing_ok=True)
-        with staged.open("x") as file:
-            file.write(STUB)
-            staged.chmod(0o755)
-            file.flush()
-            os.fsync(file.fileno())
-        self._rename_to_link(staged)
+        whole_file.write_synced(self.link, STUB.encode(), staged=staged, mode=0o755)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -288,8 +272,4 @@ def _settle(folder: Path) -> None:
             continue
         executable = path.is_dir() or path.stat().st_mode & 0o100
         path.chmod(0o755 if executable else 0o644)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        whole_file.sync(path)

@@ -9,7 +9,6 @@ compared with what it sees over plain TCP on the very same kernel.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -27,7 +26,7 @@ from typing import Any
 from bpf import abi, bpfsys, pins, stats
 from bpf.loader import VISIT, Limits, LoadError, Programs
 from cni_plugin import cgroup, names
-from install.program import passes
+from install.program import lock, passes
 from install.program.probes import PROBES
 
 POD_ID = 1
@@ -205,8 +204,7 @@ def _scratch_cgroup() -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=_mount()))
     except OSError as error:
         raise LoadError(f"cannot make a scratch cgroup: {error}") from error
-    with bpfsys.closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with lock.held(folder):
         try:
             yield folder
         finally:
@@ -217,8 +215,7 @@ def sweep() -> None:
     """Removes the scratch cgroups of self-tests that were killed, and the programs with them."""
     for folder in _mount().glob(f"{SCRATCH_PREFIX}*"):
         try:
-            with bpfsys.closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock.held(folder):
                 _remove(folder)
         except OSError:
             continue  # gone, or locked: a self-test that is running
