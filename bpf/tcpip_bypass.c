@@ -21,8 +21,8 @@
  *   splice       no socket that has spliced joins                                      splice.h
  *   short sends  no socket joins on which sendmmsg or io_uring sends              short_sends.h
  *   one queue    a direction changes its path only while the old one is empty           order.h
- *   lock         no redirect waits for an application's socket lock                     order.h
- *   half-closed  from the first FIN on, TCP                                             order.h
+ *   lock         no redirect begins while an application's socket lock is taken         order.h
+ *   half-closed  after the first FIN, TCP                                               order.h
  *   conntrack    one message in a second goes by TCP                                    order.h
  *   bound        a peer has unread only what its TCP finds room beside                 unread.h
  *   memory       and only a share of what its container has free                       unread.h
@@ -56,14 +56,16 @@
 /*
  * RULE (identity). The socket disconnected (AF_UNSPEC) and is used again. What lies unread in its
  * bypass queue belongs to the old connection, and its peer may not have heard of the end. Leaving
- * the sockhash throws the queue away and makes the old id unreachable. No thread sleeps in a read:
- * the socket was closed.
+ * the sockhash throws the queue away and makes the old id unreachable. The id goes first: a visit
+ * that is putting the socket into the sockhash looks at it afterwards, and takes it out again.
  */
 static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_conn *conn)
 {
-	if (conn->me.id && tb_membership(conn->state) != TB_OUT)
-		sockhash.delete(&conn->me.id);
-	conn->me.id = 0;
+	__u64 id = conn->me.id;
+
+	*(volatile __u64 *)&conn->me.id = 0;
+	if (id)
+		sockhash.delete(&id);
 	conn->token = 0;
 	conn->refused = 0;
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
@@ -164,14 +166,14 @@ struct bpf_iter__task_file {
 };
 
 /* Its output, each a __u32: the file numbers of readers that need a new edge (edge.h), and
- * TB_VISIT_AGAIN for each socket that waits for another visit. */
+ * TB_VISIT_AGAIN for each socket that needs another visit to leave. */
 int tb_visit_file(struct bpf_iter__task_file *context)
 {
 	void *file = context->file, *meta = context->meta, *socket;
 	__u32 fd = context->fd, again = TB_VISIT_AGAIN;
 	int found;
 
-	tb_find_registers();
+	tb_find_registers(); /* the loader runs one visit for this, before any socket is paired */
 	if (!file)
 		return 0;
 	socket = tb_sock_from_file(file);

@@ -78,19 +78,18 @@ enum tb_hop {
 
 /* Why a message went by TCP after all. */
 enum tb_reason {
-	TB_REASON_NONE,	    /* it did not */
-	TB_REASON_WAITING,  /* its socket, or the peer, has not joined yet, or the joiner is silent
-			     */
-	TB_REASON_LEAVING,  /* its socket, or the peer, is not in the sockhash any more */
-	TB_REASON_ORDER,    /* the peer has not consumed all earlier TCP bytes */
-	TB_REASON_BACKLOG,  /* the peer would have more unread than tb_bound() */
-	TB_REASON_BLOCKING, /* the peer's file is blocking: its reader may sleep in recv */
-	TB_REASON_BUSY,	    /* a thread of the peer's is inside a call on its socket */
-	TB_REASON_MEMORY,   /* the kernel is short of memory for TCP, or the peer's container */
-	TB_REASON_CORKED,   /* TCP_CORK: the sender wants it held back */
-	TB_REASON_STREAM,   /* much was sent without an answer */
-	TB_REASON_REFRESH,  /* one message in a second: conntrack */
-	TB_REASON_PAUSED,   /* the operator paused the bypass */
+	TB_REASON_NONE,	       /* it did not */
+	TB_REASON_WAITING,     /* an end has not joined yet, or the joiner is silent */
+	TB_REASON_LEAVING,     /* an end is not in the sockhash any more, or about to leave it */
+	TB_REASON_ORDER,       /* the peer may still read earlier TCP bytes, or sleep for them */
+	TB_REASON_BACKLOG,     /* the peer would have more unread than tb_bound() */
+	TB_REASON_BLOCKING,    /* the peer's file is blocking: its reader may sleep in recv */
+	TB_REASON_BUSY,	       /* a thread of the peer, an application, owns the socket's lock */
+	TB_REASON_MEMORY,      /* the kernel is short of memory for TCP, or the peer's container */
+	TB_REASON_CORKED,      /* TCP_CORK: the sender wants it held back */
+	TB_REASON_STREAM,      /* much was sent without an answer */
+	TB_REASON_REFRESH,     /* one message in a second: conntrack */
+	TB_REASON_PAUSED,      /* the operator paused the bypass */
 	TB_REASON_HALF_CLOSED, /* one end has shut down or closed */
 	TB_REASON_INELIGIBLE,  /* an end got a ULP or an option after it joined */
 	TB_REASONS,
@@ -101,7 +100,7 @@ enum tb_outcome {
 	TB_OUTCOME_NONE,
 	TB_OUTCOME_PAIRED,     /* both ends are known; counted once at each end */
 	TB_OUTCOME_NO_PEER,    /* the other end is no accelerated socket of this node */
-	TB_OUTCOME_MISMATCH,   /* sequence numbers met, addresses did not fit */
+	TB_OUTCOME_MISMATCH,   /* sequence numbers met, addresses did not fit, or came twice */
 	TB_OUTCOME_EXCLUDED,   /* a port was opted out, or the pod is proxy-only */
 	TB_OUTCOME_INELIGIBLE, /* paired, but MPTCP, ULP, SO_ZEROCOPY or RULE (short sends) */
 	TB_OUTCOME_BLOCKING,   /* paired, but an end's file is blocking: its reader may sleep */
@@ -128,7 +127,7 @@ struct tb_fionread {
 	__u64 lost; /* answers that could not be written */
 };
 
-/* What a visit writes for a process with a socket that waits for another visit to leave. */
+/* What a visit writes for a process with a socket that needs another visit to leave. */
 #define TB_VISIT_AGAIN 0xffffffff
 
 /* A value of map "conns" begins with an id. This one is of a socket by which the joiner sees

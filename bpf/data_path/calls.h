@@ -3,11 +3,10 @@
  * When a socket calls the programs.
  */
 
-/* A listener of a pod that serves Services asks for its SYN-ACKs; its connections inherit that. */
 enum tb_calls {
 	TB_CALL_NEVER,
 	TB_CALL_PER_ROUND_TRIP = BPF_SOCK_OPS_RTT_CB_FLAG,
-	/* and when its state changes */
+	/* Per packet that it sends, and when its state changes. */
 	TB_CALL_PER_PACKET = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG,
 };
 

@@ -19,10 +19,10 @@ static __always_inline int tb_may_be_behind(const struct tb_conn *conn)
 	return tb_membership(conn->state) != TB_OUT;
 }
 
-/* Returns 1 if this reader needs a new edge now, if its peer's bytes may be behind. Not while a
- * thread owns its lock: the pass would wait. Asks for another visit if an edge would be too early.
- */
-static __always_inline int tb_check_edge(const struct tb_conn *conn, __u64 sk)
+/* TCP bytes may lie behind bypassed ones. Returns 1 if this reader needs a new edge now. Not while
+ * a thread owns its lock: the pass would wait. If an edge would be too early, asks for another
+ * visit. */
+static __always_inline int tb_find_edge(const struct tb_conn *conn, __u64 sk)
 {
 	/* In this order: a thread lets go of its queue after its redirect has arrived. */
 	int may_come = tb_is_peer_in(conn) && tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1;

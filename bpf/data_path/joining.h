@@ -4,8 +4,9 @@
  *
  * A pass visits the open files of a pod's processes: an iterator over the files of one process
  * (bpf_iter/task_file, Linux 6.1). The iterator holds a reference to the file, so the socket cannot
- * be closed during a visit, and accept(2) is over. It does not hold the socket's lock. Therefore a
- * visit writes only what no other program writes while it does.
+ * be closed during a visit, and accept(2) is over. It does not hold the socket's lock. So a
+ * callback may write the same members meanwhile, and a visit looks again at what must hold: at the
+ * id and `refused` after a join, at the psock in each later visit.
  *
  * RULE (joining). A socket joins when it is known: accepted, as it is read, with bytes sent there
  * and back, and no thread inside a call on it. What RULE (readers) and RULE (identity) ask is
@@ -22,8 +23,8 @@
  *      was, unless `is_behind`. At one on the bypass no thread is inside a call: its psock has the
  *      sockhash's reference alone, and those of sleepers.
  *   3. The third finds both queues empty, again both ends at rest, and then the same number.
- *      So no redirect is on its way, none has begun since 2, and none can begin. If 3 finds
- *      otherwise, 2 is next.
+ *      So no redirect is on its way, none has begun since 2, and none can begin. If the number
+ *      has changed, 2 is next, else 3 again.
  */
 
 /* How long a member waits for its peer to join. */
@@ -53,7 +54,7 @@ static __always_inline __u32 tb_sent(__u64 sk)
 	       (state != BPF_TCP_ESTABLISHED && state != BPF_TCP_CLOSE_WAIT);
 }
 
-/* What it has exchanged so far counts no more: another time. */
+/* What it has exchanged so far does not count any more. */
 static __always_inline void tb_start_over(struct tb_conn *conn)
 {
 	conn->exchanges = 0;
@@ -146,14 +147,10 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		outcome = TB_OUTCOME_NO_PEER; /* it has not found this end */
 	if (outcome && !conn->refused)
 		tb_refuse(conn, outcome);
-	if (outcome) {
-		tb_call(skops, TB_CALL_NEVER);
-		return;
-	}
-	if (!tb_is_to_watch(conn, tb_tick_ns())) {
-		tb_call(skops, TB_CALL_PER_ROUND_TRIP);
-		return;
-	}
+	if (outcome)
+		return tb_call(skops, TB_CALL_NEVER);
+	if (!tb_is_to_watch(conn, tb_tick_ns()))
+		return tb_call(skops, TB_CALL_PER_ROUND_TRIP);
 	if (!weight || !tb_is_known(conn, tb_tick_ns()) || tb_is_paused(conn) || !tb_has_peer(conn))
 		return;
 	tb_miss(conn->me.pod_id, weight);
@@ -176,9 +173,10 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 
 	if (!id)
 		return;
-	/* Another program's sockmap has it already: the kernel would let both. */
+	/* Another program's sockmap has it already: the kernel would let both. Or it has left, and
+	 * a call that began before still holds its former psock. */
 	if (tb_read64(sk + OFF_SOCK_USER_DATA)) {
-		if (tb_psock(sk) != conn->at.psock) /* its own former one goes with the last call */
+		if (tb_psock(sk) != conn->at.psock)
 			tb_refuse(conn, TB_OUTCOME_BUSY);
 		return;
 	}
@@ -192,7 +190,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
-	if (conn->me.id != id) { /* the socket is used again meanwhile */
+	if (conn->me.id != id) { /* the socket was used again: tb_use_again() */
 		sockhash.delete(&id);
 		return;
 	}
@@ -224,7 +222,9 @@ static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 no
 }
 
 /* Is no thread inside a call on this socket, but for those that sleep? None of these is on its way
- * to a redirect: such a thread does not sleep in the socket's own queue. */
+ * to a redirect: such a thread does not sleep in the socket's own queue. But one may sleep in recv
+ * without a reference, and is then taken for another one, on its way. So where a thread sleeps, the
+ * steps of leaving are passes apart. */
 static __always_inline int tb_is_unused(__u64 sk, __u64 psock)
 {
 	__u32 sleepers = tb_sleepers(sk), refs = tb_psock_refs(psock);
@@ -261,13 +261,11 @@ static __always_inline int tb_is_drained(const struct tb_conn *conn)
 /* How many sends both ends have begun on the bypass. Wraps; 0 is none. */
 static __always_inline __u64 tb_begun(const struct tb_conn *conn)
 {
-	__u32 peers = TB_PEERS(__u32, conn, begun);
+	__u32 peers = tb_is_peer_in(conn) ? TB_PEERS(__u32, conn, begun) : 0;
 
 	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + peers);
 }
 
-/* A thread may sleep in recv without a reference, so that another one's, on its way to a redirect,
- * passes for the sleeper's (tb_is_unused). So where a thread sleeps, the steps are passes apart. */
 static __always_inline int tb_has_sleepers(const struct tb_conn *conn)
 {
 	return tb_sleepers(conn->me.sk) || tb_sleepers(conn->peer.sk);
@@ -323,7 +321,7 @@ static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64
 		tb_refuse(conn, outcome);
 	if (tb_must_stay(conn, sk))
 		return 0;
-	if (!conn->at.psock) { /* the socket was used again as it joined */
+	if (!conn->at.psock || tb_psock(sk) != conn->at.psock) { /* a callback has taken it out */
 		tb_set_membership(conn, TB_OUT, now);
 		return 0;
 	}
@@ -378,7 +376,7 @@ static __always_inline int tb_visit(void *socket, __u64 sk)
 		tb_visit_outsider(conn, socket, sk, now);
 	else if (tb_visit_member(conn, sk, now))
 		found |= TB_NEEDS_VISIT;
-	if (may_be_behind && tb_check_edge(conn, sk))
+	if (may_be_behind && tb_find_edge(conn, sk))
 		found |= TB_NEEDS_EDGE;
 	return found;
 }

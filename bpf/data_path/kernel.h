@@ -18,8 +18,8 @@ static long (*tb_probe_read_kernel)(void *to, __u32 size,
 				    const void *from) = (void *)BPF_FUNC_probe_read_kernel;
 static __u64 (*tb_socket_cookie)(void *context) = (void *)BPF_FUNC_get_socket_cookie;
 static void *(*tb_sock_from_file)(void *file) = (void *)BPF_FUNC_sock_from_file;
-/* The time of the last tick, in nanoseconds: cheaper than bpf_ktime_get_ns(), which alone a visit
- * may ask. The two clocks are one, up to a tick: tb_has_passed(). */
+/* The time of the last tick, in nanoseconds: cheaper than bpf_ktime_get_ns(). An iterator may ask
+ * only for the latter. The two clocks are one, up to a tick: tb_has_passed(). */
 static __u64 (*tb_tick_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 
 #define __always_inline inline __attribute__((always_inline))
@@ -50,20 +50,9 @@ static const void *(*tb_rdonly_cast)(__u64 address, __u32 type) = (void *)TB_RDO
 	})
 #endif
 
-static __always_inline __u64 tb_read64(__u64 address)
-{
-	return TB_READ(__u64, address);
-}
-
-static __always_inline __u32 tb_read32(__u64 address)
-{
-	return TB_READ(__u32, address);
-}
-
-static __always_inline __u8 tb_read8(__u64 address)
-{
-	return TB_READ(__u8, address);
-}
+#define tb_read64(address) TB_READ(__u64, address)
+#define tb_read32(address) TB_READ(__u32, address)
+#define tb_read8(address) TB_READ(__u8, address)
 
 /* Have so many nanoseconds passed between two times? */
 static __always_inline int tb_has_passed(__u64 ns, __u64 since, __u64 now)

@@ -17,10 +17,11 @@
  * that lock. Sidecars do not hold it for long.
  *
  * RULE (half-closed). Conntrack forgets half-closed connections in a minute or two, unless it sees
- * packets. From the first FIN on all bytes go by TCP.
+ * packets. After the first FIN bytes go by TCP, from the next moment on that RULE (one queue)
+ * allows.
  *
  * RULE (conntrack). It forgets established ones after days, or as the node has set. So one
- * message in a second goes by TCP.
+ * message in a second goes by TCP, if one is sent and RULE (one queue) allows.
  */
 
 /* A run of so much without an answer is a stream, which goes by TCP until it is answered: so that
@@ -64,7 +65,8 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 {
 	if (!conn->there.psock)
 		return TB_REASON_WAITING; /* the peer has never joined */
-	/* Before pausing: tb_try_return(). Another sk_prot: the peer has a ULP, or closes. */
+	/* Before all others: for no other reason does tb_try_return() give up a peer that has gone.
+	 * Another sk_prot: the peer has a ULP, or closes. */
 	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
 	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
 		return TB_REASON_LEAVING;
@@ -100,7 +102,7 @@ static __always_inline int tb_may_bypass(struct tb_conn *conn, const void *tp)
 	return tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) ==
 		       TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ) &&
 	       !tb_is_owned(sk) && !tb_sleepers(sk) && tb_psock(sk) == conn->there.psock &&
-	       tb_is_empty(conn->there.psock) && tb_bound(&conn->peer) > TB_LOOK;
+	       tb_is_empty(conn->there.psock);
 }
 
 /* Is no other thread of this socket on its way from verdict to redirect? (The kernel lets go of the
@@ -190,6 +192,8 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 		return reason;
 	if (!tb_may_bypass(conn, tp))
 		return TB_REASON_ORDER;
+	if (tb_bound(&conn->peer) <= TB_LOOK)
+		return TB_REASON_BACKLOG;
 	conn->queued = 0;
 	reason = tb_check_room(conn, size);
 	if (reason)
@@ -233,10 +237,9 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 		reason = TB_REASON_INELIGIBLE;
 	}
 	tb_count_tcp(conn, reason, size);
-	if (conn->is_behind)
-		tb_ring(conn->peer.pod_id); /* a pass makes an edge */
-	if (reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
-		tb_ring(conn->peer.pod_id); /* a pass takes it out */
+	/* A pass makes an edge, or takes the peer out. */
+	if (conn->is_behind || reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
+		tb_ring(conn->peer.pod_id);
 	if (reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->me.pod_id); /* it may be this end */
 	if (reason == TB_REASON_PAUSED)

@@ -9,8 +9,8 @@ static __always_inline int tb_addr_equal(const struct tb_addr *a, const struct t
 	       a->word[3] == b->word[3];
 }
 
-/* Addresses that mean another socket in each network namespace: 127.0.0.0/8, ::1, and the
- * ::6 that Istio gives to loopback. */
+/* Addresses that mean another socket in each network namespace: 127.0.0.0/8, and ::/120 with ::1
+ * and the ::6 that Istio gives to loopback. */
 static __always_inline int tb_addr_is_local(const struct tb_addr *a)
 {
 	if (a->word[0] || a->word[1])

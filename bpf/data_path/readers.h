@@ -5,12 +5,12 @@
  * RULE (readers). recv(2) of a socket in a sockhash waits once: a wake-up without data ends it
  * with EAGAIN (tcp_bpf_recvmsg). And splice(2) never sees bypassed bytes. So a socket is
  * not in the sockhash if its reader may sleep in recv, or splices. Its file is O_NONBLOCK at each
- * packet that it sends, from TB_MIN_AGE on, and at each message that is bypassed to it.
+ * packet of the exchanges that are watched before it joins, and at each message bypassed to it.
  */
 
 #define TB_MAX_WAITERS 8
 #define TB_MANY_SLEEPERS 0x10000
-#define TB_STACK_SIZE (32 * 1024) /* at least THREAD_SIZE */
+#define TB_STACK_SIZE (64 * 1024) /* at least THREAD_SIZE: so much with pages of 64 KB */
 
 /* Why the kernel or TCP needs this socket out of a sockhash, as an enum tb_outcome; 0: it does not.
  * MPTCP subflows in a sockhash crashed kernels. kTLS (a ULP) would have plaintext redirected. For a
@@ -100,7 +100,9 @@ static __always_inline __u32 tb_sleepers(__u64 sk)
 	for (i = 0; i < TB_MAX_WAITERS; i++) {
 		if (entry == head)
 			return count;
-		private = entry ? tb_read64(entry - OFF_WAIT_ENTRY + OFF_WAIT_PRIVATE) : 1;
+		if (!entry)
+			break;
+		private = tb_read64(entry - OFF_WAIT_ENTRY + OFF_WAIT_PRIVATE);
 		if (private && tb_is_on_stack(private, entry))
 			count++;
 		else if (private && !tb_is_polling(private))

@@ -73,15 +73,6 @@ static __always_inline __u64 tb_token(const struct tb_half_key *key, __u64 pod_i
 	return v0 ^ v1 ^ v2 ^ v3;
 }
 
-/* The key as far as a request socket tells it: all but `netns`. */
-static __always_inline int tb_requested(struct bpf_sock_ops *skops, __u64 request,
-					struct tb_half_key *key)
-{
-	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
-	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
-	return TB_ADDR(skops, remote, &key->client);
-}
-
 /* The client says that its SYN comes from this node: no other peer gets to see the option. */
 static __always_inline void tb_note_dial(struct bpf_sock_ops *skops)
 {
@@ -95,17 +86,19 @@ static __always_inline void tb_note_dial(struct bpf_sock_ops *skops)
 	dials.update(&dial, &one);
 }
 
-/* A SYN-ACK is being made: fills the key of its connection. Returns 1 if the SYN came from this
- * node, and to a port that is not excluded. */
-static __always_inline int tb_is_dialled_here(struct bpf_sock_ops *skops, const struct tb_pod *pod,
-					      struct tb_half_key *key)
+/* A SYN-ACK is being made: fills the key of its connection, all but `netns`. Returns 1 if the SYN
+ * came from this node, and to a port that is not excluded. */
+static __always_inline int tb_find_dial(struct bpf_sock_ops *skops, const struct tb_pod *pod,
+					struct tb_half_key *key)
 {
 	__u64 request = tb_context_sock(skops);
 	struct tb_dial dial = {};
 
 	if (skops->is_fullsock || tb_pod_excludes(pod, skops->local_port) ||
-	    !tb_requested(skops, request, key))
+	    !TB_ADDR(skops, remote, &key->client))
 		return 0;
+	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
+	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
 	dial.client = key->client;
 	dial.client_isn = key->client_isn;
 	return dials.lookup(&dial) != NULL;
@@ -117,7 +110,7 @@ static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const st
 	struct tb_half_key key = {};
 	__u64 token;
 
-	if (!tb_is_dialled_here(skops, pod, &key))
+	if (!tb_find_dial(skops, pod, &key))
 		return;
 	if (skops->op == BPF_SOCK_OPS_HDR_OPT_LEN_CB) {
 		bpf_reserve_hdr_opt(skops, sizeof(option), 0);
@@ -152,7 +145,7 @@ static __always_inline void tb_serve_services(struct bpf_sock_ops *skops, const 
 {
 	if (skops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
 		tb_note_dial(skops);
-	else if (skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB)
+	else if (skops->op == BPF_SOCK_OPS_TCP_LISTEN_CB) /* its connections inherit the flags */
 		tb_call(skops, TB_CALL_PER_PACKET);
 	else if (skops->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
 		tb_call(skops, TB_CALL_NEVER);

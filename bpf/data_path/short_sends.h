@@ -46,7 +46,7 @@ static __always_inline void tb_find_registers(void)
 	*at = address - stack;
 }
 
-static __always_inline int tb_uses_iterator(__u32 call)
+static __always_inline int tb_reuses_msg_iter(__u32 call)
 {
 	return call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == SENDMMSG_X32 ||
 	       call == SOCKETCALL || call == IO_URING_ENTER;
@@ -61,6 +61,6 @@ static __always_inline int tb_ignores_short_sends(void)
 
 	if (!at || !*at || (tb_read32(task + OFF_TASK_FLAGS) & PF_IO_WORKER))
 		return 1;
-	return tb_uses_iterator(
+	return tb_reuses_msg_iter(
 		tb_read32(tb_read64(task + OFF_TASK_STACK) + *at + OFF_PT_REGS_CALL));
 }

@@ -21,9 +21,13 @@ int tb_watch_splice(__u64 *arguments)
 		return 0;
 	is_young = tb_read8((__u64)sk + OFF_TCP_SOCK_CB_FLAGS) & TB_CALL_PER_ROUND_TRIP;
 	conn = conns.sk_storage_get(sk, 0, is_young ? BPF_SK_STORAGE_GET_F_CREATE : 0);
-	if (conn && !conn->refused)
+	if (!conn)
+		return 0;
+	if (!conn->me.id)
+		conn->refused = TB_OUTCOME_SPLICE; /* tb_meet() counts it */
+	else if (!conn->refused)
 		tb_refuse(conn, TB_OUTCOME_SPLICE);
-	if (conn && tb_membership(conn->state) != TB_OUT)
+	if (tb_membership(conn->state) != TB_OUT)
 		tb_ring(conn->me.pod_id);
 	return 0;
 }

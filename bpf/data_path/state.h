@@ -4,8 +4,9 @@
  * node.
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and
- * its sends, under its lock, and in visits. The peer reads `me`, `refused`, `state`, `at`, `path`,
- * `sent`, `decided`, `begun` and `is_behind` of it, each one aligned word.
+ * its sends, under its lock, in visits and in splice(2), without. The peer reads `me.id`,
+ * `peer.id`, `refused`, `state`, `path`, `sent`, `decided`, `begun`, `is_behind` and the members of
+ * `at` of it, each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
@@ -54,11 +55,10 @@ struct tb_half {
 	__u32 reserved;
 };
 
-/* A connect of a pod that dials Services: its SYN is about to go out. */
+/* A connect of a pod without a sidecar: its SYN is about to go out. */
 struct tb_dial {
 	struct tb_addr client;
 	__u32 client_isn;
-	__u32 reserved;
 };
 
 /* Which way a direction's bytes go. */
@@ -114,9 +114,9 @@ struct tb_conn {
 	__u32 is_behind;  /* it went to TCP while bypassed bytes lay unread at the peer */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */
-	__u32 run;	  /* what was sent since the peer last sent, in units of tb_cost() */
-	__u32 queued;	  /* what the peer may have unread, in the same units */
-	__u32 credit;	  /* in the same units: so much may go by TCP before it leaves */
+	__u32 run;	  /* sent since the peer last sent, in bytes of tb_cost() */
+	__u32 queued;	  /* what the peer may have unread, in bytes of tb_cost() */
+	__u32 credit;	  /* so much may go by TCP before it leaves, in bytes of tb_cost() */
 	__u64 tcp_at;	  /* when a message last went by TCP */
 	struct tb_place there;
 	/* Not yet in the counters */
@@ -137,6 +137,7 @@ struct tb_secret {
  * dials        struct tb_dial          1, from SYN to SYN-ACK of a connect to a Service
  * secret       0                       drawn anew by each load
  * counters     struct tb_counter_key   struct tb_counters, on each CPU
+ * no_counters  0                       zeros, which begin the counters of a pod and hop
  * control      0                       struct tb_control, written by the node program
  * beat         0                       nanoseconds: when the joiner last looked; 0: none has
  * paused_pods  pod id                  1
@@ -153,7 +154,7 @@ BPF_F_TABLE("lru_hash", struct tb_dial, __u32, dials, TB_MAX_PENDING, 0);
 BPF_ARRAY(secret, struct tb_secret, 1);
 BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, TB_MAX_COUNTERS,
 	    BPF_F_NO_PREALLOC);
-BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros, too many for the stack */
+BPF_ARRAY(no_counters, struct tb_counters, 1); /* too many for the stack */
 BPF_ARRAY(control, struct tb_control, 1);
 BPF_ARRAY(beat, __u64, 1);
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);

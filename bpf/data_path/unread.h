@@ -5,9 +5,11 @@
  * RULE (bound). The kernel never stops a sender that redirects. So past a bound the bytes go by
  * TCP, and its window stops it. The bound leaves TCP its room. Kernels charge redirected bytes to
  * their receiver, and its TCP drops what does not fit beside them, be it a FIN; the sender finds
- * out by a timer, 0.2 s later. While the peer is inside a read, 2 * sk_rcvbuf + sk_sndbuf / 2 fit
- * (tcp_add_to_backlog). Else fits what sk_rcvbuf may grow to (tcp_clamp_window). An sk_rcvbuf of
- * the one and half of the other are left to TCP, which makes its window from sk_rcvbuf.
+ * out by a timer, 0.2 s later. Two limits hold:
+ *   - while the peer is inside a read, 2 * sk_rcvbuf + sk_sndbuf / 2 (tcp_add_to_backlog). One
+ *     sk_rcvbuf of that is left to TCP, which makes its window from it. An application's bound
+ *     has half as much of sk_sndbuf as a sidecar's;
+ *   - else tcp_rmem[2], up to which sk_rcvbuf may grow (tcp_clamp_window). Half is left to TCP.
  *
  * RULE (memory). Unread bytes are charged to their reader's container. TCP charges from interrupts,
  * past the limit if need be. A redirect charges from the sender's system call, which may sleep;

@@ -119,7 +119,7 @@ READERS_EVER = _mutant(
 )
 SHORT_SENDS = _mutant(
     "short sends: a thread that goes on behind a hole is not noticed",
-    (r"return tb_uses_iterator\([^;]+;", "return 0;"),
+    (r"return tb_reuses_msg_iter\([^;]+;", "return 0;"),
 )
 BOUND = _mutant(
     "bound: nothing stops a redirecting sender",
@@ -147,7 +147,7 @@ FRESH_EDGE = _mutant(
 )
 EDGE_UNASKED = _mutant(
     "edges: a sender does not ask for a pass",
-    (r"\ttb_ring\(conn->peer\.pod_id\); /\* a pass makes an edge \*/", "\t;"),
+    (r"if \(conn->is_behind \|\| reason == TB_REASON_BLOCKING", "if (reason == TB_REASON_BLOCKING"),
 )
 EDGE_ONCE = _mutant(
     "edges: the pass does not ask for another one",
@@ -160,15 +160,15 @@ EDGE_TOO_EARLY = _mutant(
 EDGE_AFTER_LEAVING = _mutant(
     "edges: none for a reader that has left",
     (
-        r"if \(may_be_behind && tb_check_edge\(conn, sk\)\)",
-        "if (tb_membership(conn->state) != TB_OUT && tb_check_edge(conn, sk))",
+        r"if \(may_be_behind && tb_find_edge\(conn, sk\)\)",
+        "if (tb_membership(conn->state) != TB_OUT && tb_find_edge(conn, sk))",
     ),
 )
 EDGE_OF_THE_CLOSED = _mutant(
     "edges: none behind a sender that has closed",
     (
-        r"return tb_membership\(conn->state\) != TB_OUT;\n\}\n\n/\* Returns 1 if",
-        "return 0;\n}\n\n/* Returns 1 if",
+        r"return tb_membership\(conn->state\) != TB_OUT;\n\}\n\n/\* TCP bytes may",
+        "return 0;\n}\n\n/* TCP bytes may",
     ),
 )
 EDGE_FORGOTTEN = _mutant(
@@ -278,5 +278,5 @@ IDENTITY = Mutant(
 )
 REUSED_SOCKET = _mutant(
     "identity: a socket that disconnected keeps its bypass queue",
-    (r"if \(conn->me\.id && [^;]+;", ""),
+    (r"if \(id\)\n\t\tsockhash\.delete\(&id\);", ""),
 )
