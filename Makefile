@@ -1,5 +1,5 @@
 # Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench apps test lint manifests soak plugin-speed test-kernels test-runtimes \
+.PHONY: setup build freeze demo bench apps test pytest lint manifests soak plugin-speed test-kernels test-runtimes \
 	image-test setup-test clean
 .DELETE_ON_ERROR:
 
@@ -49,7 +49,9 @@ MODE ?= full
 apps: build .venv/.apps-ready
 	$(PY) -m tests.apps --mode $(MODE) $(APPS)
 
-test: build lint .venv/.apps-ready
+test: lint pytest
+
+pytest: build .venv/.apps-ready
 	$(PY) -m pytest tests
 
 # Random traffic on all three hops, every byte checked, for MINUTES; a load and pauses meanwhile.
