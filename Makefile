@@ -5,8 +5,8 @@
 
 PY := .venv/bin/python
 PLUGIN := dist/tcpip-bypass/tcpip-bypass
-PLUGIN_SOURCES := build.spec conf/schema.json $(addprefix bpf/,__init__.py abi.py bpfsys.py pins.py) $(wildcard cni_plugin/*.py)
-C_SOURCES := $(wildcard bpf/*.c bpf/*.h bpf/data_path/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c tests/*/*/*.h)
+PLUGIN_SOURCES := build.spec conf/schema.json $(addprefix bpf/,__init__.py abi.py bpfsys.py pins.py) $(wildcard cni_plugin/*.c cni_plugin/*.py)
+C_SOURCES := $(wildcard cni_plugin/*.c bpf/*.c bpf/*.h bpf/data_path/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c tests/*/*/*.h)
 
 setup: .venv/.ready
 

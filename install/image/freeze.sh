@@ -10,7 +10,7 @@
 #   FOLDER/root/          the Debian 11 it was made in; kept, the next freeze takes seconds
 # environment:
 #   FREEZE_ROOT    a Debian 11 that is there already, "/" in the build stage of an image
-#                  (packages: python3 libpython3.9 binutils, and python3-pip for "/")
+#                  (those of $packages below, and python3-pip for "/")
 #   FREEZE_MIRROR  where to get Debian 11 from; else this machine's own Debian mirror
 #   FREEZE_PIP     the pip that fetches the packages; else .venv/bin/pip
 set -eu
@@ -19,6 +19,8 @@ repository=$(cd "$(dirname "$0")/../.." && pwd)
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 root=${FREEZE_ROOT:-$folder/root}
 pip=${FREEZE_PIP:-$repository/.venv/bin/pip}
+
+packages="binutils,gcc,libpython3.9,linux-libc-dev,python3"
 
 # Everything that goes into the bundle or makes it; the newest that still know Python 3.9.
 requirements="
@@ -53,11 +55,11 @@ make_root() {
 	command -v debootstrap >/dev/null || die "debootstrap is missing: apt-get install debootstrap"
 	rm -rf "$root"
 	mirror=${FREEZE_MIRROR:-$(own_mirror)} # without one, debootstrap knows Debian's own
-	debootstrap --variant=minbase --include=python3,libpython3.9,binutils \
+	debootstrap --variant=minbase "--include=$packages" \
 		--keyring=/usr/share/keyrings/debian-archive-keyring.gpg \
 		bullseye "$root" ${mirror:+"$mirror"} >"$folder/debootstrap.log" 2>&1 ||
 		die "debootstrap failed: $(tail -n 3 "$folder/debootstrap.log")"
-	touch "$root/.complete"
+	echo "$packages" >"$root/.complete"
 }
 
 install_packages() {
@@ -86,6 +88,6 @@ freeze() {
 
 [ "$(id -u)" = 0 ] || die "it needs root, for chroot"
 exec 9>"$folder/.lock" && flock 9
-[ -n "${FREEZE_ROOT:-}" ] || [ -e "$root/.complete" ] || make_root
+[ -n "${FREEZE_ROOT:-}" ] || [ "$(cat "$root/.complete" 2>/dev/null)" = "$packages" ] || make_root
 [ "$(cat "$root/opt/freeze/.requirements" 2>/dev/null)" = "$requirements" ] || install_packages
 freeze
