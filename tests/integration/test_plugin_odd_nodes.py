@@ -245,6 +245,7 @@ def test_the_bundle_brings_no_compiler() -> None:
     files = [path for path in plugin_calls.PROGRAM.parent.rglob("*") if path.is_file()]
     assert not [path for path in files if re.search("bcc|llvm|clang|libbpf", path.name, re.I)]
     assert sum(path.stat().st_size for path in files) < 30e6
+    assert plugin_calls.PROGRAM.stat().st_size < 4096  # is executed before all else
 
 
 def test_schema_is_the_bundles_own(pod: Sandbox) -> None:
