@@ -1,12 +1,12 @@
 # Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
-.PHONY: setup build freeze demo bench apps test pytest lint manifests soak plugin-speed test-kernels test-runtimes \
+.PHONY: setup build demo bench apps test pytest lint manifests soak plugin-speed test-kernels test-runtimes \
 	image-test setup-test clean
 .DELETE_ON_ERROR:
 
 PY := .venv/bin/python
 PLUGIN := dist/tcpip-bypass/tcpip-bypass
-PLUGIN_SOURCES := build.spec conf/schema.json $(addprefix bpf/,__init__.py abi.py bpfsys.py pins.py) $(wildcard cni_plugin/*.py)
-C_SOURCES := $(wildcard bpf/*.c bpf/*.h bpf/data_path/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c tests/*/*/*.h)
+PLUGIN_SOURCES := build.spec conf/schema.json $(addprefix bpf/,__init__.py abi.py bpfsys.py pins.py) $(wildcard cni_plugin/*.c cni_plugin/*.py)
+C_SOURCES := $(wildcard cni_plugin/*.c bpf/*.c bpf/*.h bpf/data_path/*.h tests/*/*.c tests/*/*.h tests/*/*/*.c tests/*/*/*.h)
 
 setup: .venv/.ready
 
@@ -28,10 +28,6 @@ build: $(PLUGIN)
 
 $(PLUGIN): .venv/.ready $(PLUGIN_SOURCES)
 	.venv/bin/pyinstaller --noconfirm --clean --log-level WARN --distpath dist --workpath build/pyinstaller build.spec
-
-# The same plugin for old nodes: frozen in a Debian 11 root, asks for glibc 2.29 at most.
-freeze: .venv/.ready
-	install/image/freeze.sh build/freeze
 
 # Plain TCP against the bypass, in the mode that `auto` decides and, if that is less, in `full`;
 # `DEMO=--mode=full`: that one.

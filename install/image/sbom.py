@@ -3,12 +3,12 @@
 """What is in the image, as SPDX 2.3 in JSON, on standard output.
 
 Run in the finished image: Debian's packages as dpkg knows them, the node program's libraries as
-their metadata has them, and what is frozen into the plugin: as freeze.sh pins it, and the packages
-that its shared libraries are of.
+their metadata has them, and what is frozen into the plugin.
 
-usage: sbom.py LIBRARIES PLUGIN_PACKAGES
-    LIBRARIES        the folder of the node program's libraries
-    PLUGIN_PACKAGES  a line of dpkg-query for each package that the plugin has libraries of
+usage: sbom.py LIBRARIES PLUGIN
+    LIBRARIES  the folder of the node program's libraries
+    PLUGIN     a folder. In `libraries` there is a line of `pip freeze` for each Python package in
+               the plugin, in `packages` one of dpkg-query for each that has shared libraries in it
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-OURS = Path(__file__).resolve().parents[2]
+from install.program import VERSION
+
 FORMAT = r"${binary:Package}\t${Version}\t${Architecture}\n"
 
 
@@ -48,12 +49,11 @@ def libraries(folder: Path) -> Iterator[tuple[str, str, str]]:
         yield name, each.version, f"pkg:pypi/{name}@{each.version}"
 
 
-def frozen() -> Iterator[tuple[str, str, str]]:
-    """Those in the plugin."""
-    for line in (OURS / "install" / "image" / "freeze.sh").read_text().splitlines():
-        if pinned := re.fullmatch(r"\t([\w.-]+)==([\w.]+)", line):
-            name, version = pinned.groups()
-            yield name.lower(), version, f"pkg:pypi/{name.lower()}@{version}"
+def frozen(lines: str) -> Iterator[tuple[str, str, str]]:
+    """Those in the plugin, of lines of `pip freeze`."""
+    for line in lines.splitlines():
+        name, _, version = line.lower().replace("_", "-").partition("==")
+        yield name, version, f"pkg:pypi/{name}@{version}"
 
 
 def document(parts: Sequence[tuple[str, str, str]], version: str, created: str) -> dict[str, Any]:
@@ -99,12 +99,14 @@ def document(parts: Sequence[tuple[str, str, str]], version: str, created: str) 
 
 
 def main() -> None:
-    folder, plugin_packages = map(Path, sys.argv[1:])
-    in_plugin = [*debian(plugin_packages.read_text()), *frozen()]
+    folder, plugin = map(Path, sys.argv[1:])
+    in_plugin = [
+        *debian((plugin / "packages").read_text()),
+        *frozen((plugin / "libraries").read_text()),
+    ]
     parts = sorted({*debian(installed()), *libraries(folder), *in_plugin})
-    (version,) = re.findall(r'VERSION = "(.*)"', (OURS / "install" / "__init__.py").read_text())
     created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    print(json.dumps(document(parts, version, created), indent=1))
+    print(json.dumps(document(parts, VERSION, created), indent=1))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 
 ``<bin-dir>/tcpip-bypass`` is a symbolic link into ``<bin-dir>/.tcpip-bypass/<digest>/``; a version
 is swapped in by renaming another link over it. The link is relative, because the agent sees the
-folder elsewhere than the runtime does. PyInstaller's bootloader finds the rest of its folder
-through /proc/self/exe, that is behind the link, so an execution goes on with the folder that it
-was started from. The folder from before therefore stays until the next swap.
+folder elsewhere than the runtime does. The program finds the rest of its folder through
+/proc/self/exe, that is behind the link, so an execution goes on with the folder that it was started
+from. The folder from before therefore stays until the next swap.
 """
 
 from __future__ import annotations
@@ -204,12 +204,15 @@ class PluginFiles:
     def _remove_all_but(self, *kept: Path | None) -> None:
         in_use = {_identity(self.proc / str(pid) / "exe") for pid in self.running()}
         for folder in self.store.iterdir():
-            if folder not in kept and _identity(folder / names.PLUGIN) not in in_use:
+            if folder not in kept and in_use.isdisjoint(map(_identity, folder.glob("*"))):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def running(self) -> list[int]:
-        """The PIDs of executions of plugins installed here; to see all takes CAP_SYS_PTRACE."""
-        programs = {_identity(path) for path in (*self.store.glob(f"*/{names.PLUGIN}"), self.link)}
+        """The PIDs of executions of plugins installed here; to see all takes CAP_SYS_PTRACE.
+
+        What is executed for most of the time is the loader in a plugin's folder.
+        """
+        programs = {_identity(path) for path in (*self.store.glob("*/*"), self.link)}
         found = []
         for process in self.proc.glob("[0-9]*"):
             executable = _identity(process / "exe")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -10,19 +11,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.bed.apt import PrivateApt, debian_mirrors
+
 BUSYBOX = Path("/bin/busybox")  # static
 CONF_DIR, BIN_DIR = Path("/etc/cni/net.d"), Path("/opt/cni/bin")
+WRITTEN = ("/tmp", "/run", "/opt/state")  # by programs, and the last one by tests' calls of ours
+KINDS = ("busybox", "musl", "old glibc", "noexec")
+_UNPACKED = Path(__file__).parents[2] / "build" / "roots"
 
-# $1 the root, then folders to lend; it ends with its standard input. Nothing but busybox is sure to
-# run after pivot_root.
+# $1 the root; it ends with its standard input. Nothing but busybox is sure to run after pivot_root.
 _PROCESS_1 = """
 mount --bind "$1" "$1"
 cd "$1"
-shift
-for lent; do
-    mkdir -p ".$lent"
-    mount --bind "$lent" ".$lent"
-done
 mount -t proc proc proc
 pivot_root . old
 exec /bin/busybox sh -c 'umount -l /old && echo && exec cat'
@@ -48,6 +48,10 @@ class Node:
     @property
     def bin_dir(self) -> Path:
         return self.root / BIN_DIR.relative_to("/")
+
+    def path(self, path: Path) -> Path:
+        """What the node calls a file below its root."""
+        return Path("/", path.relative_to(self.root))
 
     def call(
         self, *argv: str | Path, stdin: str = "", environment: Sequence[str] = ()
@@ -77,12 +81,51 @@ def make(root: Path) -> None:
     (root / "bin" / "sh").symlink_to("busybox")
 
 
+def _lay(package: str, root: Path) -> None:
+    """The libraries of one of Debian 11's packages, whose folders are not yet merged into /usr."""
+    unpacked = _UNPACKED / package
+    if not unpacked.exists():
+        archive, _ = debian_mirrors(None)
+        apt = PrivateApt(_UNPACKED / "apt", [f"deb {archive} bullseye main"])
+        apt.update()
+        apt.unpack([package], unpacked)
+    for folder in unpacked.glob("lib*"):
+        shutil.copytree(folder, root / folder.name, symlinks=True, dirs_exist_ok=True)
+
+
+def _make_old_glibc(root: Path) -> None:
+    """Debian 11's without the versions after 2.27, Ubuntu 18.04's, and with a library preloaded."""
+    for package in ("libc6", "zlib1g"):
+        _lay(package, root)
+    for library in root.glob("lib/*/lib*-2.31.so"):
+        newer = re.compile(rb"GLIBC_2\.(28|29|3\d)\0")
+        library.write_bytes(newer.sub(b"GLIBC_none\0", library.read_bytes()))
+    (library,) = root.glob("lib/*/libm.so.6")
+    (root / "etc/ld.so.preload").write_text(f"/{library.relative_to(root)}\n")
+
+
 @contextmanager
-def running(root: Path, *lent: str) -> Iterator[Node]:
-    """A node with this root, and folders of this machine; it ends on leaving."""
+def running_kind(root: Path, kind: str) -> Iterator[Node]:
+    """A node with a new root of one of KINDS; it ends on leaving."""
+    make(root)
+    if kind == "musl":
+        _lay("musl", root)
+    elif kind == "old glibc":
+        _make_old_glibc(root)
+    with running(root) as node:
+        if kind == "noexec":
+            for folder in WRITTEN:
+                node.run("mkdir", folder)
+                node.run("mount", "-t", "tmpfs", "-o", "noexec", "none", folder)
+        yield node
+
+
+@contextmanager
+def running(root: Path) -> Iterator[Node]:
+    """A node with this root; it ends on leaving."""
     unshare = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
     process = subprocess.Popen(
-        [*unshare, "sh", "-ec", _PROCESS_1, "sh", root, *lent],
+        [*unshare, "sh", "-ec", _PROCESS_1, "sh", root],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

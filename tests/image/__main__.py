@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
 
+from cni_plugin import names
 from install.program import VERSION
 from tests import manifests
+from tests.bed import roots
 from tests.bed.bed import REPOSITORY
 from tests.image.container import Answer, ScratchNode, scratch_node
 from tests.image.dockerfile import Builder
@@ -32,6 +35,7 @@ def main() -> None:
         print_size(node.disk / "root")
         check_papers(node.disk / "root", dict(image.labels))
         check(node)
+        check_plugin(node.disk / "root" / "usr" / "lib" / names.PLUGIN, node.disk)
     print("the image works")
 
 
@@ -49,7 +53,7 @@ def check_papers(root: Path, labels: dict[str, str]) -> None:
     libraries = root / "usr/local/lib/python3.11/dist-packages"
     for each in metadata.distributions(path=[str(libraries)]):
         assert any(version == each.version for _, version in named), each.metadata["Name"]
-    expected = {"grpcio", "rpds-py", "libpython3.9", "libbpfcc"}  # one of each kind
+    expected = {"grpcio", "rpds-py", "libpython3.11", "libbpfcc"}  # one of each kind
     assert expected <= {name for name, _ in named}, expected - {name for name, _ in named}
     print(f"SBOM: {len(named)} packages")
 
@@ -102,6 +106,19 @@ def check(node: ScratchNode) -> None:
     assert json.loads((node.volume("cni-conf") / "10-pods.conflist").read_text()) == CONFLIST
     (node.volume("cni-conf") / "10-pods.conflist").unlink()
     assert content(node) == before
+
+
+def check_plugin(plugin: Path, folder: Path) -> None:
+    """It runs on nodes whose own C library, if any, could not run it."""
+    for kind in roots.KINDS:
+        with roots.running_kind(folder / kind, kind) as node:
+            shutil.copytree(plugin, node.bin_dir / "folder")
+            (node.bin_dir / names.PLUGIN).symlink_to(f"folder/{names.PLUGIN}")
+            call = ["CNI_COMMAND=VERSION"]
+            done = node.call(roots.BIN_DIR / names.PLUGIN, stdin="{}", environment=call)
+            assert "supportedVersions" in json.loads(done.stdout), (kind, done)
+            assert node.call(roots.BIN_DIR / "folder" / "plugin", environment=call).returncode
+            print(f"the plugin runs: {kind}")
 
 
 def content(node: ScratchNode) -> set[Path]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-SUITES = {"debian:11-slim": "bullseye", "debian:12-slim": "bookworm"}
+SUITES = {"debian:12-slim": "bookworm"}
 KEYRING = "--keyring=/usr/share/keyrings/debian-archive-keyring.gpg"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LENT = ("PIP_", "http_proxy", "https_proxy", "no_proxy")  # this machine's ways to the network

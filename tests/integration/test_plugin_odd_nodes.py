@@ -7,6 +7,7 @@ Every call here has an environment of CNI's variables alone: no HOME, no PATH, n
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -238,6 +239,13 @@ def test_fixture(case: cases.Case, tmp_path: Path) -> None:
     """The frozen program answers as the source tree does."""
     answer = case.run([str(plugin_calls.PROGRAM)], tmp_path)
     cases.check(case, answer, tmp_path)
+
+
+def test_the_bundle_brings_no_compiler() -> None:
+    files = [path for path in plugin_calls.PROGRAM.parent.rglob("*") if path.is_file()]
+    assert not [path for path in files if re.search("bcc|llvm|clang|libbpf", path.name, re.I)]
+    assert sum(path.stat().st_size for path in files) < 30e6
+    assert plugin_calls.PROGRAM.stat().st_size < 4096  # is executed before all else
 
 
 def test_schema_is_the_bundles_own(pod: Sandbox) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes that cannot run the plugin, or no longer: their pods start all the same.
+"""The plugin on nodes of any kind. Where it cannot run, or no longer, pods start all the same.
 
 Each node has a mount namespace and a root of its own, which the node program is not in: it is
 started here, where everything runs, as in a pod. What a runtime would do is done on the node.
@@ -27,14 +27,12 @@ import pytest
 from cni_plugin import names
 from install.program import exits
 from tests.bed import open_bed, roots
-from tests.bed.apt import PrivateApt, debian_mirrors
-from tests.bed.bed import FROZEN_PLUGIN, REPOSITORY
+from tests.bed.bed import FROZEN_PLUGIN
 from tests.bed.node import PROGRAM
 from tests.unit import frozen
 
-OLD_GLIBC = REPOSITORY / "build" / "glibc-2.31"  # Debian 11's
+LOADER = "ld-glibc.so.2"
 CONFLIST = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}]}
-LIBRARIES = ("/lib", "/lib64")  # in which glibc and its loader are
 PATIENCE_S = 600  # a busy machine compiles the programs for minutes
 
 
@@ -45,23 +43,6 @@ def root(tmp_path: Path) -> Path:
     roots.make(made)
     (made / "etc/cni/net.d/10-pods.conflist").write_text(json.dumps(CONFLIST))
     return made
-
-
-@pytest.fixture(scope="module")
-def old_glibc() -> Path:
-    """A folder with Debian 11's C library, older than what the plugin is built on, and zlib."""
-    if not OLD_GLIBC.exists():
-        archive, _ = debian_mirrors(None)
-        apt = PrivateApt(OLD_GLIBC.with_name("glibc-apt"), [f"deb {archive} bullseye main"])
-        apt.update()
-        apt.unpack(["libc6", "zlib1g"], OLD_GLIBC)
-    return OLD_GLIBC
-
-
-def lay(libraries: Path, root: Path) -> None:
-    """Debian 11's folders, which are not yet merged into /usr."""
-    for folder in ("lib", "lib64"):
-        shutil.copytree(libraries / folder, root / folder, symlinks=True)
 
 
 def program(
@@ -94,13 +75,13 @@ def types(node: roots.Node) -> list[str]:
     return [plugin["type"] for plugin in conflist["plugins"]]
 
 
-def start_pod(node: roots.Node) -> list[int]:
+def start_pod(node: roots.Node, command: str = "ADD") -> list[int]:
     """What the plugins of the network that can be called end with, as the node's runtime calls."""
     conf: dict[str, Any] = {"cniVersion": "1.0.0", "name": "pods", "type": names.PLUGIN}
     conf |= {"bpffs": "/nowhere", "stateDir": "/opt/state"}
     conf |= {"prevResult": {"cniVersion": "1.0.0", "interfaces": [], "ips": [], "dns": {}}}
     call = [
-        *("CNI_COMMAND=ADD", "CNI_CONTAINERID=c1", "CNI_NETNS=/no/such/netns"),
+        *(f"CNI_COMMAND={command}", "CNI_CONTAINERID=c1", "CNI_NETNS=/no/such/netns"),
         *("CNI_IFNAME=eth0", "CNI_PATH=/opt/cni/bin"),
     ]
     return [
@@ -127,32 +108,69 @@ def assert_refused(node: roots.Node, why: str) -> None:
     assert why in status(node)
 
 
-def test_a_node_with_busybox_and_nothing_else(root: Path) -> None:
-    with roots.running(root) as node:
-        assert_refused(node, "which the node does not have")
-        assert "it asks for /lib" in status(node)
-
-
-def test_a_node_with_an_old_glibc(root: Path, old_glibc: Path) -> None:
-    lay(old_glibc, root)
-    with roots.running(root) as node:
-        assert_refused(node, "or newer, and the node has 2.31")
-        assert "it asks for glibc 2.3" in status(node)
-
-
-def test_a_node_without_a_library(root: Path, old_glibc: Path) -> None:
-    lay(old_glibc, root)
-    for library in root.glob("lib/**/libz.so*"):
-        library.unlink()
-    with roots.running(root) as node:
-        assert_refused(node, "it asks for libz.so.1, which the node does not have")
+@pytest.mark.parametrize("kind", roots.KINDS)
+def test_the_plugin_runs_on_any_node(tmp_path: Path, kind: str) -> None:
+    """Whose own C library, if any, could not run it."""
+    with roots.running_kind(tmp_path / "root", kind) as node:
+        (node.conf_dir / "10-pods.conflist").write_text(json.dumps(CONFLIST))
+        done = program(node, "install")
+        assert done.returncode == 0, done.stderr
+        assert types(node) == ["bridge", names.PLUGIN]
+        assert [start_pod(node), start_pod(node, "DEL")] == [[0], [0]]
+        (frozen_by_pyinstaller,) = node.bin_dir.glob(".tcpip-bypass/*/plugin")
+        assert node.call(node.path(frozen_by_pyinstaller)).returncode != 0
 
 
 def test_a_folder_that_is_noexec_on_the_node_alone(root: Path) -> None:
-    with roots.running(root, *LIBRARIES) as node:
+    with roots.running(root) as node:
         for options in ("bind", "remount,bind,noexec"):
             node.run("mount", "-o", options, roots.BIN_DIR, roots.BIN_DIR)
         assert_refused(node, "is on a file system that is mounted noexec")
+
+
+@pytest.mark.parametrize("name", ["/plugin/tcpip-bypass", "/link"])
+def test_a_root_without_proc(tmp_path: Path, name: str) -> None:
+    """And without all else."""
+    shutil.copytree(FROZEN_PLUGIN, tmp_path / "plugin")
+    (tmp_path / "link").symlink_to("plugin/tcpip-bypass")
+    done = subprocess.run(
+        ["/usr/sbin/chroot", tmp_path, name],
+        env={"CNI_COMMAND": "VERSION"},
+        input="{}",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "supportedVersions" in json.loads(done.stdout), done
+
+
+def test_a_plugin_without_its_loader(tmp_path: Path) -> None:
+    plugin = shutil.copytree(FROZEN_PLUGIN, tmp_path / "plugin")
+    (plugin / LOADER).unlink()
+    done = subprocess.run([plugin / names.PLUGIN], capture_output=True, text=True, check=False)
+    assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 999)
+    assert f"{LOADER} in its folder cannot be executed" in done.stdout
+
+
+def test_the_plugin_gets_no_variable_but_cnis() -> None:
+    """A library to preload, or a locale, is made for another C library."""
+    odd = {"LD_PRELOAD": "/bin/true", "LC_ALL": "C.UTF-8", "_PYI_ARCHIVE_FILE": "/bin/true"}
+    with subprocess.Popen(
+        [FROZEN_PLUGIN / names.PLUGIN],
+        env={**odd, "CNI_COMMAND": "DEL", "CNI_CONTAINERID": "c1", "CNI_IFNAME": "eth0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as running:
+        environ, comm = (Path(f"/proc/{running.pid}/{name}") for name in ("environ", "comm"))
+        deadline = time.monotonic() + PATIENCE_S
+        while comm.read_text() != "tcpip-bypass\n" or b"_PYI_ARCHIVE" not in environ.read_bytes():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        found = dict(each.split("=", 1) for each in environ.read_text().rstrip("\0").split("\0"))
+    assert found.keys() - {"CNI_COMMAND", "CNI_CONTAINERID", "CNI_IFNAME"} == {
+        *("_PYI_ARCHIVE_FILE", "_PYI_PARENT_PROCESS_LEVEL", "_PYI_LINUX_PROCESS_NAME")
+    }
+    assert found["_PYI_ARCHIVE_FILE"] == str(FROZEN_PLUGIN / "plugin")
 
 
 def test_a_new_plugin_that_does_not_run_leaves_the_old_one(root: Path, tmp_path: Path) -> None:
@@ -160,15 +178,17 @@ def test_a_new_plugin_that_does_not_run_leaves_the_old_one(root: Path, tmp_path:
         old = frozen.made(tmp_path / "old")
         assert program(node, "install", "--plugin-dir", old).returncode == 0
         before = content(node.root)
-        done = program(node, "install")
-        assert "which the node does not have" in done.stderr
+        new = shutil.copytree(FROZEN_PLUGIN, tmp_path / "new")
+        (new / LOADER).unlink()
+        done = program(node, "install", "--plugin-dir", new)
+        assert f"{LOADER} in its folder cannot be executed" in done.stderr
         assert content(node.root) == before
         assert types(node) == ["bridge", names.PLUGIN]
 
 
 def test_a_fit_node_whose_folders_have_other_names_in_the_pod(root: Path, tmp_path: Path) -> None:
     """As on GKE and K3s; and seen through a second mount of the disk that is noexec."""
-    with roots.running(root, *LIBRARIES) as node:
+    with roots.running(root) as node:
         (root / "disk").mkdir()
         node.run("mount", "-o", "bind", "/opt", "/disk")
         node.run("mount", "-o", "remount,bind,noexec", "/disk", "/disk")
@@ -181,7 +201,7 @@ def test_a_fit_node_whose_folders_have_other_names_in_the_pod(root: Path, tmp_pa
 
 def test_a_folder_that_the_node_does_not_see(root: Path, tmp_path: Path) -> None:
     """What a pod has without a volume there."""
-    with roots.running(root, *LIBRARIES) as node:
+    with roots.running(root) as node:
         done = install_in_pod(node, tmp_path / "in the pod", "-t", "tmpfs", "none")
         assert done.returncode == 1
         assert "could not be tried" in done.stderr
@@ -260,7 +280,7 @@ class Agent:
 
 @pytest.fixture
 def agent(root: Path, tmp_path: Path) -> Iterator[Agent]:
-    with open_bed(bypass=False) as bed, roots.running(root, *LIBRARIES) as node:
+    with open_bed(bypass=False) as bed, roots.running(root) as node:
         with socket.create_server(("127.0.0.1", 0)) as found:
             port = int(found.getsockname()[1])
         folders: list[str | Path] = ["--bpffs", bed.node.bpffs, "--state-dir", bed.node.state_dir]
@@ -268,6 +288,13 @@ def agent(root: Path, tmp_path: Path) -> Iterator[Agent]:
             yield Agent(node, folders, tmp_path / "log", port)
         finally:
             bed.node.call("unload")
+
+
+def break_plugin(node: roots.Node) -> Path:
+    """On the node alone, since the pod sees a whole one; returns what to unmount to mend it."""
+    (loader,) = node.bin_dir.glob(f".tcpip-bypass/*/{LOADER}")
+    node.run("mount", "-o", "bind", "/proc/version", node.path(loader))
+    return node.path(loader)
 
 
 def entry(node: roots.Node) -> Any:
@@ -291,19 +318,19 @@ def test_an_installed_plugin_that_runs_no_longer(agent: Agent) -> None:
         by_hand = json.dumps(whole)
         conflist.write_text(by_hand)
 
-        node.run("mount", "-t", "tmpfs", "none", "/lib64")
-        assert start_pod(node) == [127]
+        broken = break_plugin(node)
+        assert start_pod(node) == [1]
         conflist.write_text(by_hand)  # wakes the agent, which would look within two minutes
         agent.wait_until("without us", lambda: types(node) == ["bridge"])
         assert start_pod(node) == []
         agent.wait_until("told", lambda: not agent.runs())
         assert end_pod(node) == 0
         assert agent.events().count("entry_withdrawn") == 1
-        assert "asks for /lib64/ld-linux" in agent.status()["plugin_problem"]
+        assert f"{LOADER} in its folder" in agent.status()["plugin_problem"]
         code, said = agent.get("/readyz")
-        assert (code, "asks for /lib64/ld-linux" in said) == (503, True)
+        assert (code, f"{LOADER} in its folder" in said) == (503, True)
 
-        node.run("umount", "/lib64")
+        node.run("umount", broken)
         agent.wait_until("with us again", lambda: types(node) == ["bridge", names.PLUGIN])
         assert start_pod(node) == [0]
         assert entry(node)["excludeNamespaces"] == options["excludeNamespaces"]
@@ -313,11 +340,11 @@ def test_an_installed_plugin_that_runs_no_longer(agent: Agent) -> None:
         assert agent.status()["plugin_problem"] is None
 
 
-def test_a_node_that_boots_without_what_the_plugin_needs(agent: Agent) -> None:
+def test_a_node_that_boots_with_a_broken_plugin(agent: Agent) -> None:
     """Before anything is loaded, which takes its time, no pod must fail."""
     node = agent.node
     assert program(node, "install", *agent.folders).returncode == 0
-    node.run("mount", "-t", "tmpfs", "none", "/lib64")
+    break_plugin(node)
     with agent.running():
         agent.wait_until("loading", lambda: "loading" in agent.events())
         assert types(node) == ["bridge"]

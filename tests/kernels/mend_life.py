@@ -33,7 +33,9 @@ STATE = Path("/run/life")
 SYSCTL = Path("/proc/sys/kernel/ftrace_enabled")
 PATIENCE_S = 60.0
 # Of an emulated CPU it needs more than a fiftieth.
-JOINER = "import sys; from install import cli, joiner; joiner.SHARE = 0.5; sys.exit(cli.main())"
+JOINER = (
+    "import sys; from install.program import cli, joiner; joiner.SHARE = 0.5; sys.exit(cli.main())"
+)
 _Fork = multiprocessing.get_context("fork")
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 JOINER_PATIENCE_S = 60.0
 SHOWN = 5  # pods named in one line; --json has all
-_OTHER_PLUGIN = "make freeze builds a plugin for older nodes; the image brings that one"
+_NEEDS = "mend that: it needs a folder that allows execution, and no library of the node's"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _runs(asked: Asked, problem: str = "") -> Finding:
     found = _tried(asked)
     if not problem or found.status == exits.NOT:
         return found
-    return finding.broken("plugin runs", problem, _OTHER_PLUGIN, THE_PROGRAM)
+    return finding.broken("plugin runs", problem, _NEEDS, THE_PROGRAM)
 
 
 def _tried(asked: Asked) -> Finding:
@@ -127,7 +127,7 @@ def _tried(asked: Asked) -> Finding:
         else:
             files.check_source_runs()
     except DoesNotRun as error:
-        return finding.broken("plugin runs", str(error), _OTHER_PLUGIN, THE_PROGRAM)
+        return finding.broken("plugin runs", str(error), _NEEDS, THE_PROGRAM)
     except InstallError as error:
         hint = "try again; `install` tries it, too"
         return finding.less("plugin runs", str(error), hint, THE_PROGRAM)
