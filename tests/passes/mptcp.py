@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import socket
+import time
 from typing import Any
 
 from tests.light import LightPod, accelerated, away_from_pods
 from tests.passes import churn
 
 _IPPROTO_MPTCP = 262
+MOST_EXCHANGES = 500  # a socket joins after some twenty, and 50 ms
 
 
 def joined(pod: LightPod, family: socket.AddressFamily) -> int:
@@ -24,12 +26,15 @@ def joined(pod: LightPod, family: socket.AddressFamily) -> int:
             client.connect(listener.getsockname())
             with listener.accept()[0] as server:
                 server.settimeout(5)
-                for _ in range(3):
+                for _ in range(MOST_EXCHANGES):
                     client.sendall(b"c")
                     server.recv(1)
                     server.sendall(b"s")
                     client.recv(1)
+                    time.sleep(0.001)
                     pod.visit()
+                    if pod.members() - before == 2:
+                        break
                 return pod.members() - before
 
 
