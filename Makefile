@@ -48,7 +48,7 @@ apps: build .venv/.apps-ready
 test: lint pytest
 
 pytest: build .venv/.apps-ready
-	$(PY) -m pytest tests
+	$(PY) -m pytest -n 2 --dist loadgroup tests
 
 # Random traffic on all three hops, every byte checked, for MINUTES; a load and pauses meanwhile.
 MINUTES ?= 30

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # A job of nohup's ignores it, and so would each program that a test starts and interrupts.
@@ -13,3 +15,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # By default an example must be done in 200 ms: no test asserts an absolute time.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+# pytest-xdist runs each lane in a process of its own, its tests one after another. The two take
+# about as long, and share nothing but the machine.
+FIRST_LANE = ("integration", "unit")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        item.add_marker(pytest.mark.xdist_group("first" if folder in FIRST_LANE else "second"))
