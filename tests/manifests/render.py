@@ -37,8 +37,8 @@ _MONITORING_HEAD = """\
 # the labels that yours select. docs/operating.md has the alerts.
 """
 _ESTIMATE_HEAD = """\
-# What would tcpip-bypass bring on these nodes? Looks at the pods' connections for a minute, prints the
-# answer into its log, and ends. Loads nothing, attaches nothing, writes nothing.
+# What would tcpip-bypass bring on these nodes? Looks at the pods' connections for a minute, prints
+# the answer into its log, and ends. Loads nothing, attaches nothing, writes nothing.
 #     kubectl label node NAME... tcpip-bypass/estimate=true
 #     kubectl apply -f install/estimate.yaml       # completions and parallelism: how many nodes
 #     kubectl -n kube-system logs -l app.kubernetes.io/name=tcpip-bypass-estimate --prefix --tail=-1
