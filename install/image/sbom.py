@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import tomllib
+
 OURS = Path(__file__).resolve().parents[2]
 FORMAT = r"${binary:Package}\t${Version}\t${Architecture}\n"
 
@@ -54,6 +56,12 @@ def frozen() -> Iterator[tuple[str, str, str]]:
         if pinned := re.fullmatch(r"\t([\w.-]+)==([\w.]+)", line):
             name, version = pinned.groups()
             yield name.lower(), version, f"pkg:pypi/{name.lower()}@{version}"
+
+
+def our_version() -> str:
+    """Ours, which pyproject.toml has."""
+    found: str = tomllib.loads((OURS / "pyproject.toml").read_text())["project"]["version"]
+    return found
 
 
 def document(parts: Sequence[tuple[str, str, str]], version: str, created: str) -> dict[str, Any]:
@@ -102,9 +110,8 @@ def main() -> None:
     folder, plugin_packages = map(Path, sys.argv[1:])
     in_plugin = [*debian(plugin_packages.read_text()), *frozen()]
     parts = sorted({*debian(installed()), *libraries(folder), *in_plugin})
-    (version,) = re.findall(r'VERSION = "(.*)"', (OURS / "install" / "__init__.py").read_text())
     created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    print(json.dumps(document(parts, version, created), indent=1))
+    print(json.dumps(document(parts, our_version(), created), indent=1))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shlex
 import pytest
 
 from install.image import sbom
+from install.program import VERSION
 from tests.image import dockerfile
 from tests.unit.cases import ROOT
 
@@ -20,6 +21,10 @@ def test_every_pinned_package_of_the_plugin_is_in() -> None:
     pins = re.findall(r"^\t([\w.-]+)==", text, re.MULTILINE)
     assert len(pins) > 10
     assert {name for name, _, _ in sbom.frozen()} == {pin.lower() for pin in pins}
+
+
+def test_the_version_is_the_programs() -> None:
+    assert sbom.our_version() == VERSION
 
 
 def test_packages_of_the_distribution() -> None:
