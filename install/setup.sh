@@ -23,8 +23,7 @@ done
 if [ -n "$missing" ]; then
 	export DEBIAN_FRONTEND=noninteractive
 	apt-get update -q
-	# RUNLEVEL=1: nginx, containerd and prometheus (of which only promtool is wanted) are test
-	# subjects here, no service must start.
+	# RUNLEVEL=1: nginx, containerd and prometheus are test subjects here, no service must start.
 	# shellcheck disable=SC2086
 	RUNLEVEL=1 apt-get -o DPkg::Lock::Timeout=600 install -y -q --no-install-recommends $missing
 fi
