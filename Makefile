@@ -12,7 +12,7 @@ setup: .venv/.ready
 
 AGENT := install/program/agent
 
-.venv/.ready: requirements.txt pyproject.toml install/setup.sh install/tools.txt $(AGENT)/cri.proto \
+.venv/.ready: requirements.txt pyproject.toml install/setup.sh $(AGENT)/cri.proto \
 		$(AGENT)/messages.sh
 	./install/setup.sh
 	touch $@

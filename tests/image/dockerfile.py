@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds what a Dockerfile says, with debootstrap, overlayfs and chroot instead of an engine.
 
-Knows FROM debian:N, LABEL, RUN, COPY and ENTRYPOINT; anything else is an error. As in an engine,
-each instruction makes a layer, named by everything that went into it, and is not run again as long
-as that stays the same.
+Knows ARG, FROM debian:N, LABEL, RUN, COPY and ENTRYPOINT; anything else is an error. As in an
+engine, each instruction makes a layer, named by everything that went into it, and is not run again
+as long as that stays the same.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,15 +63,15 @@ class Builder:
     context: Path
     store: Path
 
-    def build(self, dockerfile: Path) -> Stage:
-        """The last stage.
+    def build(self, dockerfile: Path, given: Mapping[str, str]) -> Stage:
+        """The last stage; `given` are build arguments.
 
         Raises:
             BuildError: an instruction has failed; the message holds what it printed.
         """
         stages: dict[str, Stage] = {}
         stage, name = Stage(()), ""
-        for instruction in instructions(dockerfile.read_text()):
+        for instruction in resolved(dockerfile.read_text(), given):
             keyword, _, rest = instruction.partition(" ")
             if keyword == "FROM":
                 image, _, name = rest.partition(" AS ")
@@ -161,6 +162,40 @@ def instructions(text: str) -> Iterator[str]:
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     for line in "\n".join(lines).replace("\\\n", "").splitlines():
         yield " ".join(line.split())
+
+
+def resolved(text: str, given: Mapping[str, str]) -> Iterator[str]:
+    """The instructions without ARG, which is filled in where it says `${NAME}`.
+
+    Those above the first FROM hold for every FROM; a stage that wants one names it again.
+
+    Raises:
+        BuildError: a given argument is not asked for, or the environment of a RUN would have one.
+    """
+    outer: dict[str, str] = {}
+    known, asked = outer, set()
+    for instruction in instructions(text):
+        keyword, _, rest = instruction.partition(" ")
+        if keyword == "ARG":
+            name, _, default = rest.partition("=")
+            known[name] = given.get(name, default or outer.get(name, ""))
+            asked.add(name)
+            continue
+        if keyword == "RUN" and known:
+            names = ", ".join(known)
+            raise BuildError(f"cannot put {names} into the environment of {instruction!r}")
+        if keyword == "FROM":
+            yield _filled_in(instruction, outer)
+            known = {}
+        else:
+            yield _filled_in(instruction, known) if keyword == "LABEL" else instruction
+    if given.keys() - asked:
+        raise BuildError(f"no ARG asks for {', '.join(sorted(given.keys() - asked))}")
+
+
+def _filled_in(instruction: str, values: Mapping[str, str]) -> str:
+    """Of a name without a value nothing stays, as in an engine."""
+    return re.sub(r"\$\{(\w+)\}", lambda found: values.get(found[1], ""), instruction)
 
 
 def _first(roots: tuple[Path, ...], path: str) -> Path:

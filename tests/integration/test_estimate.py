@@ -218,7 +218,7 @@ def test_sockets_that_could_not(how: str, reason: str | None) -> None:
 
 def test_with_the_capabilities_of_the_job() -> None:
     """No runtime here, so pods go by their network namespaces; other tests' are among them."""
-    (job,) = manifests.documents(manifests.INSTALL / "estimate.yaml")
+    (job,) = manifests.documents(manifests.ESTIMATE)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     granted = container["securityContext"]["capabilities"]["add"]
     options = ("--seconds", "1", "--json", "--conf-json", '{"scope": "all"}')

@@ -22,6 +22,7 @@ CHART = INSTALL / "chart"
 DAEMONSET = INSTALL / "daemonset.yaml"
 UNINSTALL = INSTALL / "uninstall.yaml"
 MONITORING = INSTALL / "monitoring.yaml"
+ESTIMATE = INSTALL / "estimate.yaml"
 OVERLAYS = INSTALL / "overlays"
 
 NEWEST = "1.37"  # of Kubernetes

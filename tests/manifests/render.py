@@ -16,7 +16,7 @@ import yaml
 
 from tests import manifests
 from tests.bed.bed import REPOSITORY
-from tests.manifests import CHART, DAEMONSET, MONITORING, OVERLAYS, Json
+from tests.manifests import CHART, DAEMONSET, ESTIMATE, MONITORING, OVERLAYS, Json
 
 PLATFORMS = CHART / "files" / "platforms.yaml"
 RULES = CHART / "files" / "rules.yaml"
@@ -35,6 +35,17 @@ _HEAD = """\
 _MONITORING_HEAD = """\
 # For the Prometheus operator and Grafana's sidecar: kubectl apply -f install/monitoring.yaml, with
 # the labels that yours select. docs/operating.md has the alerts.
+"""
+_ESTIMATE_HEAD = """\
+# What would tcpip-bypass bring on these nodes? Looks at the pods' connections for a minute, prints
+# the answer into its log, and ends. Loads nothing, attaches nothing, writes nothing.
+#     kubectl label node NAME... tcpip-bypass/estimate=true
+#     kubectl apply -f install/estimate.yaml       # completions and parallelism: how many nodes
+#     kubectl -n kube-system logs -l app.kubernetes.io/name=tcpip-bypass-estimate --prefix --tail=-1
+#     kubectl delete -f install/estimate.yaml
+# On k3s, CRI-O (criSocket=/run/crio/crio.sock) and others, in place of the second line:
+#     helm template install/chart -n kube-system --set platform=k3s,estimate.nodes=3 \\
+#         -s templates/estimate.yaml | kubectl apply -f -
 """
 _BEGIN, _END = "<!-- alerts: rendered by make manifests -->", "<!-- end of alerts -->"
 _KIND = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
@@ -95,6 +106,8 @@ def files() -> dict[Path, str]:
     on = {"monitoring": {"podMonitor": True, "prometheusRule": True, "dashboard": True}}
     monitoring = manifests.templated({**plain, **on}, only="monitoring")
     found[MONITORING] = _MONITORING_HEAD + GENERATED + _without_sources(monitoring)
+    estimate = manifests.templated({**plain, "estimate": {"nodes": 3}}, only="estimate")
+    found[ESTIMATE] = _ESTIMATE_HEAD + GENERATED + _without_sources(estimate)
     found[OPERATING] = with_alerts(OPERATING.read_text())
     return found
 
@@ -130,7 +143,8 @@ def _without_labels(text: str) -> str:
 
 
 def _without_sources(text: str) -> str:
-    return re.sub(r"^# Source: .*\n", "", text.removeprefix("---\n"), flags=re.MULTILINE)
+    text = re.sub(r"^# Source: .*\n", "", text.removeprefix("---\n"), flags=re.MULTILINE)
+    return text.rstrip("\n") + "\n"
 
 
 def _overlay(folder: Path, overlay: Overlay, base: list[Json]) -> dict[Path, str]:

@@ -63,14 +63,71 @@ def test_every_platform_is_valid_for_kubernetes(platform: str, kubernetes: str) 
             assert each["metadata"]["namespace"] == namespace
 
 
+@pytest.mark.parametrize("platform", sorted(render.platforms()))
+@pytest.mark.parametrize("kubernetes", ["1.25", *KUBERNETES])
+def test_the_estimating_job_of_every_platform(platform: str, kubernetes: str) -> None:
+    """With the runtime's folder as the DaemonSet has it, where the program is told to look."""
+    values = {"platform": platform, "estimate": {"nodes": 2}}
+    objects = manifests.parsed(manifests.templated(values, kubernetes, only="estimate"))
+    for each in objects:
+        kubernetes_validate.validate(each, kubernetes, strict=True)
+    *before, job = objects
+    spec = job["spec"]["template"]["spec"]
+    assert (job["spec"]["completions"], job["spec"]["parallelism"]) == (2, 2)
+    assert [each["kind"] for each in before] == (
+        ["ServiceAccount", "RoleBinding"] if "serviceAccountName" in spec else []
+    )
+    installed = manifests.pod_spec(chart(platform=platform))
+    (container,) = spec["containers"]
+    (mount,) = [each for each in container["volumeMounts"] if each["name"] == "cri"]
+    (path,) = [each["hostPath"]["path"] for each in spec["volumes"] if each["name"] == "cri"]
+    (socket,) = [each for each in container["args"] if each.startswith("--cri-socket=")]
+    assert socket.startswith(f"--cri-socket={mount['mountPath']}/")
+    runtime = "crio" if platform == "openshift" else "containerd"
+    folders = {each["name"]: each.get("hostPath", {}).get("path") for each in installed["volumes"]}
+    assert path == folders[runtime]
+    assert container["imagePullPolicy"] == installed["containers"][0]["imagePullPolicy"]
+
+
+def test_the_estimating_job_on_a_node_with_crio_and_with_a_configuration() -> None:
+    (job,) = manifests.parsed(
+        manifests.templated(
+            {
+                "estimate": {"nodes": 1, "seconds": 5},
+                "criSocket": "/run/crio/crio.sock",
+                "conf": {"scope": "all"},
+                "imagePullSecrets": ["registry"],
+            },
+            only="estimate",
+        )
+    )
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    arguments = build_parser().parse_args(container["args"])
+    assert (arguments.command, arguments.seconds) == ("estimate", 5)
+    assert arguments.cri_socket == "/run/crio/crio.sock"
+    assert json.loads(arguments.conf_json) == {"scope": "all"}
+    (path,) = [each["hostPath"]["path"] for each in spec["volumes"] if each["name"] == "cri"]
+    assert path == "/run/crio"
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
+
+
+def test_an_installation_estimates_only_when_asked() -> None:
+    assert "Job" not in {each["kind"] for each in chart()}
+    (job,) = [each for each in chart(estimate={"nodes": 1}) if each["kind"] == "Job"]
+    selector = manifests.daemonset(chart())["spec"]["selector"]["matchLabels"]
+    assert not selector.items() <= job["spec"]["template"]["metadata"]["labels"].items()
+
+
 def test_platforms_are_istio_cnis_and_more() -> None:
     """What the schema lets pass, the table knows; each with the same keys as the values."""
     assert set(SCHEMA["properties"]["platform"]["enum"]) == render.platforms().keys()
     for platform in render.platforms().values():
         places = {"cniConfDir", "cniBinDir", "containerdDir", "crioDir"}
         assert places <= platform.keys()
-        assert platform.keys() <= {*places, "about", "imagePullPolicy", "notNodes", "scc"}
-        assert places <= VALUES.keys()
+        others = {"criSocket", "about", "imagePullPolicy", "notNodes", "scc"}
+        assert platform.keys() <= places | others
+        assert {*places, "criSocket"} <= VALUES.keys()
 
 
 def test_configuration_and_switch_are_the_plugins_own() -> None:
@@ -112,6 +169,7 @@ def test_every_value_is_in_the_schema() -> None:
         ("cniBinDir", "opt/cni/bin", "/cniBinDir"),
         ("nodeSelector", {"a": True}, "/nodeSelector/a"),
         ("monitoring", {"podmonitor": True}, "podmonitor"),
+        ("estimate", {"nodes": "all"}, "/estimate/nodes"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(key: str, value: Any, named: str) -> None:

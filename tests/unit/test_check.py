@@ -192,6 +192,16 @@ def test_a_forced_mode_is_named_with_what_the_self_test_allows() -> None:
     assert found.found == said
 
 
+@pytest.mark.parametrize(("is_tried", "hint"), [(True, "another kernel"), (False, "load")])
+def test_an_untried_kernel_is_not_to_blame(is_tried: bool, hint: str, tmp_path: Path) -> None:
+    if is_tried:
+        (tmp_path / names.NODE_JSON).write_text(json.dumps({"mode": "off"}))
+    asked = Asked(Node(tmp_path, tmp_path), PLACES, (), ROOT)
+    facts = replace(WELL, mode="off", reason="it is so")
+    (found,) = [each for each in of_node.installed(asked, facts) if each.name == "mode"]
+    assert hint in found.hint
+
+
 class Box:
     """A sandbox as the runtime lists it."""
 

@@ -31,9 +31,13 @@ def said(capfd: pytest.CaptureFixture[str]) -> str:
     return text[:-1]
 
 
-def test_plain_is_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:
-    log.info("started", "watching /etc/cni/net.d", pod="shop/cart")
+def test_plain_is_a_sentence_that_names_the_pod(capfd: pytest.CaptureFixture[str]) -> None:
+    log.info("started", "watching /etc/cni/net.d", path="/etc/cni/net.d")
     assert said(capfd) == "watching /etc/cni/net.d"
+    log.info("repaired", "accelerated a pod", pod="shop/cart")
+    assert said(capfd) == "accelerated a pod (shop/cart)"
+    log.info("repaired", "accelerated shop/cart", pod="shop/cart")
+    assert said(capfd) == "accelerated shop/cart"
     log.warning("busy", "two\nlines")
     assert said(capfd) == "warning: two lines"
     log.error("lost", "gone")

@@ -274,7 +274,7 @@ def test_every_library_in_the_image_is_pinned() -> None:
 
 
 def test_the_estimating_job() -> None:
-    (job,) = manifests.documents(manifests.INSTALL / "estimate.yaml")
+    (job,) = manifests.documents(manifests.ESTIMATE)
     validate([job], SUPPORTED)
     spec = job["spec"]["template"]["spec"]
     (container,) = spec["containers"]

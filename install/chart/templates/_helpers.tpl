@@ -19,3 +19,8 @@ app.kubernetes.io/component: node
 app.kubernetes.io/part-of: tcpip-bypass
 app.kubernetes.io/managed-by: {{ .Values.managedBy | default .Release.Service }}
 {{- end -}}
+
+{{- /* Kubernetes before 1.30 knows AppArmor by an annotation, and refuses the field. Empty: no. */ -}}
+{{- define "tcpip-bypass.has_apparmor_field" -}}
+{{- if semverCompare ">=1.30-0" .Capabilities.KubeVersion.Version }}true{{ end -}}
+{{- end -}}

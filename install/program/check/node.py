@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 JOINER_PATIENCE_S = 60.0
 SHOWN = 5  # pods named in one line; --json has all
 _NEEDS = "mend that: it needs a folder that allows execution, and no library of the node's"
+_ANOTHER_KERNEL = "another kernel may allow more: tcpip-bypass-node selftest"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _programs(asked, facts)
     yield _joiner(asked)
     yield from _mend(asked, facts)
-    yield _mode("mode", facts.mode, facts.reason, facts.named_mode)
+    is_tried = (asked.node.state_dir / names.NODE_JSON).exists()
+    hint = _ANOTHER_KERNEL if is_tried else "tcpip-bypass-node load"
+    yield _mode("mode", facts.mode, facts.reason, facts.named_mode, hint)
     if facts.paused_by:
         by_switch = report.SWITCH in facts.paused_by
         hint = report.undoing(facts.paused_by, "tcpip-bypass-node resume")
@@ -184,12 +187,18 @@ def _mend(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
         yield finding.well("fionread", "the kernel gets it wrong, and it is mended", finding.MEND)
 
 
-def _mode(name: str, allowed: str, reason: str, named: tuple[str, str] | None) -> Finding:
-    """``named`` is the mode that is forced, and what forces it."""
+def _mode(
+    name: str,
+    allowed: str,
+    reason: str,
+    named: tuple[str, str] | None,
+    hint: str = _ANOTHER_KERNEL,
+) -> Finding:
+    """``named`` is the mode that is forced, and what forces it; ``hint`` is for less than full."""
     if named is not None:
         return _forced(name, named, f"the self-test allows {allowed}: {reason}")
     found = allowed if allowed == "full" else f"{allowed}: {reason}"
-    hint = "" if allowed == "full" else "another kernel may allow more: tcpip-bypass-node selftest"
+    hint = "" if allowed == "full" else hint
     return Finding(name, exits.of_mode(allowed), found, hint, finding.KERNEL_TRIED)
 
 
