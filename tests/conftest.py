@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -19,9 +20,13 @@ settings.load_profile("any machine")
 # pytest-xdist runs each lane in a process of its own, its tests one after another. The two take
 # about as long, and share nothing but the machine.
 FIRST_LANE = ("integration", "unit")
+WITHOUT_ROOT = "unit"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that make namespaces and load BPF programs fail without root, they are not skipped."""
     for item in items:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder != WITHOUT_ROOT and os.geteuid() != 0:
+            pytest.exit(f"tests/{folder} must run as root", returncode=1)
         item.add_marker(pytest.mark.xdist_group("first" if folder in FIRST_LANE else "second"))

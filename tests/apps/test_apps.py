@@ -31,13 +31,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _root() -> None:
-    """These tests make namespaces and load BPF programs: without root they fail, not skip."""
-    if os.geteuid() != 0:
-        pytest.exit("the applications' tests must run as root", returncode=1)
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[dict[Mode, AppNode]]:
     with bed.opened({"full": KINDS, "auto": ("bypass",)}) as made:

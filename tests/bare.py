@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from tests.bare.machine import BareError, Log, bare_machine, base
 from tests.bed import signals
+from tests.bed.bare import BareError, Log, bare_machine, base
 from tests.bed.bed import REPOSITORY
 
 STORE = REPOSITORY / "build" / "setup-test"
