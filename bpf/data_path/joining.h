@@ -32,6 +32,9 @@
 /* One that left joins again after so many times as many exchanges as the last time. */
 #define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
+/* An exchange of such a weight, 512 KB, goes by TCP for the most part: TB_STREAM. A socket that
+ * makes such exchanges would join and leave again. So it backs off at once. */
+#define TB_LARGE_EXCHANGE 16
 
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
@@ -59,6 +62,13 @@ static __always_inline void tb_start_over(struct tb_conn *conn)
 {
 	conn->exchanges = 0;
 	conn->watched = 0;
+}
+
+/* Another time, after so many times as many exchanges as the last time. */
+static __always_inline void tb_back_off(struct tb_conn *conn)
+{
+	tb_start_over(conn);
+	conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);
 }
 
 /* Counts an exchange if bytes went there and back since the last one. Returns its weight, 0 for
@@ -138,6 +148,8 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		return;
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	conn->watched += weight != 0;
+	if (weight > TB_LARGE_EXCHANGE)
+		tb_back_off(conn);
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
 	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
 	 * So the current thread is the sender, or a reader that acknowledges. */
@@ -305,8 +317,7 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 	sockhash.delete(&id);
 	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
 	conn->moved.sent = tb_sent(conn->me.sk);
-	tb_start_over(conn);
-	conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);
+	tb_back_off(conn);
 	tb_set_membership(conn, TB_OUT, now);
 	tb_count_membership(conn, 0);
 }

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections too young to join: bpf/data_path/pairing.h, TB_MIN_SEGMENTS and TB_MIN_AGE."""
+"""Connections too young to join: bpf/data_path/pairing.h, TB_MIN_SEGMENTS and TB_MIN_AGE; and those
+that would soon leave: joining.h, TB_LARGE_EXCHANGE."""
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -12,10 +15,11 @@ import pytest
 
 from bpf.loader import Programs
 from tests import light
-from tests.fuzz.cases import Ends, holds
+from tests.fuzz.cases import Ends, heard, holds
 from tests.light import LIMITS, LightPod
 
 YOUNG_MS = 200
+ANSWER = 1 << 20
 
 
 @pytest.fixture
@@ -51,3 +55,28 @@ def test_an_older_one_joins_with_its_next_exchanges(pod: LightPod) -> None:
     assert holds(ask, pod)
     assert pod.total().joined == 2
     assert pod.total().connections == {"paired": 2}
+
+
+def test_large_answers_go_by_tcp_until_there_are_small_ones(pod: LightPod) -> None:
+    """Most of such an answer would go by TCP from within the sockhash, where that costs more."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        with ThreadPoolExecutor(1) as pool:
+            until = time.monotonic() + 3 * YOUNG_MS / 1000
+            while time.monotonic() < until:
+                ends.client.send(b"ping")
+                assert heard(ends.server, 4) == b"ping"
+                answer = pool.submit(heard, ends.client, ANSWER)
+                sent = 0
+                while sent < ANSWER:
+                    select.select([], [ends.server], [], 5)
+                    sent += ends.server.send(bytes(ANSWER - sent))
+                assert len(answer.result()) == ANSWER
+        assert pod.total().joined == 0
+        ends.join(pod)
+        return True
+
+    assert holds(ask, pod)
+    total = pod.total()
+    assert (total.joined, total.left) == (2, 0)
