@@ -20,7 +20,7 @@ from tests.apps.application import Application, Figures
 from tests.apps.bed import AppNode
 from tests.apps.place import HOPS, HopName
 from tests.apps.registry import APPLICATIONS
-from tests.bed import cpus, pairs
+from tests.bed import congestion, cpus, pairs
 from tests.bed.bed import REPOSITORY
 from tests.bed.cpus import Cpus
 from tests.bed.pairs import KINDS, Cost, Kind
@@ -161,7 +161,8 @@ def run(chosen: argparse.Namespace, console: Console) -> int:
     path: Path = chosen.output / f"{chosen.mode}.json"
     results = load(path) if path.exists() else Results()
     measuring = cpus.chosen()
-    with bed.opened({chosen.mode: KINDS}) as nodes:
+    usual = congestion.USUAL
+    with congestion.allowed(usual), bed.opened({chosen.mode: KINDS}, usual) as nodes:
         for name in chosen.apps:
             plan = QUICK if chosen.quick else FULL
             application, node = APPLICATIONS[name], nodes[chosen.mode]

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bpf import abi
@@ -37,9 +37,15 @@ class AppNode:
 
 
 @contextmanager
-def opened(wanted: Mapping[Mode, Sequence[Kind]]) -> Iterator[dict[Mode, AppNode]]:
-    """A node that has, for each of these modes of the plugin's configuration, pods of its kinds."""
-    with open_bed() as made, ExitStack() as stack:
+def opened(
+    wanted: Mapping[Mode, Sequence[Kind]], congestion: str | None = None
+) -> Iterator[dict[Mode, AppNode]]:
+    """A node that has, for each of these modes of the plugin's configuration, pods of its kinds.
+
+    ``congestion`` is their TCP's congestion control; None: the machine's own.
+    """
+    with open_bed() as node, ExitStack() as stack:
+        made = replace(node, congestion=congestion)
         yield {mode: _network(made, mode, kinds, stack) for mode, kinds in wanted.items()}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bed import cgroups, cni, netns, pod, sweep
+from tests.bed import cgroups, cni, congestion, netns, pod, sweep
 from tests.bed.cni import Chain, Json
 from tests.bed.istio import Interception
 from tests.bed.netns import NetNamespace
@@ -38,6 +38,7 @@ class Bed:
     cgroup: Path
     chain: Chain
     node: NodeProgram
+    congestion: str | None = None  # of the pods made from then on; None: the machine's own
 
     @contextmanager
     def pod(
@@ -59,6 +60,8 @@ class Bed:
             interception=interception,
             annotations=annotations or {},
         ) as made:
+            if self.congestion is not None:
+                congestion.choose(made.netns, self.congestion)
             yield made
 
     def network(self, name: str, primary: Json, **conf: Any) -> Bed:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.bed.netns import NetNamespace
 
+USUAL = "cubic"  # Linux's own; the image of a machine may choose another
 SYSCTLS = Path("/proc/sys/net/ipv4")  # of the namespace that the calling thread is in
 ALLOWED = SYSCTLS / "tcp_allowed_congestion_control"  # the machine's, in its first namespace only
 
@@ -37,8 +38,3 @@ def choose(netns: NetNamespace, name: str) -> None:
     """Makes it the namespace's default; raises OSError unless it is allowed()."""
     with netns.entered():
         (SYSCTLS / "tcp_congestion_control").write_text(name)
-
-
-def current() -> str:
-    """The machine's own choice."""
-    return (SYSCTLS / "tcp_congestion_control").read_text().strip()

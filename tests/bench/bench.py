@@ -5,18 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich.console import Console
 
-from tests.bed import Bed, cni, open_bed, pairs
+from tests.bed import Bed, cni, congestion, open_bed, pairs
 from tests.bed.cpus import Cpus
 from tests.bed.pairs import Bytes, Pair
 from tests.bench import results
 from tests.bench.results import Sample, Section
 
 Effort = Literal["full", "quick", "smoke"]  # smoke: does it run at all
+
+
+@contextmanager
+def measured_bed(subnets: Sequence[str] = cni.IPV4) -> Iterator[Bed]:
+    """One whose pods have the congestion control that nodes usually have."""
+    with congestion.allowed(congestion.USUAL), open_bed(subnets=subnets) as bed:
+        yield replace(bed, congestion=congestion.USUAL)
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Bench:
     @contextmanager
     def bed(self, subnets: Sequence[str] = cni.IPV4) -> Iterator[Bed]:
         """A bed; the section says in which mode its pods are, and what `auto` would be here."""
-        with open_bed(subnets=subnets) as bed:
+        with measured_bed(subnets) as bed:
             status = bed.node.status()
             verdict = {"mode": status["mode"], "reason": status["reason"]}
             self.section.machine["mode"] = bed.chain.plugins[-1]["mode"]

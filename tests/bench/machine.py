@@ -40,7 +40,7 @@ def facts(measuring: Cpus) -> dict[str, Any]:
         "cpu": cpus.model(),
         "cpus": os.cpu_count(),
         "measuring_cpu": measuring.measured,
-        "congestion_control": congestion.current(),
+        "congestion_control": congestion.USUAL,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "versions": {
             "python": platform.python_version(),
