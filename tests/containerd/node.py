@@ -79,6 +79,7 @@ class Node:
             input=stdin,
             capture_output=True,
             text=True,
+            errors="replace",  # a damaged program is read as a script, and quoted
             timeout=COMMAND_TIMEOUT_S,
             start_new_session=True,
             check=False,
