@@ -55,10 +55,10 @@ static char *put(char *at, const char *text)
 	return at;
 }
 
-static bool is_of_cni(const char *variable)
+static bool has_prefix(const char *text, const char *prefix)
 {
-	for (const char *prefix = "CNI_"; *prefix; prefix++)
-		if (*variable++ != *prefix)
+	while (*prefix)
+		if (*text++ != *prefix++)
 			return false;
 	return true;
 }
@@ -116,15 +116,22 @@ __attribute__((used)) void start(long *stack)
 	*next++ = archive;
 	*next++ = "_PYI_PARENT_PROCESS_LEVEL=-1";
 	*next++ = "_PYI_LINUX_PROCESS_NAME=tcpip-bypass";
-	for (; *variables; variables++)
-		if (is_of_cni(*variables))
+	/* Without the plugin a pod still ends, and the node stays ready. */
+	bool must_work = false;
+	for (; *variables; variables++) {
+		if (has_prefix(*variables, "CNI_"))
 			*next++ = *variables;
+		if (has_prefix(*variables, "CNI_COMMAND=DEL") ||
+		    has_prefix(*variables, "CNI_COMMAND=STATUS"))
+			must_work = true;
+	}
 	*next = 0;
 	system_call(__NR_execve, (long)loader, arguments, environment, 0);
 
-	system_call(__NR_write, 1, no_loader, (const void *)(sizeof(no_loader) - 1), 0);
+	if (!must_work)
+		system_call(__NR_write, 1, no_loader, (const void *)(sizeof(no_loader) - 1), 0);
 	for (;;)
-		system_call(__NR_exit_group, 1, 0, 0, 0);
+		system_call(__NR_exit_group, !must_work, 0, 0, 0);
 }
 
 #if defined(__x86_64__)

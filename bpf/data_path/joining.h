@@ -33,7 +33,8 @@
 #define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
 /* An exchange of such a weight, 512 KB, goes by TCP for the most part: TB_STREAM. A socket that
- * makes such exchanges would join and leave again. So it backs off at once. */
+ * makes no others would join and leave again. So it backs off when the first that is watched is
+ * one. */
 #define TB_LARGE_EXCHANGE 16
 
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
@@ -147,9 +148,9 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	if (sent == first)
 		return;
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
-	conn->watched += weight != 0;
-	if (weight > TB_LARGE_EXCHANGE)
+	if (weight > TB_LARGE_EXCHANGE && !conn->watched && tb_has_peer(conn))
 		tb_back_off(conn);
+	conn->watched += weight && weight <= TB_LARGE_EXCHANGE;
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
 	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
 	 * So the current thread is the sender, or a reader that acknowledges. */
@@ -178,13 +179,10 @@ static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u
 	       !tb_sleepers(sk) && tb_is_same_connection(conn, sk);
 }
 
-/* `socket` lies at `sk`. */
-static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk, __u64 now)
+/* `socket` lies at `sk`, and had the id before it was looked at. */
+static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk, __u64 id,
+				    __u64 now)
 {
-	__u64 id = *(volatile __u64 *)&conn->me.id;
-
-	if (!id)
-		return;
 	/* Another program's sockmap has it already: the kernel would let both. Or it has left, and
 	 * a call that began before still holds its former psock. */
 	if (tb_read64(sk + OFF_SOCK_USER_DATA)) {
@@ -204,6 +202,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	}
 	if (conn->me.id != id) { /* the socket was used again: tb_use_again() */
 		sockhash.delete(&id);
+		conn->at.psock = 0;
 		return;
 	}
 	if ((int)(tb_sent(sk) - conn->moved.sent) > 0) /* the last exchange */
@@ -354,7 +353,7 @@ static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64
 
 /* `socket` lies at `sk`. */
 static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket, __u64 sk,
-					      __u64 now)
+					      __u64 id, __u64 now)
 {
 	__u32 outcome;
 
@@ -365,7 +364,7 @@ static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket
 	if (outcome)
 		tb_refuse(conn, outcome);
 	else
-		tb_join(conn, socket, sk, now);
+		tb_join(conn, socket, sk, id, now);
 }
 
 /* What tb_visit() finds. */
@@ -376,15 +375,15 @@ enum tb_needs { TB_NEEDS_EDGE = 1, TB_NEEDS_VISIT = 2 };
 static __always_inline int tb_visit(void *socket, __u64 sk)
 {
 	struct tb_conn *conn = conns.sk_storage_get(socket, 0, 0);
-	__u64 now = bpf_ktime_get_ns();
+	__u64 now = bpf_ktime_get_ns(), id = conn ? *(volatile __u64 *)&conn->me.id : 0;
 	int may_be_behind, found = 0;
 
-	if (!conn || !conn->me.id)
+	if (!conn || !id)
 		return 0;
 	may_be_behind = tb_may_be_behind(conn); /* as a member it may still know */
 	tb_visit_sender(conn);
 	if (tb_membership(conn->state) == TB_OUT)
-		tb_visit_outsider(conn, socket, sk, now);
+		tb_visit_outsider(conn, socket, sk, id, now);
 	else if (tb_visit_member(conn, sk, now))
 		found |= TB_NEEDS_VISIT;
 	if (may_be_behind && tb_find_edge(conn, sk))

@@ -200,11 +200,12 @@ def _mount() -> Path:
 @contextmanager
 def _scratch_cgroup() -> Iterator[Path]:
     """A cgroup of our own, locked as long as we live, so that sweep() can tell it from litter."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=_mount()))
-    except OSError as error:
-        raise LoadError(f"cannot make a scratch cgroup: {error}") from error
-    with lock.held(folder):
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=_mount()))
+            stack.enter_context(lock.held(folder))
+        except OSError as error:
+            raise LoadError(f"cannot make a scratch cgroup: {error}") from error
         try:
             yield folder
         finally:

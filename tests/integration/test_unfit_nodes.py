@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -147,9 +148,13 @@ def test_a_root_without_proc(tmp_path: Path, name: str) -> None:
 def test_a_plugin_without_its_loader(tmp_path: Path) -> None:
     plugin = shutil.copytree(FROZEN_PLUGIN, tmp_path / "plugin")
     (plugin / LOADER).unlink()
-    done = subprocess.run([plugin / names.PLUGIN], capture_output=True, text=True, check=False)
+    call = partial(subprocess.run, [plugin / names.PLUGIN], capture_output=True, text=True)
+    done = call(env={"CNI_COMMAND": "ADD"})
     assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 999)
     assert f"{LOADER} in its folder cannot be executed" in done.stdout
+    for command in ("DEL", "STATUS"):  # a pod ends, and the node stays ready
+        done = call(env={"CNI_COMMAND": command})
+        assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_the_plugin_gets_no_variable_but_cnis() -> None:
