@@ -26,11 +26,8 @@ minutes; `make bench BENCH=--quick`: two). Every table is then in `build/bench/t
 Each value is measured over TCP/IP and bypassed in turn, within seconds, every other pair in reverse
 order, on pinned CPUs, after a warm-up. The plain pods are on the same node and differ in the
 annotation `tcpip-bypass/enabled: "false"` alone. A ratio is the median of the pairs' ratios, bypass
-to TCP. In brackets is its 95 % interval: the percentile bootstrap over the pairs (4,000 times as
-many pairs as there are, drawn with replacement). With five pairs that is nearly their whole range.
-
-Only connections between event loops bypass, and only once they have joined. What cannot bypass is
-measured for what the programs cost it.
+to TCP. In brackets is its 95 % interval, by the percentile bootstrap over the pairs: of five pairs
+nearly the whole range. What cannot bypass is measured for what the programs cost it.
 """
 NOTHING = "Nothing has been measured yet."
 TABLES = """\
@@ -100,7 +97,7 @@ def _mode(found: Mapping[str, Any]) -> str:
     verdict = found["auto"]
     if found["mode"] == verdict["mode"]:
         return f"mode {found['mode']}, which is what auto decides on this kernel"
-    return f"mode {found['mode']}, forced (auto decides on {verdict['mode']}: {verdict['reason']})"
+    return f"mode {found['mode']}, forced (auto decides on {verdict['mode']})"
 
 
 def _joining(results: Results) -> Iterator[str]:

@@ -158,8 +158,7 @@ CHAPTERS = {
         "A small C program takes the sidecar's and the application's place; both ends are on one "
         "CPU. Each end is an event loop: a non-blocking socket, and epoll_wait before each recv. "
         "Measured once the connection has joined. AF_UNIX stream sockets on the same CPU are the "
-        "limit that the paper names. Ends that block in recv stay on TCP; blocking: that they lose "
-        "nothing.",
+        "limit. Ends that block in recv stay on TCP.",
         (
             Table(
                 "",
@@ -183,22 +182,15 @@ CHAPTERS = {
         "A socket joins after bytes there and back, and a direction goes by TCP once 256 KB were "
         "sent without an answer. So a stream one way goes by TCP: from its first byte on where the "
         "connection is fresh, soon where it has joined (200 ms of questions and answers before "
-        "it). It leaves once the sockhash costs it more than it gains. What is measured there is "
-        "what the programs cost. Duplex: both ends read and write, also after 200 ms.",
+        "it). Duplex: both ends read and write, also after 200 ms.",
         STREAMS,
     ),
     "mesh": Chapter(
         "The whole mesh",
-        "Load generator, Envoy, Envoy, nginx, all on one CPU. CPU time is that of both pods "
-        "(cpu.stat of their cgroups), the load generator's included; the kernel counts softirq "
-        "work for the process on whose time it ran, which here is one of these.\n\n"
-        "At a fixed rate the CPU rests between requests and finds its caches cold. A small request "
-        "then takes about twice the CPU that it takes in a closed loop of one connection, over TCP "
-        "and bypassed. The hops save about as much as there, so it is a smaller part.\n\n"
-        "The limit is measured, too: the same programs with a socket of AF_UNIX in the place of "
-        "each hop's TCP connection. They make as many system calls.\n\n"
-        "The Envoys' connections have joined in a warm-up. So have those of the generator with a "
-        "fixed rate; those of a closed loop join within its first tenth of a second.",
+        "Load generator, Envoy, Envoy, nginx, all on one CPU; all their CPU time counts. At a "
+        "fixed rate the CPU rests between requests and finds its caches cold. A small request then "
+        "takes about twice the CPU, and what the hops save is a smaller part.\n\n"
+        "The limit is measured, too: AF_UNIX in the place of each hop's TCP connection.",
         (
             Table(
                 "So many connections, each asks again when it is answered (wrk; HTTP/2: h2load)",
