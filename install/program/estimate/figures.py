@@ -24,9 +24,9 @@ class RoundTrip:
 
 
 ROUND_TRIPS = {
-    "inbound": RoundTrip(27.7, 17.3),
-    "outbound": RoundTrip(31.5, 16.5),
-    "sidecars": RoundTrip(34.8, 17.7),
+    "inbound": RoundTrip(7.79, 5.11),
+    "outbound": RoundTrip(8.27, 5.08),
+    "sidecars": RoundTrip(9.82, 5.14),
 }
 # Hops without a sidecar were not measured by themselves: inside a pod as towards the application,
 # between two as between sidecars.
