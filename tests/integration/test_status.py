@@ -112,7 +112,7 @@ def test_status_of_a_pod_that_talks(bed: Bed, pod: Pod) -> None:
     assert set(found["ips"]) == set(pod.ips)
     counted = found["hops"]["local"]
     assert sent - YOUNG < counted["bypassed_bytes"] + counted["tcp_bytes"] <= sent
-    assert counted["bypassed_bytes"] > sent / 2
+    assert counted["bypassed_bytes"] > sent / 10  # on a busy machine joining takes its time
     assert counted["connections"] == {"paired": 2}
     table = bed.node.call("status")
     print(table)
