@@ -50,7 +50,8 @@ MB = 1 << 20
 STREAM = 256 * 1024  # TB_STREAM
 JOINER_S = 20.0  # until the joiner has let go of a generation that is gone
 BUFFERS = (socket.SO_RCVBUF, socket.SO_SNDBUF)
-LOST = ("TCPBacklogDrop", "TCPRcvQDrop", "TCPLossProbeRecovery", "TCPTimeouts")
+# Not TCPTimeouts: on a machine without a CPU to spare a timer ends though nothing was dropped.
+LOST = ("TCPBacklogDrop", "TCPRcvQDrop")
 
 # linux/userfaultfd.h; x86-64
 SYS_USERFAULTFD = 323
