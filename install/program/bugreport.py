@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cni_plugin import names
-from install.program import VERSION, freshness, host, report, selftest
+from install.program import ROOT, VERSION, freshness, host, report, selftest
 from install.program.agent.command import sockets_of
 from install.program.check import command as check
 from install.program.check.node import Asked
@@ -230,7 +230,7 @@ def _journal(proc: Path) -> str:
     try:
         done = subprocess.run(
             argv,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

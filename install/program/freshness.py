@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cni_plugin import names
+from install.program import ROOT
 
 if TYPE_CHECKING:
     from install.program.generations import Generation
     from install.program.node import Node
 
-_ROOT = Path(__file__).parents[2]
 # What decides about the programs and about the mode. The kernel does too, but what it has loaded
 # does not outlive it.
 _SOURCES = (
@@ -29,8 +28,8 @@ _SOURCES = (
 def version() -> str:
     """A digest of the sources as they are now, which a `load` that starts now would compile."""
     total = hashlib.sha256()
-    for path in sorted(path for pattern in _SOURCES for path in _ROOT.glob(pattern)):
-        total.update(f"{path.relative_to(_ROOT)}\0{path.stat().st_size}\0".encode())
+    for path in sorted(path for pattern in _SOURCES for path in ROOT.glob(pattern)):
+        total.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode())
         total.update(path.read_bytes())
     return total.hexdigest()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from install.program import ROOT
+
 CNI_CONF_DIR = Path("/etc/cni/net.d")
 CNI_BIN_DIR = Path("/opt/cni/bin")
 
-_BUILT = Path(__file__).parents[2] / "dist" / "tcpip-bypass"
+_BUILT = ROOT / "dist" / "tcpip-bypass"
 _IN_IMAGE = Path("/usr/lib/tcpip-bypass")
 
 

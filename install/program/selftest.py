@@ -26,7 +26,7 @@ from typing import Any
 from bpf import abi, bpfsys, pins, stats
 from bpf.loader import VISIT, Limits, LoadError, Programs
 from cni_plugin import cgroup, names
-from install.program import lock, passes
+from install.program import ROOT, lock, passes
 from install.program.probes import PROBES
 
 POD_ID = 1
@@ -179,7 +179,7 @@ def _probe(folder: Path | None, *only: str) -> dict[str, dict[str, Any]]:
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             check=False,
         )
     except subprocess.TimeoutExpired as error:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from cni_plugin import names
-from install.program import host
+from install.program import ROOT, host
 
 _TIMEOUT_S = 60.0
 _MORE_S = 20.0  # for Python itself
@@ -42,7 +42,7 @@ def why_not(program: Path, proc: Path) -> str:
     try:
         done = subprocess.run(
             argv,
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=_TIMEOUT_S + _MORE_S,

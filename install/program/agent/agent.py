@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from install.program import commands, installer, log, pauses
+from install.program import ROOT, commands, installer, log, pauses
 from install.program import switch as switches
 from install.program.agent import bpffs, child
 from install.program.agent.http import Health, Server
@@ -330,7 +330,7 @@ class Agent:
             "join",
             *self._settings.join_options,
         ]
-        self._joiner = subprocess.Popen(command, cwd=Path(__file__).parents[3])
+        self._joiner = subprocess.Popen(command, cwd=ROOT)
         return False
 
     def _end_joiner(self) -> None:

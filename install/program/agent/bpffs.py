@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from install.program import host
+from install.program import ROOT, host
 from install.program.agent.schedule import NotDone
 from install.program.generations import is_bpffs
 
@@ -30,8 +30,7 @@ def mount(bpffs: Path, host_proc: Path) -> bool:
     argv = [sys.executable, "-m", __name__, str(bpffs.parent)]
     if host_proc != host.OWN_PROC:
         argv.append(str(host_proc / "1/ns/mnt"))
-    root = Path(__file__).parents[3]
-    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode or not is_bpffs(bpffs):
         why = done.stderr.strip().rpartition("\n")[2] or "the mount does not show in this pod"
         raise NotDone(f"{bpffs.parent} is no bpffs and cannot be made one: {why}")

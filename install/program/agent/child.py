@@ -9,9 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from install.program import log
+from install.program import ROOT, log
 from install.program.agent.schedule import NotDone
 
 _LOOK_S = 1.0
@@ -34,7 +33,7 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=said,
-            cwd=Path(__file__).parents[3],
+            cwd=ROOT,
         ) as child:
             how = _wait(child, timeout_s, stop, meanwhile)
         message = _relay(_read(said))
