@@ -82,7 +82,7 @@ def make(root: Path) -> None:
 
 
 def _lay(package: str, root: Path) -> None:
-    """The libraries of one of Debian 11's packages, whose folders are not yet merged into /usr."""
+    """Copies the libraries of a Debian 11 package. Its folders are not yet merged into /usr."""
     unpacked = _UNPACKED / package
     if not unpacked.exists():
         archive, _ = debian_mirrors(None)

@@ -21,7 +21,7 @@ Effort = Literal["full", "quick", "smoke"]  # smoke: does it run at all
 
 @contextmanager
 def measured_bed(subnets: Sequence[str] = cni.IPV4) -> Iterator[Bed]:
-    """One whose pods have the congestion control that nodes usually have."""
+    """A bed; its pods have the congestion control that nodes usually have."""
     with congestion.allowed(congestion.USUAL), open_bed(subnets=subnets) as bed:
         yield replace(bed, congestion=congestion.USUAL)
 

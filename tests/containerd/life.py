@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,14 +190,14 @@ def draw(looks: list[tuple[int, dict[str, int]]], path: Path) -> None:
 def grown(looks: list[tuple[int, dict[str, int]]]) -> list[str]:
     """What the second half of that life held more of than the first, by a tenth."""
     half = len(looks) // 2
-    most: Callable[[str, slice], int] = lambda what, part: max(  # noqa: E731
-        found[what] for _, found in looks[part]
-    )
-    return [
-        f"{what}: {most(what, slice(None, half))}, then {most(what, slice(half, None))}"
-        for what in looks[0][1]
-        if most(what, slice(half, None)) > 1.1 * most(what, slice(None, half))
-    ]
+    found = []
+    for what in looks[0][1]:
+        first, second = (
+            max(held[what] for _, held in part) for part in (looks[:half], looks[half:])
+        )
+        if second > 1.1 * first:
+            found.append(f"{what}: {first}, then {second}")
+    return found
 
 
 def main() -> int:

@@ -112,7 +112,7 @@ def check(node: ScratchNode) -> None:
 
 
 def check_plugin(plugin: Path, folder: Path) -> None:
-    """It runs on nodes whose own C library, if any, could not run it."""
+    """The plugin runs on nodes without a C library, and on those with another one."""
     for kind in roots.KINDS:
         with roots.running_kind(folder / kind, kind) as node:
             shutil.copytree(plugin, node.bin_dir / "folder")

@@ -111,7 +111,7 @@ def assert_refused(node: roots.Node, why: str) -> None:
 
 @pytest.mark.parametrize("kind", roots.KINDS)
 def test_the_plugin_runs_on_any_node(tmp_path: Path, kind: str) -> None:
-    """Whose own C library, if any, could not run it."""
+    """The node has no C library, or another one."""
     with roots.running_kind(tmp_path / "root", kind) as node:
         (node.conf_dir / "10-pods.conflist").write_text(json.dumps(CONFLIST))
         done = program(node, "install")
