@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bpf import abi, bpfsys, pins
-from cni_plugin import attachment, cgroup, log, netconf, netns, policy, results, schema
+from cni_plugin import attachment, cgroup, log, names, netconf, netns, policy, results, schema
 from cni_plugin.protocol import InvalidNetns
 from cni_plugin.state import Attachment, Key, State
 
@@ -113,10 +113,25 @@ def _draft(
         flags=(abi.POD_PROXY_ONLY if plan.proxy_only else 0)
         | (abi.POD_FORCED if conf.mode != "auto" else 0)
         | (0 if pod.in_mesh else abi.POD_SERVICES),  # Envoy dials pods
-        proxy_uid=conf.proxy_uid,
+        proxy_uid=_proxy_uid(call.netns, plan.proxy_uid),
         ips=[list(address) for address in addresses[: abi.MAX_IPS]],
         excluded_ports=[list(ports) for ports in plan.excluded_ports],
     )
+
+
+def _proxy_uid(path: str, uid: int) -> int:
+    """The sidecar's user ``uid`` of the pod with this network namespace, as the host counts.
+
+    If it is not to be found, the pod is accelerated as one without a sidecar.
+    """
+    try:
+        found = netns.uid_on_host(path, uid)
+    except OSError as error:
+        log.say(f"warning: the pod's user namespace is not known: {error}")
+        return uid
+    if found == names.NO_UID:
+        log.say(f"warning: the pod has no user {uid}: no socket of it counts as a sidecar's")
+    return found
 
 
 def _attach(draft: Attachment, state: State, bpffs: str) -> None:

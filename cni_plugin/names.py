@@ -16,6 +16,7 @@ NEWEST_CNI_VERSION = CNI_VERSIONS[-1]
 BPFFS = "/sys/fs/bpf/tcpip-bypass"
 STATE_DIR = "/run/tcpip-bypass"
 PROXY_UID = 1337  # istio-proxy's user in every Istio release
+NO_UID = 2**32 - 1  # (uid_t) -1, which no user has
 
 # Below the state folder.
 ATTACHMENTS = "attachments"
@@ -35,6 +36,7 @@ SIDECAR_STATUS = "sidecar.istio.io/status"
 ENABLED = "tcpip-bypass/enabled"
 PROXY_ONLY = "tcpip-bypass/proxy-only"
 EXCLUDE_PORTS = "tcpip-bypass/exclude-ports"
+PROXY_UID_OF_POD = "tcpip-bypass/proxy-uid"
 
 # In runtimeConfig, asked for by our ``capabilities``.
 CGROUP_PATH = "cgroupPath"

@@ -37,6 +37,7 @@ class Plan(NamedTuple):
 
     proxy_only: bool
     excluded_ports: tuple[tuple[int, int], ...]
+    proxy_uid: int  # the sidecar's user, as the pod counts
 
 
 class Decision(NamedTuple):
@@ -85,14 +86,16 @@ def decide(conf: NetConf, pod: Pod, mode: tuple[str, str]) -> Decision:
         enabled = _boolean(pod, names.ENABLED)
         proxy_only = _boolean(pod, names.PROXY_ONLY) or mode[0] == "proxy-only"
         ports = parse_ports(pod.annotations.get(names.EXCLUDE_PORTS, ""))
+        proxy_uid = _proxy_uid(pod, conf.proxy_uid)
     except ValueError as error:
         return Decision(None, f"warning: bad annotation: {error}")
     against = _against(conf, pod, mode, enabled)
-    if proxy_only and not pod.in_mesh:
+    if proxy_only and not (pod.in_mesh or enabled):  # a gateway has no mark, and asks
         against.append("only sidecars are to be accelerated, and the pod has none")
     if against:
         return Decision(None, "; ".join(against))
-    return Decision(Plan(proxy_only, merge_ports([*conf.exclude_ports, *ports])), "")
+    plan = Plan(proxy_only, merge_ports([*conf.exclude_ports, *ports]), proxy_uid)
+    return Decision(plan, "")
 
 
 def _against(conf: NetConf, pod: Pod, mode: tuple[str, str], enabled: bool | None) -> list[str]:
@@ -124,6 +127,15 @@ def _boolean(pod: Pod, annotation: str) -> bool | None:
     return value
 
 
+def _proxy_uid(pod: Pod, default: int) -> int:
+    text = pod.annotations.get(names.PROXY_UID_OF_POD)
+    if text is None:
+        return default
+    if not (_is_number(text, digits=10) and int(text) < names.NO_UID):
+        raise ValueError(f"{names.PROXY_UID_OF_POD} is {text!r:.80}, no user ID")
+    return int(text)
+
+
 def parse_ports(text: str) -> list[tuple[int, int]]:
     """``"3306,8000-8100"`` as ranges; raises ValueError that names annotation and value."""
     ranges = []
@@ -139,9 +151,9 @@ def parse_ports(text: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def _is_number(text: str) -> bool:
+def _is_number(text: str, digits: int = 5) -> bool:
     # int() takes more than digits, and thousands of digits take it long.
-    return text.isascii() and text.isdigit() and len(text) <= 5
+    return text.isascii() and text.isdigit() and len(text) <= digits
 
 
 def merge_ports(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

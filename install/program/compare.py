@@ -139,7 +139,7 @@ class Meter:
     def __init__(self, node: Node, records: list[Attachment], host_proc: Path) -> None:
         self._node, self._records = node, records
         self._pods = [_pod(each) for each in records]
-        self._proxy_uid, self._host_proc = records[0].proxy_uid, host_proc
+        self._host_proc = host_proc
 
     @property
     def pods(self) -> int:
@@ -147,7 +147,7 @@ class Meter:
 
     def phase(self, seconds: float, *, paused: bool) -> Phase:
         """Looks for so long; raises NodeError when the pods have sent nothing, or have gone."""
-        survey = Survey(self._pods, self._proxy_uid, self._host_proc, with_files=False)
+        survey = Survey(self._pods, self._host_proc, with_files=False)
         began, cpu, bypassed = time.monotonic(), self._cpu_s(), self._bypassed()
         survey.look()
         while (left := began + seconds - time.monotonic()) > 0:
@@ -190,7 +190,8 @@ def _pod(record: Attachment) -> Pod:
         record.netns,
         frozenset(address for address, _ in record.ips),
         True,
-        policy.Plan(False, ()),
+        record.proxy_uid,
+        policy.Plan(False, (), record.proxy_uid),
         "",
     )
 

@@ -48,6 +48,7 @@ class Bed:
         namespace: str = "default",
         interception: Interception | None = REDIRECT,
         annotations: Mapping[str, str] | None = None,
+        first_uid: int = 0,
     ) -> Iterator[Pod]:
         """A pod, ADDed through the chain; an interception gives it Istio's mark and its rules."""
         with pod.running(
@@ -59,6 +60,7 @@ class Bed:
             namespace=namespace,
             interception=interception,
             annotations=annotations or {},
+            first_uid=first_uid,
         ) as made:
             if self.congestion is not None:
                 congestion.choose(made.netns, self.congestion)

@@ -390,7 +390,7 @@ def _admin(pod: Pod) -> Path:
 def _running(pod: Pod, config: Json, cpus: str) -> Iterator[None]:
     admin = _admin(pod)
     admin.parent.mkdir(exist_ok=True)
-    os.chown(admin.parent, PROXY_UID, PROXY_UID)
+    os.chown(admin.parent, *pod.user_of(PROXY))
     file = admin.with_name("envoy.json")
     file.write_text(json.dumps(config, indent=1))
     file.chmod(0o644)

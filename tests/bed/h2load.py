@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.bed.pod import APP_UID, Pod
+from tests.bed.pod import APP, Pod
 from tests.bed.wrk import Load
 
 _ANSWERS = re.compile(r"(\d+) total, .* (\d+) succeeded, (\d+) failed, (\d+) errored")
@@ -24,7 +24,7 @@ def post(
     """
     message = pod.folder / "h2load-body"
     message.write_bytes(body)
-    os.chown(message, APP_UID, APP_UID)
+    os.chown(message, *pod.user_of(APP))
     headers = ["-H", "content-type: application/grpc", "-H", "te: trailers"]
     return _run(pod, ["-m1", f"-d{message}", *headers, url], connections, seconds, cpus)
 
@@ -52,7 +52,7 @@ def get(
 def _run(pod: Pod, arguments: Sequence[str], connections: int, seconds: float, cpus: str) -> Load:
     log = pod.folder / "h2load.log"
     log.write_bytes(b"")  # h2load appends
-    os.chown(log, APP_UID, APP_UID)
+    os.chown(log, *pod.user_of(APP))
     options = ["-t1", f"-c{connections}", f"-D{seconds * 1000:.0f}ms", f"--log-file={log}"]
     out = pod.run(["h2load", *options, *arguments], cpus=cpus, timeout_s=seconds + 30)
     answers = _ANSWERS.search(out)

@@ -130,6 +130,8 @@ def _untouched(wanted: Interception) -> list[str]:
 
 
 def _run(netns: NetNamespace, *argv: str, stdin: str | None = None) -> None:
+    if netns.users:  # only from there may a rule name a user (owner_check, xt_owner.c)
+        argv = ("nsenter", f"--user={netns.users}", *argv)
     with netns.entered():
         done = subprocess.run(argv, input=stdin, text=True, capture_output=True, check=False)
     if done.returncode != 0:

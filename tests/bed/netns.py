@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyroute2
@@ -61,6 +62,9 @@ class NetNamespace:
     """A named network namespace, as `ip netns` lists it."""
 
     name: str
+    users: str = field(
+        default="", kw_only=True
+    )  # the user namespace that owns it: a path; empty: our own
 
     @property
     def path(self) -> Path:
@@ -120,6 +124,29 @@ def created(name: str) -> Iterator[NetNamespace]:
                 route.link("set", index=1, state="up")
         yield NetNamespace(name)
     finally:
+        remove(name)
+
+
+@contextmanager
+def created_for_users(name: str, first_uid: int) -> Iterator[NetNamespace]:
+    """One that a user namespace owns, in which the host's users from `first_uid` on begin at 0."""
+    # It ends with its input; its first byte says that both namespaces are there.
+    argv = ["unshare", "--user", "--net", "cat"]
+    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    try:
+        assert holder.stdin
+        assert holder.stdout
+        holder.stdin.write(b"!")
+        holder.stdout.read(1)
+        for map_name in ("uid_map", "gid_map"):
+            Path(f"/proc/{holder.pid}/{map_name}").write_text(f"0 {first_uid} 65536")
+        pyroute2.netns.attach(name, holder.pid)
+        space = NetNamespace(name, users=f"/proc/{holder.pid}/ns/user")
+        with space.entered(), pyroute2.IPRoute() as route:
+            route.link("set", index=1, state="up")
+        yield space
+    finally:
+        holder.communicate()
         remove(name)
 
 

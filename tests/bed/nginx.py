@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.bed.pingpong import APP_PORT
-from tests.bed.pod import APP_UID, Pod
+from tests.bed.pod import APP, Pod
 
 READY_TIMEOUT_S = 10
 
@@ -78,7 +78,7 @@ def running(
     """
     folder = pod.folder / "nginx"
     (folder / "files").mkdir(parents=True, exist_ok=True)
-    os.chown(folder, APP_UID, APP_UID)
+    os.chown(folder, *pod.user_of(APP))
     for name, body in files.items():
         (folder / "files" / name).write_bytes(body)
         (folder / "files" / name).chmod(0o644)

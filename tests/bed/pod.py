@@ -40,6 +40,7 @@ class Pod:
     ips: tuple[str, ...]
     folder: Path  # this pod's files: configurations, logs
     interception: Interception | None = None  # None: no sidecar
+    first_uid: int = 0  # its user 0, as the host counts
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
@@ -73,10 +74,12 @@ class Pod:
         return self.cgroup / container
 
     def user_of(self, container: str) -> tuple[int, int]:
-        """uid and gid of a container's processes, as Istio's injection sets the sidecar's."""
-        if container != PROXY:
-            return APP_UID, APP_UID
-        return (0 if self.tproxy else PROXY_UID), PROXY_UID
+        """uid and gid of a container's processes, as Istio's injection sets the sidecar's; as the
+        host counts."""
+        uid, gid = APP_UID, APP_UID
+        if container == PROXY:
+            uid, gid = (0 if self.tproxy else PROXY_UID), PROXY_UID
+        return self.first_uid + uid, self.first_uid + gid
 
     def spawn(
         self,
@@ -179,15 +182,21 @@ def running(
     namespace: str,
     interception: Interception | None,
     annotations: Mapping[str, str],
+    first_uid: int = 0,
 ) -> Iterator[Pod]:
     """A pod in the order of kubelet and a runtime: cgroup, sandbox, ADD, containers.
+
+    With first_uid it has `hostUsers: false`: its user 0 is that one of the host's.
 
     On leaving: processes killed, DEL, namespace and cgroup removed.
     """
     uid = str(uuid.uuid4())
     with ExitStack() as stack:
         cgroup = stack.enter_context(cgroups.made(pods_cgroup / f"pod{uid}"))
-        sandbox = stack.enter_context(netns.created(f"{run_name}-{name}"))
+        made = f"{run_name}-{name}"
+        sandbox = stack.enter_context(
+            netns.created_for_users(made, first_uid) if first_uid else netns.created(made)
+        )
         attachment = Attachment(
             container_id=secrets.token_hex(32),
             netns=sandbox,
@@ -207,6 +216,6 @@ def running(
         for container in (APP, HELPER, PROXY):
             (cgroup / container).mkdir()
         folder.mkdir(parents=True, exist_ok=True)  # a pod of that name may have been here
-        pod = Pod(name, attachment, sandbox, cgroup, ips, folder, interception)
+        pod = Pod(name, attachment, sandbox, cgroup, ips, folder, interception, first_uid)
         stack.callback(pod.kill)
         yield pod

@@ -89,7 +89,7 @@ def load(client: Pod) -> Iterator[None]:
 
 
 def estimated(*pods: Pod) -> Estimate:
-    survey = Survey([described(pod) for pod in pods], CONF.proxy_uid, Path("/proc"))
+    survey = Survey([described(pod) for pod in pods], Path("/proc"))
     return survey.run(SECONDS)
 
 
@@ -157,7 +157,7 @@ def bypassed(bed: Bed, clients: list[subprocess.Popen[str]]) -> dict[HopName, in
 @pytest.mark.parametrize(("protocol", "family"), [("http", "v4"), ("tcp", "v4"), ("http", "v6")])
 def test_hop_shares_are_what_bypasses_once_it_is_on(protocol: Protocol, family: Family) -> None:
     with meshed(protocol, family, bypass=False) as (_, pods, clients):
-        survey = Survey([described(pod) for pod in pods], CONF.proxy_uid, Path("/proc"))
+        survey = Survey([described(pod) for pod in pods], Path("/proc"))
         survey.look()
         ask(clients)
         survey.look()

@@ -82,6 +82,20 @@ def test_bodies_arrive_whole_and_bypass_on_every_hop(
         assert grown(after, before, hop) > TIMES * sum(BYPASSED) / 2, (hop, before, after)
 
 
+def test_pods_with_users_of_their_own(pods: Pods) -> None:
+    """`hostUsers: false`: the sidecar's user is another one to the host, in each pod."""
+    bed = pods.bed
+    with (
+        bed.pod("users-client", first_uid=100_000) as client,
+        bed.pod("users-server", first_uid=200_000) as server,
+        mesh.running(client, server, FILES),
+    ):
+        assert fetch_all(client) == mesh.fetched(SIZES, TIMES)
+        after = payload(bed, client, server)
+    for hop in HOPS:
+        assert after[hop][0] > TIMES * sum(BYPASSED) / 2, (hop, after)
+
+
 def test_pooled_connections_bypass_all_the_time(pods: Pods) -> None:
     bed, client, server = pods
     times, fetchers = 3000, 4

@@ -50,13 +50,17 @@ def test_add_check_del(pod: Sandbox) -> None:
     must(pod, "DEL")
 
 
-def test_add_writes_the_record_the_programs_read(pod: Sandbox) -> None:
+@pytest.mark.parametrize(("of_pod", "proxy_uid"), [([], 4242), (["1000680001"], 1_000_680_001)])
+def test_add_writes_the_record_the_programs_read(
+    pod: Sandbox, of_pod: list[str], proxy_uid: int
+) -> None:
     annotated = replace(
         pod,
         annotations=(
             (names.SIDECAR_STATUS, "{}"),
             (names.PROXY_ONLY, "true"),
             (names.EXCLUDE_PORTS, "3306,8000-8100"),
+            *((names.PROXY_UID_OF_POD, each) for each in of_pod),
         ),
         conf=(("proxyUID", 4242), ("excludePorts", [22])),
     )
@@ -66,7 +70,7 @@ def test_add_writes_the_record_the_programs_read(pod: Sandbox) -> None:
     with bpfsys.closing(generation.open(pins.PODS)) as pods_fd:
         record = attachment.read_record(pods_fd, inode)
     forced = abi.POD_PROXY_ONLY | abi.POD_FORCED  # the testbed's configuration forces a mode
-    assert (record.id, record.flags, record.proxy_uid) == (pod.pod_id, forced, 4242)
+    assert (record.id, record.flags, record.proxy_uid) == (pod.pod_id, forced, proxy_uid)
     assert record.ip_count == 1
     assert [(r.first, r.last) for r in record.excluded[: record.excluded_count]] == [
         (22, 22),

@@ -96,7 +96,7 @@ def judge(dumps: dict[Pod, Dump], blocking: dict[int, bool] | None = None) -> Ju
 def reasons(dumps: dict[Pod, Dump], blocking: dict[int, bool] | None = None) -> dict[str, str]:
     """By hop."""
     judging = judge(dumps, blocking)
-    return {each.hop: judging.reason(each) for each in pair(dumps, PROXY)}
+    return {each.hop: judging.reason(each) for each in pair(dumps)}
 
 
 def test_the_three_hops_of_a_call() -> None:
@@ -107,7 +107,7 @@ def test_an_end_that_is_elsewhere() -> None:
     dumps = mesh()
     del dumps[REVIEWS]
     assert reasons(dumps) == {"outbound": "", "none": "the other end is not on this node"}
-    (alone,) = [each for each in pair(dumps, PROXY) if each.hop == "none"]
+    (alone,) = [each for each in pair(dumps) if each.hop == "none"]
     assert alone.is_proxys_call
 
 
@@ -118,7 +118,7 @@ def test_of_two_with_the_same_port_the_bytes_decide() -> None:
     server = socket(("127.0.0.1", 15001), ("10.0.0.2", 40000), uid=PROXY, sent=70, received=5000)
     for order in ((right, wrong), (wrong, right)):
         dumps = {CART: dump(listener("0.0.0.0", 15001), *order, server)}
-        found = [each for each in pair(dumps, PROXY) if each.server]
+        found = [each for each in pair(dumps) if each.server]
         assert [each.client and each.client.socket for each in found] == [right]
 
 
@@ -129,7 +129,7 @@ def test_loopback_addresses_do_not_lead_to_another_pod() -> None:
             listener("127.0.0.1", 8080), socket(("127.0.0.1", 8080), ("127.0.0.1", 5000))
         ),
     }
-    assert {each.hop for each in pair(dumps, PROXY)} == {"none"}
+    assert {each.hop for each in pair(dumps)} == {"none"}
 
 
 def changed(dumps: dict[Pod, Dump], place: Address, **change: object) -> dict[Pod, Dump]:
@@ -218,7 +218,7 @@ def test_what_is_counted_is_what_was_sent_meanwhile(monkeypatch: pytest.MonkeyPa
     stream = socket(("127.0.0.6", 43000), ("10.0.0.3", 8080), uid=PROXY, sent=10 * 16_384)
     then[REVIEWS].sockets.append(replace(stream, segments=114, mss=1448))
     looks = iter([first, then])
-    survey = Survey([CART, REVIEWS], PROXY, Path("/no/proc"))
+    survey = Survey([CART, REVIEWS], Path("/no/proc"))
     for _ in range(2):
         look = next(looks)
         monkeypatch.setattr(
@@ -249,7 +249,7 @@ def test_what_is_counted_is_what_was_sent_meanwhile(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_quiet_node_divides_by_nothing() -> None:
-    found = Survey([], PROXY, Path("/proc")).result(1.0)
+    found = Survey([], Path("/proc")).result(1.0)
     assert found.share_on_node is None
     assert "No sidecar called another one." in "\n".join(command.lines(found, None))
     assert command.as_json(found, None)["sidecar_calls"]["share"] is None

@@ -29,9 +29,7 @@ MODES = ("full", "proxy-only")
 def run(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     """Prints the estimate; returns the exit status. Raises NodeError, OSError, InstallError."""
     conf = configuration(node, places, arguments.conf_json)
-    found = Survey(pods_of(arguments, conf), conf.proxy_uid, places.host_proc).run(
-        arguments.seconds
-    )
+    found = Survey(pods_of(arguments, conf), places.host_proc).run(arguments.seconds)
     mode = known_mode(node, conf)
     if arguments.json:
         print(json.dumps(as_json(found, mode), indent=1))

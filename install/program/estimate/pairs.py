@@ -52,7 +52,7 @@ class Connection:
         return self.client is not None and self.client.is_proxy and self.is_between_pods
 
 
-def pair(dumps: Mapping[Pod, Dump], proxy_uid: int) -> list[Connection]:
+def pair(dumps: Mapping[Pod, Dump]) -> list[Connection]:
     """Every established connection of these pods."""
     clients: dict[tuple[str, Address], list[End]] = defaultdict(list)  # by namespace and address
     servers: list[End] = []
@@ -61,7 +61,7 @@ def pair(dumps: Mapping[Pod, Dump], proxy_uid: int) -> list[Connection]:
         for socket in found.sockets:
             if socket.is_listener:
                 continue
-            end = End(pod, socket, socket.uid == proxy_uid)
+            end = End(pod, socket, socket.uid == pod.proxy_uid)
             if socket.local[1] in ports:
                 servers.append(end)
             else:

@@ -26,6 +26,7 @@ class Pod:
     netns: str  # a path
     ips: frozenset[str]
     in_mesh: bool
+    proxy_uid: int  # the sidecar's user, as the host counts
     plan: policy.Plan | None  # None: it stays on TCP
     reason: str  # then, why
 
@@ -39,12 +40,16 @@ def planned(conf: NetConf, described: policy.Pod, namespace: str, ips: frozenset
     decision = policy.decide(
         conf, described, (_mode(conf), "the configuration, or the cluster's switch, says so")
     )
+    proxy_uid = decision.plan.proxy_uid if decision.plan else conf.proxy_uid
+    with contextlib.suppress(OSError):  # it has ended
+        proxy_uid = netns.uid_on_host(namespace, proxy_uid)
     return Pod(
         described.namespace,
         described.name,
         namespace,
         ips,
         described.in_mesh,
+        proxy_uid,
         decision.plan,
         decision.reason,
     )

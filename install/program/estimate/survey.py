@@ -121,12 +121,10 @@ def _saved_us(hop: str) -> float:
 class Survey:
     """One look after the other; result() is what they show together."""
 
-    def __init__(
-        self, pods: Sequence[Pod], proxy_uid: int, host_proc: Path, *, with_files: bool = True
-    ) -> None:
+    def __init__(self, pods: Sequence[Pod], host_proc: Path, *, with_files: bool = True) -> None:
         """Without files, whether a socket blocks is not looked for."""
         self._with_files = with_files
-        self._pods, self._proxy_uid, self._host_proc = pods, proxy_uid, host_proc
+        self._pods, self._host_proc = pods, host_proc
         self._first: dict[tuple[Pod, int], Socket] = {}  # by cookie; only what was there at first
         self._last: dict[Pod, dict[int, Socket]] = {pod: {} for pod in pods}
         self._buffers: dict[Pod, Buffers] = {}
@@ -182,7 +180,7 @@ class Survey:
         hops: dict[Pod, dict[str, HopTraffic]] = defaultdict(lambda: defaultdict(HopTraffic))
         calls = on_node = 0.0
         unseen = 0
-        for connection in pair(dumps, self._proxy_uid):
+        for connection in pair(dumps):
             reason = judge.reason(connection)
             for end in connection.ends:
                 messages, size = self._grown(end)
