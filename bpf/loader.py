@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import resource
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 # Names in the C file, and what they are pinned as.
 VISIT = "tb_visit_file"
 WATCH = "tb_watch_splice"
+REFUSE = "tb_refuse_splice"
 MEND = "tb_mend"  # after each of these kernel functions; the links are pinned under these names
 MENDED = dict(zip(pins.MENDS, ("inet_ioctl", "inet6_ioctl"), strict=True))
 PROGRAM_PINS = {"tb_sock_ops": pins.SOCK_OPS, "tb_sk_msg": pins.SK_MSG, VISIT: pins.VISIT}
@@ -49,6 +51,7 @@ _MODULE = "vmlinux__"
 _Place = tuple[str, str]  # a struct, and the path of a member of it
 
 _OFFSETS: dict[str, _Place | None] = {
+    "BPF_MAP_ID": ("bpf_map", "id"),
     "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
     "NET_NS_INODE": ("net", "ns.inum"),
@@ -56,9 +59,11 @@ _OFFSETS: dict[str, _Place | None] = {
     "POLL_WQUEUES_TASK": ("poll_wqueues", "polling_task"),
     "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
+    "PSOCK_LINK": ("sk_psock", "link"),
     "PSOCK_REFCNT": ("sk_psock", "refcnt"),
     "SK_MSG_LIST": ("sk_msg", "list"),
     "SK_MSG_SIZE": ("sk_msg", "sg.size"),
+    "SK_PSOCK_LINK_MAP": ("sk_psock_link", "map"),
     "SOCKET_FILE": ("socket", "file"),
     "SOCKET_SK": ("socket", "sk"),
     "SOCKET_WQ_HEAD": ("socket_wq", "wait.head"),
@@ -198,6 +203,19 @@ def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
     return members if btf.has_member("sock", "sk_memcg") else dict.fromkeys(members)
 
 
+@dataclass(frozen=True)
+class Trace:
+    """A program attached to a function of the kernel; its link is pinned under `pin`.
+
+    `moment` is "kfunc", the function's entry, "kretfunc", its exit, or "kmod_ret", in its place.
+    """
+
+    program: str
+    moment: str
+    function: str
+    pin: str
+
+
 Instructions = ctypes.Array[ctypes.c_uint64]  # struct bpf_insn, little-endian
 
 
@@ -317,6 +335,7 @@ class Programs:
             raise LoadError(f"bcc could not build the programs for this kernel: {error}") from error
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
         self._draw_secret()
+        self._tell_sockhash_id()
         self._find_registers()
         self._attach_sk_msg()
         self.blind_to_splice = self._watch_splice()
@@ -326,7 +345,7 @@ class Programs:
         more = cast.flags if cast else []
         self._bpf = self._bcc(text=source_text().encode(), cflags=flags + more)
         if cast:
-            for name in (*PROGRAM_PINS, WATCH, MEND):
+            for name in (*PROGRAM_PINS, WATCH, REFUSE, MEND):
                 cast.link(self._instructions(name))
         try:
             self.fds = {
@@ -369,34 +388,43 @@ class Programs:
         return fd
 
     def _watch_splice(self) -> str:
-        """Why readers that splice will not be seen; empty when they will."""
-        return self._trace(WATCH, "kfunc", "tcp_splice_read", pins.SPLICE_WATCH)
+        """Why members will not refuse to be spliced from; empty when they will."""
+        watch, refusal = pins.SPLICE
+        return self._trace(
+            Trace(WATCH, "kfunc", "tcp_splice_read", watch),
+            Trace(REFUSE, "kmod_ret", "security_file_permission", refusal),
+        )
 
     def mend_fionread(self) -> str:
         """Why FIONREAD stays as this kernel has it; empty when it now says what TCP would."""
-        for pin, function in MENDED.items():
-            if why := self._trace(MEND, "kretfunc", function, pin):
-                for attached in MENDED.keys() & self.fds:
-                    os.close(self.fds.pop(attached))
-                return f"{function}: {why}"
+        traces = (Trace(MEND, "kretfunc", name, pin) for pin, name in MENDED.items())
+        if why := self._trace(*traces):
+            return why
         self.fds[pins.FIONREAD] = self._map_fd(pins.FIONREAD)
         return ""
 
-    def _trace(self, program_name: str, moment: str, function: str, pin: str) -> str:
-        """Attaches a program to a function of the kernel; what the kernel said if it refuses.
+    def _trace(self, *traces: Trace) -> str:
+        """Attaches all of them, or none; what the kernel said of the one that it refuses."""
+        for trace in traces:
+            if why := self._attach(trace):
+                for attached in {each.pin for each in traces} & self.fds.keys():
+                    os.close(self.fds.pop(attached))
+                return f"{trace.function}: {why}"
+        return ""
 
-        `moment` is "kfunc", its entry, or "kretfunc", its exit.
-        """
-        attached_as = f"{moment}__{_MODULE if self._names_modules else ''}{function}"
+    def _attach(self, trace: Trace) -> str:
+        """What the kernel said if it refuses."""
+        module = _MODULE if self._names_modules else ""
+        attached_as = f"{trace.moment}__{module}{trace.function}"
         try:
-            program = self._load(program_name, self._bcc.TRACING, attached_as)
+            program = self._load(trace.program, self._bcc.TRACING, attached_as)
         except OSError as error:
             return f"the kernel refuses the program: {error.strerror}"
         with bpfsys.closing(program):
             link: int = self._lib.bpf_attach_kfunc(program)
         if link < 0:
             return f"the kernel refuses to attach it: {os.strerror(ctypes.get_errno())}"
-        self.fds[pin] = link
+        self.fds[trace.pin] = link
         return ""
 
     def _instructions(self, program: str) -> Instructions:
@@ -415,6 +443,10 @@ class Programs:
     def _draw_secret(self) -> None:
         """Fills map ``secret`` (struct tb_secret, 16 bytes): only the programs ever read it."""
         bpfsys.map_update(self._map_fd("secret"), bytes(4), os.urandom(16))
+
+    def _tell_sockhash_id(self) -> None:
+        raw = bpfsys.map_info(self.fds[pins.SOCKHASH]).id.to_bytes(4, sys.byteorder)
+        bpfsys.map_update(self._map_fd("sockhash_id"), bytes(4), raw)
 
     def _find_registers(self) -> None:
         """A visit notes where a thread's registers lie (bpf/data_path/short_sends.h)."""

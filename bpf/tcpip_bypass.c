@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The data path. Five programs share the maps of data_path/state.h:
+ * The data path. Six programs share the maps of data_path/state.h:
  *
  *   tb_sock_ops     runs for the TCP sockets of an accelerated pod's cgroup. It finds the two
  *                   sockets that are one connection, and counts what they exchange.
@@ -8,7 +8,7 @@
  *                   sockets into the sockhash, and takes them out again.
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes
  *                   to the peer's socket (bypass), or lets them go by TCP.
- *   tb_watch_splice runs when splice(2) takes bytes from a TCP socket, where it can be attached.
+ *   tb_watch_splice runs when splice(2) takes bytes from a TCP socket, and tb_refuse_splice before.
  *   tb_mend         runs after ioctl(FIONREAD), where the kernel's own answer is wrong.
  *
  * The rules that keep the bytes right, each where it is applied:
@@ -18,7 +18,7 @@
  *                through a Service, the server's pod has proved itself                services.h
  *   state        a socket's memory is written for that socket alone                    state.h
  *   readers      no socket with a reader that may sleep in recv is a member           readers.h
- *   splice       no socket that has spliced joins                                      splice.h
+ *   splice       no socket that has spliced joins, and no member splices               splice.h
  *   short sends  no socket joins on which sendmmsg or io_uring sends              short_sends.h
  *   one queue    a direction changes its path only while the old one is empty           order.h
  *   lock         no redirect begins while an application's socket lock is taken         order.h

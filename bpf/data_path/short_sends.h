@@ -14,6 +14,7 @@
 /* System calls, by their numbers in struct pt_regs. Those of 32-bit callers name no other call that
  * sends. */
 #define IO_URING_ENTER 426
+#define TB_UNKNOWN_CALL 0xffffffff /* as of a thread that works for io_uring */
 #ifdef __aarch64__
 #define SENDMMSG 269
 #define SENDMMSG_OF_32_BITS 374
@@ -46,21 +47,26 @@ static __always_inline void tb_find_registers(void)
 	*at = address - stack;
 }
 
-static __always_inline int tb_reuses_msg_iter(__u32 call)
-{
-	return call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == SENDMMSG_X32 ||
-	       call == SOCKETCALL || call == IO_URING_ENTER;
-}
-
-/* Would the current thread, which is inside a send, go on behind a hole? */
-static __always_inline int tb_ignores_short_sends(void)
+/* The number of the current thread's system call. */
+static __always_inline __u32 tb_current_call(void)
 {
 	__u64 task = bpf_get_current_task();
 	int zero = 0;
 	__u64 *at = registers_at.lookup(&zero);
 
 	if (!at || !*at || (tb_read32(task + OFF_TASK_FLAGS) & PF_IO_WORKER))
-		return 1;
-	return tb_reuses_msg_iter(
-		tb_read32(tb_read64(task + OFF_TASK_STACK) + *at + OFF_PT_REGS_CALL));
+		return TB_UNKNOWN_CALL;
+	return tb_read32(tb_read64(task + OFF_TASK_STACK) + *at + OFF_PT_REGS_CALL);
+}
+
+static __always_inline int tb_reuses_msg_iter(__u32 call)
+{
+	return call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == SENDMMSG_X32 ||
+	       call == SOCKETCALL || call == IO_URING_ENTER || call == TB_UNKNOWN_CALL;
+}
+
+/* Would the current thread, which is inside a send, go on behind a hole? */
+static __always_inline int tb_ignores_short_sends(void)
+{
+	return tb_reuses_msg_iter(tb_current_call());
 }

@@ -145,6 +145,7 @@ struct tb_secret {
  * bell         -                       ids of pods that are due for a pass
  * fionread     0                       struct tb_fionread
  * registers_at 0                       from the start of a thread's stack: short_sends.h
+ * sockhash_id  0                       the kernel's ID of map sockhash
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
@@ -162,6 +163,7 @@ BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_RINGBUF_OUTPUT(bell, 1);
 BPF_ARRAY(fionread, struct tb_fionread, 1);
 BPF_ARRAY(registers_at, __u64, 1);
+BPF_ARRAY(sockhash_id, __u32, 1);
 
 _Static_assert(offsetof(struct tb_conn, me.id) == 0, "user space writes TB_CANARY there");
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the mend of FIONREAD works, asked of two sockets of the joiner's own.
+"""Whether the programs on functions of the kernel run, asked of two sockets of the joiner's own.
 
-A generation whose sockets need it must not go on without. Its links are pinned, but a pin can be
-removed, a bpffs unmounted, and `kernel.ftrace_enabled=0` silences all such programs.
+They mend FIONREAD and refuse splice(2). A generation whose sockets need them must not go on
+without. Their links are pinned, but a pin can be removed, a bpffs unmounted, and
+`kernel.ftrace_enabled=0` silences all of them.
 """
 
 from __future__ import annotations
@@ -23,17 +24,46 @@ LOOK_S = 1.0  # between two looks
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)  # one for each program
 
 
-def _sockets(conns: int) -> list[socket.socket]:
-    """Sockets that the mend answers as it answers no other."""
-    size = bpfsys.map_info(conns).value_size
-    marked = abi.CANARY.to_bytes(8, sys.byteorder).ljust(size, b"\0")
+def _sockets() -> list[socket.socket]:
     made = []
     for family in _FAMILIES:
         with contextlib.suppress(OSError):  # the kernel may be without IPv6
             made.append(socket.socket(family))
-    for each in made:
-        bpfsys.map_update(conns, each.fileno().to_bytes(4, sys.byteorder), marked)
     return made
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the programs know sockets by: a generation's map "conns"."""
+
+    conns: int
+
+    def mark(self, canary: socket.socket) -> None:
+        """From now on the mend and the watch treat it as no other socket."""
+        size = bpfsys.map_info(self.conns).value_size
+        marked = abi.CANARY.to_bytes(8, sys.byteorder).ljust(size, b"\0")
+        bpfsys.map_update(self.conns, _key(canary), marked)
+
+    def has_been_spliced(self, canary: socket.socket) -> bool:
+        """Whether the watch has seen it."""
+        size = bpfsys.map_info(self.conns).value_size
+        value = bpfsys.map_lookup(self.conns, _key(canary), size)
+        return int.from_bytes(value[:8], sys.byteorder) == abi.CANARY_SPLICED
+
+
+def _key(canary: socket.socket) -> bytes:
+    return canary.fileno().to_bytes(4, sys.byteorder)
+
+
+def splice(canary: socket.socket) -> None:
+    """As an application would; no byte comes, since it is not connected."""
+    ends = os.pipe()
+    try:
+        with contextlib.suppress(OSError):
+            os.splice(canary.fileno(), ends[1], 1)
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 @dataclass
@@ -42,27 +72,33 @@ class Canary:
 
     generation: Generation
     programs_id: int  # of its sock_ops program: what is its own on a cgroup
-    _links: list[int]
+    traces: dict[str, int]  # links, by their pins
     _control: int
     _sockhash: int
+    _marks: Marks
     _sockets: list[socket.socket]
     is_well: bool = True
 
     @staticmethod
     def of(generation: Generation) -> Canary | None:
-        """None when the generation does without the mend."""
-        if not generation.is_mended():
+        """None when the generation has no programs on functions of the kernel."""
+        traces = generation.traces()
+        if not traces:
             return None
-        wanted = (*pins.MENDS, pins.CONTROL, pins.SOCKHASH)
-        *links, control, sockhash = [bpfsys.obj_get(str(generation.folder / pin)) for pin in wanted]
-        with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.CONNS))) as conns:
-            sockets = _sockets(conns)
-        return Canary(generation, generation.sock_ops_id(), links, control, sockhash, sockets)
+        wanted = (pins.CONTROL, pins.SOCKHASH, pins.CONNS, *traces)
+        control, sockhash, conns, *links = [
+            bpfsys.obj_get(str(generation.folder / pin)) for pin in wanted
+        ]
+        traced = dict(zip(traces, links, strict=True))
+        marks = Marks(conns)
+        return Canary(
+            generation, generation.sock_ops_id(), traced, control, sockhash, marks, _sockets()
+        )
 
     def look(self) -> None:
-        """Sends the sockets back to TCP when FIONREAD is wrong, and lets them join once it is right
-        again."""
-        is_pinned, why = self.generation.is_mended(), self.why_not_mended()
+        """Sends the sockets back to TCP when a program does not run, and lets them join once it
+        does again."""
+        is_pinned, why = not self._missing(), self.why_not_well()
         is_well = not why
         if is_well == self.is_well or not (is_pinned or self.has_sockets()):
             return  # the second: it is just being removed
@@ -70,17 +106,26 @@ class Canary:
         self._retire(not is_well)
         name = self.generation.folder.name
         if is_well:
-            log.info("mend_recovered", f"FIONREAD is mended again in {name}", generation=name)
+            log.info("mend_recovered", f"all programs of {name} run again", generation=name)
         else:
-            said = f"FIONREAD is mended no more in {name}: {why}; its sockets go back to TCP"
+            said = f"{why} in {name}; its sockets go back to TCP"
             log.error("mend_lost", said, generation=name)
 
-    def why_not_mended(self) -> str:
-        """Why FIONREAD is mended no more, tried now; empty when it is."""
-        if not self.generation.is_mended():
-            return "its pins are gone"
-        answers = {unread_bytes(each) for each in self._sockets}
-        return "" if answers == {abi.CANARY_ANSWER} else "it does not answer any more"
+    def _missing(self) -> set[str]:
+        return self.traces.keys() - self.generation.traces()
+
+    def why_not_well(self) -> str:
+        """Which program does not run, tried now; empty when all do."""
+        if missing := self._missing():
+            return f"pins are gone: {', '.join(sorted(missing))}"
+        for each in self._sockets:
+            self._marks.mark(each)
+            if self.traces.keys() & {*pins.MENDS} and unread_bytes(each) != abi.CANARY_ANSWER:
+                return "FIONREAD is mended no more"
+            splice(each)
+            if self.traces.keys() & {*pins.SPLICE} and not self._marks.has_been_spliced(each):
+                return "splice(2) is seen no more"
+        return ""
 
     def has_sockets(self) -> bool:
         """Whether any are in the sockhash, with or without its pin."""
@@ -97,18 +142,18 @@ class Canary:
         bpfsys.map_update(self._control, bytes(4), bytes(control))
 
     def close(self) -> None:
-        for fd in (*self._links, self._control, self._sockhash):
+        for fd in (*self.traces.values(), self._control, self._sockhash, self._marks.conns):
             os.close(fd)
         for each in self._sockets:
             each.close()
 
 
-def why_not_mended(generation: Generation) -> str:
+def why_not_well(generation: Generation) -> str:
     """As the joiner would find it, without a joiner. Raises OSError."""
     canary = Canary.of(generation)
     if canary is None:
-        return "its pins are gone"
+        return "pins are gone"
     try:
-        return canary.why_not_mended()
+        return canary.why_not_well()
     finally:
         canary.close()

@@ -64,7 +64,10 @@ def selftest(node: Node, *, as_json: bool) -> int:
         table.add_row("ok" if check.ok else "WRONG", check.what, check.expected, check.found)
     console = _console()
     console.print(table)
-    console.print(f"Mode on kernel {platform.release()}: {verdict.mode}")
+    hops = selftests.HOPS[verdict.mode]
+    console.print(f"Mode on kernel {platform.release()}: {verdict.mode}: {hops}")
+    for fault in verdict.faults:
+        console.print(f"  since {fault}")
     if verdict.is_mended:
         console.print(f"  {MENDED}")
     for reason in verdict.reasons:
@@ -88,6 +91,8 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
         programs = Programs()
         if verdict.is_mended and (why_not := programs.mend_fionread()):
             raise LoadError(f"FIONREAD is not mended, though it was for the self-test: {why_not}")
+        if verdict.mode == names.MODES[0] and programs.blind_to_splice:
+            raise LoadError(f"unlike in the self-test: {programs.blind_to_splice}")
     except LoadError:
         with node.locked():
             _write_node_json(node, verdict)

@@ -59,6 +59,15 @@ def reason_to_try(node: Node) -> str | None:
     return f"the self-test could not be carried through: {node.state.node_mode()[1]}"
 
 
+def _lost(found: dict[str, object], current: Generation) -> str:
+    """What the mode that was found rests on, and this generation does not do any more."""
+    if found.get("mended") and not current.is_mended():
+        return "FIONREAD is mended"
+    if found.get("mode") == names.MODES[0] and not current.refuses_splice():
+        return "splice(2) is refused"
+    return ""
+
+
 def reason_to_publish(node: Node) -> str | None:
     """None when the current generation is whole and of this version."""
     generations = node.generations
@@ -70,8 +79,8 @@ def reason_to_publish(node: Node) -> str | None:
     path = node.state_dir / names.NODE_JSON
     try:
         found = json.loads(path.read_bytes())
-        if found.get("mended") and not current.is_mended():
-            return f"FIONREAD is mended no more: pins in {current.folder} are gone"
+        if lost := _lost(found, current):
+            return f"{lost} no more: pins in {current.folder} are gone"
         if mark(node, current).items() <= found.items():
             return None
     except (OSError, ValueError, AttributeError) as error:

@@ -89,9 +89,17 @@ class Generation:
             for pod_id in before - pod_ids:
                 bpfsys.map_delete(fd, pod_id.to_bytes(8, sys.byteorder))
 
+    def traces(self) -> list[str]:
+        """The pins of its programs on functions of the kernel; its sockets rely on them."""
+        return [pin for pin in pins.TRACES if (self.folder / pin).exists()]
+
     def is_mended(self) -> bool:
         """Whether FIONREAD of its sockets is mended: the links are pinned."""
-        return all((self.folder / pin).exists() for pin in pins.MENDS)
+        return set(pins.MENDS) <= set(self.traces())
+
+    def refuses_splice(self) -> bool:
+        """Whether its sockets refuse to be spliced from: the links are pinned."""
+        return set(pins.SPLICE) <= set(self.traces())
 
     def lost_answers(self) -> int:
         """How many answers to FIONREAD the mend could not write."""
@@ -175,12 +183,13 @@ class Generations:
     def remove_all(self) -> None:
         """Unpins everything of ours. The folder stays if it holds other files.
 
-        A generation that mends FIONREAD stays as long as sockets are in its sockhash.
+        A generation with programs on functions of the kernel stays as long as sockets are in its
+        sockhash.
         """
         self.withdraw()
         complete = self.complete()
         for generation in self.all():
-            is_needed = generation in complete and generation.is_mended()
+            is_needed = generation in complete and generation.traces()
             if not (is_needed and generation.has_sockets()):
                 generation.remove()
         (self.root / _STAGED).unlink(missing_ok=True)

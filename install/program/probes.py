@@ -14,17 +14,21 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
 import select
 import signal
 import socket
+import struct
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
@@ -184,6 +188,26 @@ def fionread_ipv6() -> Found:
         return {"FIONREAD": unread_bytes(client), "the other end": unread_bytes(server)}
 
 
+def splice() -> Found:
+    """A reader that turns to splice(2), or goes on with recv(2) where that is refused."""
+    with connected() as (client, server):
+        client.sendall(b"x" * 1000)
+        select.select([server], [], [], TIMEOUT_S)
+        ends = os.pipe()
+        try:
+            moved = os.splice(server.fileno(), ends[1], 1000)
+        except BlockingIOError:
+            moved = 0
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            moved = len(server.recv(1000))
+        finally:
+            for end in ends:
+                os.close(end)
+    return {"bytes": moved}
+
+
 def _send_by_tcp(sock: socket.socket, data: bytes) -> None:
     """As when the bypass is paused: what is corked goes by TCP."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
@@ -211,12 +235,13 @@ def close_after_data() -> Found:
 
 
 def epoll(flags: int) -> Found:
-    """Wake-ups of a waiting epoll, for each of three messages that are read one by one."""
+    """Wake-ups of a waiting epoll, for each of three messages that are read one by one; the second
+    comes by TCP."""
     woken = []
     with connected() as (client, server), select.epoll() as poller:
         poller.register(server, select.EPOLLIN | flags)
-        for _ in range(3):
-            client.sendall(b"x" * 10)
+        for send in (socket.socket.sendall, _send_by_tcp, socket.socket.sendall):
+            send(client, b"x" * 10)
             woken.append(len(poller.poll(TIMEOUT_S)))
             server.recv(100)
         woken.append(len(poller.poll(0.05)))
@@ -224,13 +249,74 @@ def epoll(flags: int) -> Found:
 
 
 def level_triggered() -> Found:
-    """epoll, level-triggered."""
+    """epoll, level-triggered, also for bytes that come by TCP."""
     return epoll(0)
 
 
 def edge_triggered() -> Found:
-    """epoll, edge-triggered."""
+    """epoll, edge-triggered, also for bytes that come by TCP."""
     return epoll(select.EPOLLET)
+
+
+def blocking() -> Found:
+    """A reader that blocks in recv while another thread sends on the same socket."""
+    failed: list[str] = []
+    with connected(greet=False) as (client, server):
+        for each in (client, server):
+            each.settimeout(None)
+            timeout = struct.pack("ll", int(TIMEOUT_S), 0)  # its file stays blocking
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        sides = [
+            threading.Thread(target=work)
+            for work in (partial(_echo, server, failed), partial(_drain, client, failed))
+        ]
+        for side in sides:
+            side.start()
+        for _ in range(2 * GREETINGS):
+            client.sendall(b"x" * PART)
+            time.sleep(GREETING_S)
+        client.shutdown(socket.SHUT_WR)
+        for side in sides:
+            side.join()
+    return {"errors": failed}
+
+
+def _echo(sock: socket.socket, failed: list[str]) -> None:
+    try:
+        while data := sock.recv(PART):
+            sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+    except OSError as error:
+        failed.append(error.__class__.__name__)
+
+
+def _drain(sock: socket.socket, failed: list[str]) -> None:
+    try:
+        while sock.recv(PART):
+            pass
+    except OSError as error:
+        failed.append(error.__class__.__name__)
+
+
+def mptcp_fallback() -> Found:
+    """A plain TCP client of an MPTCP listener, as each Go server is one."""
+    try:
+        listener = socket.socket(proto=IPPROTO_MPTCP)
+    except OSError:
+        return {"received": "no MPTCP"}
+    with listener, socket.socket() as client:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        client.settimeout(TIMEOUT_S)
+        client.bind(("127.0.0.6", 0))
+        client.connect(listener.getsockname())
+        server, _ = listener.accept()
+        with server:
+            server.settimeout(TIMEOUT_S)
+            _greet(client, server)
+            client.sendall(b"x" * 1000)
+            client.shutdown(socket.SHUT_WR)
+            return {"received": len(read_to_end(server))}
 
 
 PROBES: dict[str, Callable[[], Found]] = {
@@ -246,29 +332,11 @@ PROBES: dict[str, Callable[[], Found]] = {
         fionread_bypassed,
         fionread_tcp,
         fionread_ipv6,
+        splice,
+        blocking,
+        mptcp_fallback,
     )
 }
-
-
-def mptcp() -> Found:
-    """One plain connection, then one to and one from an MPTCP listener, which may fall back.
-
-    Only ever run under programs that count who would join and let nobody.
-    """
-    connections = 0
-    try:
-        for listening, connecting in ((0, 0), (IPPROTO_MPTCP, IPPROTO_MPTCP), (IPPROTO_MPTCP, 0)):
-            with (
-                socket.socket(proto=listening) as listener,
-                socket.socket(proto=connecting) as client,
-            ):
-                listener.bind(("127.0.0.1", 0))
-                listener.listen()
-                client.connect(listener.getsockname())
-                connections += 1
-    except OSError as error:
-        return {"connections": connections, "stopped by": error.strerror}
-    return {"connections": connections}
 
 
 def enter(cgroup: Path | None) -> None:
@@ -289,11 +357,10 @@ def main() -> None:
     """Runs all probes, or only those named, and prints what they found."""
     cgroup = sys.argv[1] if len(sys.argv) > 1 else ""
     enter(Path(cgroup) if cgroup else None)
-    probes = {**PROBES, mptcp.__name__: mptcp}
     found = {}
     for name in sys.argv[2:] or PROBES:
         try:
-            found[name] = probes[name]()
+            found[name] = PROBES[name]()
         except OSError as error:
             found[name] = {"failed": f"{error.__class__.__name__}: {error}"}
     json.dump(found, sys.stdout)

@@ -43,6 +43,22 @@ FIONREAD = ("fionread_bypassed", "fionread_tcp", "fionread_ipv6")
 SPLICE = "splice"
 APPLICATION_ONLY = (*FIONREAD, SPLICE, "edge_behind")
 
+HOPS = {
+    FULL: "all three hops bypass TCP/IP",
+    PROXY_ONLY: "sidecar to sidecar bypasses TCP/IP; both hops inside a pod stay on TCP",
+    OFF: "every hop stays on TCP",
+}
+_TRACING = "let programs trace the kernel: no lockdown (Secure Boot)"
+# For an operator: a kernel's fault, by the checks that find it, and what to do.
+_FAULTS = {
+    FIONREAD: "ioctl(FIONREAD) is wrong for sockets in a sockhash, until Linux 7.2; "
+    f"to mend it here, {_TRACING}, and no `fionread: leave`",
+    (SPLICE,): f"splice(2) does not see bypassed bytes; to refuse it there, {_TRACING}",
+    ("edge_behind",): "a reader is not woken for bytes behind bypassed ones; try a newer kernel",
+    ("load",): "the programs do not load; Linux 6.1 or newer is needed, with BTF",
+}
+_OTHER = "sockets in a sockhash do not behave as TCP's do; try a newer kernel"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -69,9 +85,19 @@ class Verdict:
         """False when the self-test could not be carried through; another time it may be."""
         return all(check.name != "load" for check in self.checks)
 
+    @property
+    def faults(self) -> list[str]:
+        """Why the mode is not `full`, and what to do, in an operator's words."""
+        failed = {check.name for check in self.checks if not check.ok}
+        found = [said for checks, said in _FAULTS.items() if failed & {*checks}]
+        known = {name for checks in _FAULTS for name in checks}
+        return found + ([_OTHER] if failed - known else [])
+
     def as_json(self) -> dict[str, Any]:
         return {
             "mode": self.mode,
+            "hops": HOPS[self.mode],
+            "faults": self.faults,
             "reasons": self.reasons,
             "checks": [asdict(check) for check in self.checks],
             "mended": self.is_mended,
@@ -129,23 +155,17 @@ def _behaviour(mends: bool) -> _Found:
         f"{counters.bypassed_bytes} of {counters.bypassed_bytes + counters.tcp_bytes} bytes",
         counters.bypassed_bytes > 0,
     )
-    splice = Check(
-        SPLICE,
-        "A reader that splices from its socket is seen",
-        "seen",
-        programs.blind_to_splice or "seen",
-        not programs.blind_to_splice,
-    )
-    checks = [share, splice, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+    checks = [share, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+    remarks = {SPLICE: f"not seen: {programs.blind_to_splice}" if programs.blind_to_splice else ""}
     if is_wrong:
-        remark = f"not mended: {why_not}" if why_not else "mended"
-        checks = [_remarked(check, remark) for check in checks]
+        remarks |= dict.fromkeys(FIONREAD, f"not mended: {why_not}" if why_not else "mended")
+    checks = [_remarked(check, remarks.get(check.name, "")) for check in checks]
     return _Found(checks, is_wrong and not why_not)
 
 
 def _remarked(check: Check, remark: str) -> Check:
-    """A line on FIONREAD with what became of the mend; not where it was right without."""
-    if check.name not in FIONREAD or (check.ok and remark != "mended"):
+    """A line with what became of the mend, or of the watch; not where it was right without."""
+    if not remark or (check.ok and remark != "mended"):
         return check
     return replace(check, found=f"{check.found} ({remark})")
 

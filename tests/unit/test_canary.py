@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bpf import abi, pins
+from bpf import abi, bpfsys, pins
 from install.program import canary, log
 from install.program.canary import Canary
 from install.program.generations import Generation
 
-CONTROL, SOCKHASH = 3, 4
+CONTROL, SOCKHASH, CONNS = 3, 4, 5
+
+
+@dataclass(frozen=True)
+class FakeSocket:
+    number: int
+
+    def fileno(self) -> int:
+        return self.number
 
 
 @dataclass
@@ -22,16 +31,32 @@ class Kernel:
     """What the canary sees of the kernel."""
 
     answer: int = abi.CANARY_ANSWER
+    is_watched: bool = True
     flags: int = abi.CONTROL_PAUSED
     sockets: int = 2
+    marks: dict[int, int] = field(default_factory=dict)  # by the sockets' numbers
 
-    def map_lookup(self, fd: int, _key: bytes, _size: int) -> bytes:
+    def map_lookup(self, fd: int, key: bytes, size: int) -> bytes:
+        if fd == CONNS:
+            return self.marks[int.from_bytes(key, sys.byteorder)].to_bytes(size, sys.byteorder)
         assert fd == CONTROL
         return bytes(abi.Control(self.flags, 0))
 
-    def map_update(self, fd: int, _key: bytes, value: bytes) -> None:
+    def map_update(self, fd: int, key: bytes, value: bytes) -> None:
+        if fd == CONNS:
+            mark = int.from_bytes(value[:8], sys.byteorder)
+            self.marks[int.from_bytes(key, sys.byteorder)] = mark
+            return
         assert fd == CONTROL
         self.flags = abi.Control.from_buffer_copy(value).flags
+
+    def map_info(self, fd: int) -> Any:
+        assert fd == CONNS
+        return bpfsys.Map(1, 24, "conns", 4, 64)
+
+    def splice(self, canary: FakeSocket) -> None:
+        if self.is_watched:
+            self.marks[canary.number] = abi.CANARY_SPLICED
 
     def map_is_empty(self, fd: int) -> bool:
         assert fd == SOCKHASH
@@ -47,8 +72,8 @@ class Node:
     canary: Canary
     events: list[str] = field(default_factory=list)
 
-    def unpin(self) -> None:
-        (self.folder / pins.MENDS[0]).unlink()
+    def unpin(self, pin: str = pins.MENDS[0]) -> None:
+        (self.folder / pin).unlink()
 
     @property
     def leaves(self) -> bool:
@@ -59,12 +84,15 @@ class Node:
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     folder = tmp_path / "gen-1"
     folder.mkdir()
-    for pin in pins.MENDS:
+    for pin in pins.TRACES:
         (folder / pin).touch()
     (tmp_path / pins.CURRENT).symlink_to(folder.name)
     kernel = Kernel()
-    sockets: list[Any] = [None, None]
-    made = Node(folder, kernel, Canary(Generation(folder), 1, [], CONTROL, SOCKHASH, sockets))
+    sockets: list[Any] = [FakeSocket(7), FakeSocket(8)]
+    traces = dict.fromkeys(pins.TRACES, -1)
+    of = Canary(Generation(folder), 1, traces, CONTROL, SOCKHASH, canary.Marks(CONNS), sockets)
+    made = Node(folder, kernel, of)
+    monkeypatch.setattr(canary, "splice", kernel.splice)
     monkeypatch.setattr(canary, "bpfsys", kernel)
     monkeypatch.setattr(canary, "unread_bytes", lambda _socket: kernel.answer)
 
@@ -102,19 +130,38 @@ def test_check_asks_as_the_joiner_does(node: Node, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Canary, "of", lambda _generation: node.canary)
     monkeypatch.setattr(Canary, "close", close)
-    ask = canary.why_not_mended
+    ask = canary.why_not_well
     assert ask(node.canary.generation) == ""
     node.kernel.answer = 0
-    assert ask(node.canary.generation) == "it does not answer any more"
+    assert ask(node.canary.generation) == "FIONREAD is mended no more"
     node.unpin()
-    assert ask(node.canary.generation) == "its pins are gone"
+    assert ask(node.canary.generation) == "pins are gone: mend_inet_ioctl"
     assert (node.leaves, node.events, len(closed)) == (False, [], 3)
     monkeypatch.undo()
-    assert ask(node.canary.generation) == "its pins are gone"
+    for pin in node.canary.generation.traces():
+        node.unpin(pin)
+    assert ask(node.canary.generation) == "pins are gone"
 
 
-def test_pins_that_are_removed(node: Node) -> None:
-    node.unpin()
+def test_a_watch_of_splice_that_is_silenced(node: Node) -> None:
+    """Where FIONREAD needs no mend, too."""
+    for pin in pins.MENDS:
+        node.unpin(pin)
+        del node.canary.traces[pin]
+    node.kernel.answer = 0
+    node.canary.look()
+    assert not node.leaves
+    node.kernel.is_watched = False
+    node.canary.look()
+    assert node.leaves
+    node.kernel.is_watched = True
+    node.canary.look()
+    assert node.events == ["mend_lost", "mend_recovered"]
+
+
+@pytest.mark.parametrize("pin", pins.TRACES)
+def test_pins_that_are_removed(node: Node, pin: str) -> None:
+    node.unpin(pin)
     node.canary.look()
     assert node.leaves
     assert node.events == ["mend_lost"]
@@ -136,5 +183,5 @@ def test_one_that_is_current_no_more_stays_retired(node: Node) -> None:
     assert node.leaves
 
 
-def test_a_generation_without_the_mend_needs_none(tmp_path: Path) -> None:
+def test_a_generation_without_such_programs_needs_none(tmp_path: Path) -> None:
     assert Canary.of(Generation(tmp_path)) is None

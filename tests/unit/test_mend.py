@@ -69,27 +69,44 @@ def test_what_the_selftest_says_of_it() -> None:
     assert selftest._remarked(wrong, "not mended: x").found == "FIONREAD 0 (not mended: x)"
     assert selftest._remarked(right, "not mended: x") == right
     assert selftest._remarked(right, "mended").found == "FIONREAD 0 (mended)"
-    other = check("order", ok=True)
-    assert selftest._remarked(other, "mended") == other
+    assert selftest._remarked(right, "") == right
     assert selftest.decide([wrong, right]).mode == "proxy-only"
     assert selftest.decide([right]).mode == "full"
 
 
 @pytest.mark.parametrize(
-    ("is_mended", "has_sockets", "stays"),
-    [(True, True, True), (True, False, False), (False, True, False)],
+    ("traced", "has_sockets", "stays"),
+    [(pins.MENDS[0], True, True), (pins.MENDS[0], False, False), ("", True, False)]
+    + [(pin, True, True) for pin in pins.SPLICE],
 )
 def test_the_pins_stay_while_sockets_need_them(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    is_mended: bool,
+    traced: str,
     has_sockets: bool,
     stays: bool,
 ) -> None:
     folder = tmp_path / "bpffs" / "gen-1"
     folder.mkdir(parents=True)
-    for pin in (*PINS, *(pins.MENDS if is_mended else ())):
+    for pin in (*PINS, *((traced,) if traced else ())):
         (folder / pin).touch()
     monkeypatch.setattr(Generation, "has_sockets", lambda _self: has_sockets)
     Generations(folder.parent).remove_all()
     assert folder.exists() is stays
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"),
+    [
+        ([], []),
+        (["fionread_tcp", "fionread_ipv6"], ["FIONREAD"]),
+        (["fionread_tcp", "splice"], ["FIONREAD", "splice(2)"]),
+        (["order"], ["do not behave as TCP's"]),
+        (["load"], ["Linux 6.1"]),
+    ],
+)
+def test_why_the_mode_is_less_in_an_operators_words(failed: list[str], said: list[str]) -> None:
+    checks = [check(name, ok=False) for name in failed] + [check("half_close", ok=True)]
+    faults = selftest.decide(checks).faults
+    assert len(faults) == len(said)
+    assert all(words in fault for words, fault in zip(said, faults, strict=True))

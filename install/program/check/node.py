@@ -174,11 +174,11 @@ def _mend(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
         return
     hint = "sysctl kernel.ftrace_enabled=1, then tcpip-bypass-node load; sockets go back to TCP"
     try:
-        why_not = canary.why_not_mended(facts.current)
+        why_not = canary.why_not_well(facts.current)
     except OSError as error:
         why_not = f"it could not be tried: {error}"
     if why_not:
-        yield finding.broken("fionread", f"it is mended no more: {why_not}", hint, finding.MEND)
+        yield finding.broken("fionread", f"it was mended; now {why_not}", hint, finding.MEND)
     elif facts.lost_answers:
         found = f"it is mended, but {facts.lost_answers} answers could not be written"
         hint = "these reads were told the kernel's wrong number; `fionread` of our entry: leave"
