@@ -116,6 +116,16 @@ def test_proxy_only_pods(node: Node, pods: ExitStack, end: str) -> None:
             done.assert_bypassed(name)
 
 
+def test_a_gateway_that_asks_counts_as_a_sidecar(node: Node, pods: ExitStack) -> None:
+    bed = network(node.bed, "gateway", 3, mode="proxy-only")
+    gateway = pods.enter_context(bed.pod("gateway", interception=None, annotations=PLAIN))
+    server = pods.enter_context(bed.pod("server"))
+    hop = pingpong.hop("sidecars", gateway, server)
+    reach.exchanged(bed, node.maker, hop).assert_bypassed("sidecars")
+    inside = pingpong.hop("inbound", gateway, server)
+    reach.exchanged(bed, node.maker, inside).assert_by_tcp()
+
+
 @pytest.mark.parametrize(
     ("annotation", "value"),
     [
