@@ -23,7 +23,6 @@ CONTROL_PODS_PAUSED = 2
 CONTROL_LEAVE = 4
 CANARY = 0x7FFFFFFFFFFFFFFF
 CANARY_ANSWER = 20263
-CANARY_SPLICED = 0x7FFFFFFFFFFFFFFE
 
 HOPS = ("none", "inbound", "outbound", "sidecars", "local", "direct")
 REASONS = (

@@ -29,7 +29,6 @@ _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 
 # Names in the C file, and what they are pinned as.
 VISIT = "tb_visit_file"
-WATCH = "tb_watch_splice"
 REFUSE = "tb_refuse_splice"
 MEND = "tb_mend"  # after each of these kernel functions; the links are pinned under these names
 MENDED = dict(zip(pins.MENDS, ("inet_ioctl", "inet6_ioctl"), strict=True))
@@ -207,7 +206,7 @@ def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
 class Trace:
     """A program attached to a function of the kernel; its link is pinned under `pin`.
 
-    `moment` is "kfunc", the function's entry, "kretfunc", its exit, or "kmod_ret", in its place.
+    `moment` is "kretfunc", the function's exit, or "kmod_ret", in its place.
     """
 
     program: str
@@ -338,14 +337,14 @@ class Programs:
         self._tell_sockhash_id()
         self._find_registers()
         self._attach_sk_msg()
-        self.blind_to_splice = self._watch_splice()
+        self.blind_to_splice = self._refuse_splice()
 
     def _build(self, flags: list[str], cast: KernelFunction | None) -> None:
         """Compiles and loads; without the kernel function where this kernel's JIT calls none."""
         more = cast.flags if cast else []
         self._bpf = self._bcc(text=source_text().encode(), cflags=flags + more)
         if cast:
-            for name in (*PROGRAM_PINS, WATCH, REFUSE, MEND):
+            for name in (*PROGRAM_PINS, REFUSE, MEND):
                 cast.link(self._instructions(name))
         try:
             self.fds = {
@@ -387,13 +386,14 @@ class Programs:
             raise OSError(error, f"{function}: {os.strerror(error)} {said}".strip())
         return fd
 
-    def _watch_splice(self) -> str:
+    def _refuse_splice(self) -> str:
         """Why members will not refuse to be spliced from; empty when they will."""
-        watch, refusal = pins.SPLICE
-        return self._trace(
-            Trace(WATCH, "kfunc", "tcp_splice_read", watch),
-            Trace(REFUSE, "kmod_ret", "security_file_permission", refusal),
+        why = self._trace(
+            Trace(REFUSE, "kmod_ret", "security_file_permission", pins.SPLICE_REFUSAL)
         )
+        if not why:
+            self.fds[pins.SPLICERS] = self._map_fd(pins.SPLICERS)
+        return why
 
     def mend_fionread(self) -> str:
         """Why FIONREAD stays as this kernel has it; empty when it now says what TCP would."""
@@ -465,7 +465,7 @@ class Programs:
 
     def close(self) -> None:
         """Closes all file descriptors: the kernel keeps what is pinned, attached or in use."""
-        for name in self.fds.keys() - {*MAP_PINS, pins.FIONREAD}:
+        for name in self.fds.keys() - {*MAP_PINS, pins.FIONREAD, pins.SPLICERS}:
             os.close(self.fds.pop(name))
         self._bpf.cleanup()  # the maps'
         atexit.unregister(self._bpf.cleanup)

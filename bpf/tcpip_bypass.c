@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The data path. Six programs share the maps of data_path/state.h:
+ * The data path. Five programs share the maps of data_path/state.h:
  *
  *   tb_sock_ops     runs for the TCP sockets of an accelerated pod's cgroup. It finds the two
  *                   sockets that are one connection, and counts what they exchange.
@@ -8,7 +8,7 @@
  *                   sockets into the sockhash, and takes them out again.
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes
  *                   to the peer's socket (bypass), or lets them go by TCP.
- *   tb_watch_splice runs when splice(2) takes bytes from a TCP socket, and tb_refuse_splice before.
+ *   tb_refuse_splice runs before splice(2) takes bytes from a socket, where it can be attached.
  *   tb_mend         runs after ioctl(FIONREAD), where the kernel's own answer is wrong.
  *
  * The rules that keep the bytes right, each where it is applied:

@@ -131,11 +131,9 @@ struct tb_fionread {
 #define TB_VISIT_AGAIN 0xffffffff
 
 /* A value of map "conns" begins with an id. This one is of a socket by which the joiner sees
- * whether traced programs run: the mend of FIONREAD gives it this answer, and the watch of splice
- * the other id. */
+ * whether FIONREAD is mended: the mend gives it this answer. */
 #define TB_CANARY 0x7fffffffffffffffULL
 #define TB_CANARY_ANSWER 20263
-#define TB_CANARY_SPLICED 0x7ffffffffffffffeULL
 
 /* Map "counters" (BPF_MAP_TYPE_PERCPU_HASH). */
 struct tb_counter_key {

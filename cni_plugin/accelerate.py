@@ -112,7 +112,7 @@ def _draft(
         generation="",
         flags=(abi.POD_PROXY_ONLY if plan.proxy_only else 0)
         | (abi.POD_FORCED if conf.mode != "auto" else 0)
-        | (0 if pod.in_mesh else abi.POD_SERVICES),  # Envoy dials pods
+        | (0 if pod.in_mesh or plan.proxy_only else abi.POD_SERVICES),  # Envoy dials pods
         proxy_uid=_proxy_uid(call.netns, plan.proxy_uid),
         ips=[list(address) for address in addresses[: abi.MAX_IPS]],
         excluded_ports=[list(ports) for ports in plan.excluded_ports],

@@ -31,6 +31,7 @@ class NetConf(NamedTuple):
     scope: str
     mode: str
     proxy_uid: int
+    proxy_uids: tuple[tuple[int, int], ...]  # inclusive: what a pod's annotation may name
     include_namespaces: frozenset[str]  # empty: all
     exclude_namespaces: frozenset[str]
     exclude_ports: tuple[tuple[int, int], ...]
@@ -55,16 +56,18 @@ def parse(conf: Json) -> NetConf:
         "scope": "mesh",
         "mode": "auto",
         "proxyUID": names.PROXY_UID,
+        "proxyUIDs": [],
         "includeNamespaces": [],
         "excludeNamespaces": [],
         "excludePorts": [],
         **conf,
     }
     included, excluded = found["includeNamespaces"], found["excludeNamespaces"]
-    ports, uid = found["excludePorts"], found["proxyUID"]
+    ports, uid, uids = found["excludePorts"], found["proxyUID"], found["proxyUIDs"]
     assert isinstance(included, list)
     assert isinstance(excluded, list)
     assert isinstance(ports, list)
+    assert isinstance(uids, list)
     assert isinstance(uid, (int, float))
     return NetConf(
         bpffs=str(found["bpffs"]),
@@ -72,6 +75,7 @@ def parse(conf: Json) -> NetConf:
         scope=str(found["scope"]),
         mode=str(found["mode"]),
         proxy_uid=int(uid),  # 1337.0 is an integer to JSON Schema
+        proxy_uids=tuple(_user_range(str(item)) for item in uids),
         include_namespaces=frozenset(included),
         exclude_namespaces=frozenset(excluded),
         exclude_ports=_ports(ports),
@@ -83,6 +87,13 @@ def _ports(items: list[object]) -> tuple[tuple[int, int], ...]:
         return tuple(port_range for item in items for port_range in parse_ports(str(item)))
     except ValueError as error:
         raise InvalidConfig("invalid configuration key excludePorts", str(error)) from error
+
+
+def _user_range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    if int(first) > int(last or first) or int(last or first) >= names.NO_UID:
+        raise InvalidConfig("invalid configuration key proxyUIDs", f"{text} is no range of users")
+    return int(first), int(last or first)
 
 
 def under_switch(conf: NetConf, switch: Json | None) -> NetConf:

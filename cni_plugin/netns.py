@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +82,7 @@ def uid_on_host(path: str, uid: int) -> int:
 
 def _uid_map(users: int) -> list[list[int]]:
     """Lines of user_namespaces(7): only a process shows them, so a child enters and ends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else an ended child is not to be seen
     child = os.fork()
     if not child:
         try:
@@ -89,10 +91,11 @@ def _uid_map(users: int) -> list[list[int]]:
             os._exit(1)
         os._exit(0)
     try:
-        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        has_entered = os.path.samestat(Path(f"/proc/{child}/ns/user").stat(), os.fstat(users))
         text = Path(f"/proc/{child}/uid_map").read_text()  # as our own namespace counts
     finally:
         os.waitpid(child, 0)
-    if ended is None or ended.si_status:
+    if not has_entered:  # or /proc is that of other processes
         raise OSError(errno.EPERM, "cannot enter the user namespace of the pod")
     return [[int(word) for word in line.split()] for line in text.splitlines()]

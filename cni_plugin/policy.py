@@ -86,7 +86,7 @@ def decide(conf: NetConf, pod: Pod, mode: tuple[str, str]) -> Decision:
         enabled = _boolean(pod, names.ENABLED)
         proxy_only = _boolean(pod, names.PROXY_ONLY) or mode[0] == "proxy-only"
         ports = parse_ports(pod.annotations.get(names.EXCLUDE_PORTS, ""))
-        proxy_uid = _proxy_uid(pod, conf.proxy_uid)
+        proxy_uid = _proxy_uid(pod, conf)
     except ValueError as error:
         return Decision(None, f"warning: bad annotation: {error}")
     against = _against(conf, pod, mode, enabled)
@@ -127,12 +127,15 @@ def _boolean(pod: Pod, annotation: str) -> bool | None:
     return value
 
 
-def _proxy_uid(pod: Pod, default: int) -> int:
+def _proxy_uid(pod: Pod, conf: NetConf) -> int:
+    """The operator says which users a pod may name: RULE (lock) trusts sidecars."""
     text = pod.annotations.get(names.PROXY_UID_OF_POD)
     if text is None:
-        return default
-    if not (_is_number(text, digits=10) and int(text) < names.NO_UID):
+        return conf.proxy_uid
+    if not _is_number(text, digits=10):
         raise ValueError(f"{names.PROXY_UID_OF_POD} is {text!r:.80}, no user ID")
+    if not any(first <= int(text) <= last for first, last in conf.proxy_uids):
+        raise ValueError(f"{names.PROXY_UID_OF_POD} is {text}, which proxyUIDs does not allow")
     return int(text)
 
 

@@ -37,6 +37,14 @@
  * one. */
 #define TB_LARGE_EXCHANGE 16
 
+/* RULE (splice) */
+static __always_inline int tb_has_spliced(const struct tb_conn *conn)
+{
+	__u64 cookie = conn->me.id >> TB_ID_SHIFT;
+
+	return splicers.lookup(&cookie) != NULL;
+}
+
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
 {
@@ -44,6 +52,8 @@ static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u
 
 	if (outcome)
 		return outcome;
+	if (tb_has_spliced(conn))
+		return TB_OUTCOME_SPLICE;
 	return tb_has_peer(conn) ? TB_PEERS(__u32, conn, refused) : 0;
 }
 
@@ -200,7 +210,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
-	if (conn->me.id != id) { /* the socket was used again: tb_use_again() */
+	/* The socket was used again (tb_use_again()), or has spliced just now: RULE (splice). */
+	if (conn->me.id != id || tb_has_spliced(conn)) {
 		sockhash.delete(&id);
 		conn->at.psock = 0;
 		return;

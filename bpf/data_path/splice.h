@@ -4,10 +4,12 @@
  *
  * RULE (splice). splice(2) takes bytes from TCP's own queue alone (tcp_splice_read): it never sees
  * bypassed ones. So on a member it says EINVAL, as for any file that cannot splice, and the
- * application reads instead. A socket that has spliced never joins; readers that splice mostly
- * begin with it, before their socket is remembered. So one that still calls per round trip gets a
- * struct tb_conn for that alone. Where these programs cannot be attached, no application's socket
- * joins: the mode is `proxy-only`.
+ * application reads instead. A socket on which it was called never joins, and a member leaves. The
+ * call is noted before the sockhash is asked. A visit puts a socket into the sockhash before it
+ * looks for a note. So one of the two sees the other.
+ *
+ * A splice by io_uring looks like its read: both are noted, and neither is refused. Where this
+ * program cannot be attached, no application's socket joins: the mode is `proxy-only`.
  */
 
 #define EINVAL 22
@@ -34,6 +36,18 @@ static __always_inline int tb_is_splice(__u32 call)
 	       call == SENDFILE_OF_32_BITS || call == SENDFILE64_OF_32_BITS;
 }
 
+/* `socket` is a struct tcp_sock. The sum is a barrier: what follows is read behind the note. */
+static __always_inline void tb_note_splice(void *socket)
+{
+	__u64 cookie = tb_socket_cookie(socket);
+	__u32 none = 0, *calls;
+
+	splicers.insert(&cookie, &none);
+	calls = splicers.lookup(&cookie);
+	if (calls)
+		__sync_fetch_and_add(calls, 1);
+}
+
 /* Is a TCP socket in this sockhash, by its psock? A sockhash that has it first is first in the list
  * of its psock (struct sk_psock_link). The storage is not to be asked here. */
 static __always_inline int tb_is_in_sockhash(__u64 sk)
@@ -56,41 +70,21 @@ static __always_inline int tb_is_in_sockhash(__u64 sk)
 int tb_refuse_splice(__u64 *arguments)
 {
 	void *file = (void *)arguments[0], *socket;
+	__u32 call;
 
 	if (!((__u32)arguments[1] & MAY_READ))
 		return 0;
 	socket = tb_sock_from_file(file);
-	if (!socket || !tb_is_splice(tb_current_call()))
+	if (!socket)
+		return 0;
+	call = tb_current_call();
+	if (!tb_is_splice(call) && call != IO_URING_ENTER && call != TB_UNKNOWN_CALL)
 		return 0;
 	socket = *(void *volatile *)(socket + OFF_SOCKET_SK); /* its struct sock */
 	if (socket)
 		socket = bpf_skc_to_tcp_sock(socket);
-	return socket && tb_is_in_sockhash((__u64)socket) ? -EINVAL : 0;
-}
-
-/* Attached to the entry of tcp_splice_read(struct socket *, ...), net/ipv4/tcp.c. */
-int tb_watch_splice(__u64 *arguments)
-{
-	void *socket = (void *)arguments[0], *sk;
-	struct tb_conn *conn;
-	int is_young;
-
-	sk = *(void *volatile *)(socket + OFF_SOCKET_SK);
-	if (!sk)
+	if (!socket)
 		return 0;
-	is_young = tb_read8((__u64)sk + OFF_TCP_SOCK_CB_FLAGS) & TB_CALL_PER_ROUND_TRIP;
-	conn = conns.sk_storage_get(sk, 0, is_young ? BPF_SK_STORAGE_GET_F_CREATE : 0);
-	if (!conn)
-		return 0;
-	if (conn->me.id == TB_CANARY || conn->me.id == TB_CANARY_SPLICED) {
-		conn->me.id = TB_CANARY_SPLICED;
-		return 0;
-	}
-	if (!conn->me.id)
-		conn->refused = TB_OUTCOME_SPLICE; /* tb_meet() counts it */
-	else if (!conn->refused)
-		tb_refuse(conn, TB_OUTCOME_SPLICE);
-	if (tb_membership(conn->state) != TB_OUT)
-		tb_ring(conn->me.pod_id);
-	return 0;
+	tb_note_splice(socket);
+	return tb_is_splice(call) && tb_is_in_sockhash((__u64)socket) ? -EINVAL : 0;
 }

@@ -4,7 +4,7 @@
  * node.
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and
- * its sends, under its lock, in visits and in splice(2), without. The peer reads `me.id`,
+ * its sends, under its lock, and in visits, without. The peer reads `me.id`,
  * `peer.id`, `refused`, `state`, `path`, `sent`, `decided`, `begun`, `is_behind` and the members of
  * `at` of it, each one aligned word.
  */
@@ -12,6 +12,7 @@
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
 #define TB_ID_SHIFT 16
 #define TB_MAX_PODS 4096
+#define TB_MAX_SPLICERS 8192
 
 /* One end of a connection. Kernel addresses are numbers here: RULE (reads). */
 struct tb_end {
@@ -146,6 +147,7 @@ struct tb_secret {
  * fionread     0                       struct tb_fionread
  * registers_at 0                       from the start of a thread's stack: short_sends.h
  * sockhash_id  0                       the kernel's ID of map sockhash
+ * splicers     socket cookie           how often splice(2) was called on it: splice.h
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
@@ -164,6 +166,7 @@ BPF_RINGBUF_OUTPUT(bell, 1);
 BPF_ARRAY(fionread, struct tb_fionread, 1);
 BPF_ARRAY(registers_at, __u64, 1);
 BPF_ARRAY(sockhash_id, __u32, 1);
+BPF_F_TABLE("lru_hash", __u64, __u32, splicers, TB_MAX_SPLICERS, 0);
 
 _Static_assert(offsetof(struct tb_conn, me.id) == 0, "user space writes TB_CANARY there");
 

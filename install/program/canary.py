@@ -21,6 +21,7 @@ from install.program.generations import Generation, Generations
 from install.program.probes import unread_bytes
 
 LOOK_S = 1.0  # between two looks
+_SO_COOKIE = 57  # asm-generic/socket.h
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)  # one for each program
 
 
@@ -32,27 +33,22 @@ def _sockets() -> list[socket.socket]:
     return made
 
 
-@dataclass(frozen=True)
-class Marks:
-    """What the programs know sockets by: a generation's map "conns"."""
-
-    conns: int
-
-    def mark(self, canary: socket.socket) -> None:
-        """From now on the mend and the watch treat it as no other socket."""
-        size = bpfsys.map_info(self.conns).value_size
-        marked = abi.CANARY.to_bytes(8, sys.byteorder).ljust(size, b"\0")
-        bpfsys.map_update(self.conns, _key(canary), marked)
-
-    def has_been_spliced(self, canary: socket.socket) -> bool:
-        """Whether the watch has seen it."""
-        size = bpfsys.map_info(self.conns).value_size
-        value = bpfsys.map_lookup(self.conns, _key(canary), size)
-        return int.from_bytes(value[:8], sys.byteorder) == abi.CANARY_SPLICED
+def _mark(conns: int, canary: socket.socket) -> None:
+    """From now on the mend treats it as no other socket."""
+    size = bpfsys.map_info(conns).value_size
+    marked = abi.CANARY.to_bytes(8, sys.byteorder).ljust(size, b"\0")
+    bpfsys.map_update(conns, canary.fileno().to_bytes(4, sys.byteorder), marked)
 
 
-def _key(canary: socket.socket) -> bytes:
-    return canary.fileno().to_bytes(4, sys.byteorder)
+def _is_noted(splicers: int, canary: socket.socket) -> bool:
+    """Whether the program that refuses splice(2) sees the one that is called now."""
+    cookie = canary.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+    with contextlib.suppress(FileNotFoundError):
+        bpfsys.map_delete(splicers, cookie)
+    splice(canary)
+    with contextlib.suppress(FileNotFoundError):
+        return bool(bpfsys.map_lookup(splicers, cookie, 4))
+    return False
 
 
 def splice(canary: socket.socket) -> None:
@@ -75,9 +71,10 @@ class Canary:
     traces: dict[str, int]  # links, by their pins
     _control: int
     _sockhash: int
-    _marks: Marks
+    _splicers: int | None
     _sockets: list[socket.socket]
     is_well: bool = True
+    _failed: str = ""  # at the last look
 
     @staticmethod
     def of(generation: Generation) -> Canary | None:
@@ -85,21 +82,28 @@ class Canary:
         traces = generation.traces()
         if not traces:
             return None
-        wanted = (pins.CONTROL, pins.SOCKHASH, pins.CONNS, *traces)
-        control, sockhash, conns, *links = [
-            bpfsys.obj_get(str(generation.folder / pin)) for pin in wanted
-        ]
-        traced = dict(zip(traces, links, strict=True))
-        marks = Marks(conns)
-        return Canary(
-            generation, generation.sock_ops_id(), traced, control, sockhash, marks, _sockets()
+        pin = generation.folder.joinpath
+        traced = {each: bpfsys.obj_get(str(pin(each))) for each in traces}
+        control, sockhash = (
+            bpfsys.obj_get(str(pin(each))) for each in (pins.CONTROL, pins.SOCKHASH)
         )
+        splicers = None
+        if generation.refuses_splice():
+            splicers = bpfsys.obj_get(str(pin(pins.SPLICERS)))
+        sockets = _sockets()
+        with bpfsys.closing(bpfsys.obj_get(str(pin(pins.CONNS)))) as conns:
+            for each in sockets:
+                _mark(conns, each)
+        number = generation.sock_ops_id()
+        return Canary(generation, number, traced, control, sockhash, splicers, sockets)
 
     def look(self) -> None:
         """Sends the sockets back to TCP when a program does not run, and lets them join once it
         does again."""
         is_pinned, why = not self._missing(), self.why_not_well()
-        is_well = not why
+        # The kernel leaves a program out while a thread that runs it is preempted on this CPU.
+        is_well = not why or (is_pinned and not self._failed and self.is_well)
+        self._failed = why
         if is_well == self.is_well or not (is_pinned or self.has_sockets()):
             return  # the second: it is just being removed
         self.is_well = is_well
@@ -119,12 +123,10 @@ class Canary:
         if missing := self._missing():
             return f"pins are gone: {', '.join(sorted(missing))}"
         for each in self._sockets:
-            self._marks.mark(each)
             if self.traces.keys() & {*pins.MENDS} and unread_bytes(each) != abi.CANARY_ANSWER:
                 return "FIONREAD is mended no more"
-            splice(each)
-            if self.traces.keys() & {*pins.SPLICE} and not self._marks.has_been_spliced(each):
-                return "splice(2) is seen no more"
+            if self._splicers is not None and not _is_noted(self._splicers, each):
+                return "splice(2) is refused no more"
         return ""
 
     def has_sockets(self) -> bool:
@@ -142,7 +144,8 @@ class Canary:
         bpfsys.map_update(self._control, bytes(4), bytes(control))
 
     def close(self) -> None:
-        for fd in (*self.traces.values(), self._control, self._sockhash, self._marks.conns):
+        splicers = () if self._splicers is None else (self._splicers,)
+        for fd in (*self.traces.values(), self._control, self._sockhash, *splicers):
             os.close(fd)
         for each in self._sockets:
             each.close()

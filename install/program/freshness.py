@@ -40,6 +40,7 @@ def mark(node: Node, generation: Generation) -> dict[str, Any]:
         "programs": version(),
         "generation": generation.folder.name,
         "mends_fionread": node.mends_fionread,
+        "refuses_splice": generation.refuses_splice(),
     }
 
 
@@ -60,10 +61,10 @@ def reason_to_try(node: Node) -> str | None:
 
 
 def _lost(found: dict[str, object], current: Generation) -> str:
-    """What the mode that was found rests on, and this generation does not do any more."""
+    """What this generation did when it was loaded, and does not do any more."""
     if found.get("mended") and not current.is_mended():
         return "FIONREAD is mended"
-    if found.get("mode") == names.MODES[0] and not current.refuses_splice():
+    if found.get("refuses_splice") and not current.refuses_splice():
         return "splice(2) is refused"
     return ""
 

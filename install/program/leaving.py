@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bpf import bpfsys, pins
 from install.program import log, passes
-from install.program.generations import Generation, opened
+from install.program.generations import Generation, Generations, opened
 from install.program.passes import PassTimeout, Runner
 
 PATIENCE_S = 5.0
@@ -84,6 +84,7 @@ def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
                 if not os.fork():
                     _let_go(visit, sockhash)
                     _keep_on(visit, sockhash, list(folders))
+                    _remove_empty(generation, sockhash)
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
@@ -100,6 +101,15 @@ def _let_go(*kept: int) -> None:
         if fd > 2 and fd not in kept:
             with contextlib.suppress(OSError):  # the listing's own
                 os.close(fd)
+
+
+def _remove_empty(generation: Generation, sockhash: int) -> None:
+    """What `unload` left for its sockets; not what a load has put there since."""
+    others = Generations(generation.folder.parent)
+    if bpfsys.map_is_empty(sockhash) and others.current() != generation:
+        with contextlib.suppress(OSError):
+            generation.remove()
+            others.root.rmdir()
 
 
 def _keep_on(visit: int, sockhash: int, folders: list[Path]) -> None:

@@ -62,7 +62,11 @@ def test_add_writes_the_record_the_programs_read(
             (names.EXCLUDE_PORTS, "3306,8000-8100"),
             *((names.PROXY_UID_OF_POD, each) for each in of_pod),
         ),
-        conf=(("proxyUID", 4242), ("excludePorts", [22])),
+        conf=(
+            ("proxyUID", 4242),
+            ("proxyUIDs", ["1000680000-1000689999"]),
+            ("excludePorts", [22]),
+        ),
     )
     must(annotated, "ADD")
     inode = pod.cgroup.stat().st_ino

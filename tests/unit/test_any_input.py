@@ -93,6 +93,7 @@ confs = spoiled(
         "excludePorts": st.lists(st.integers(1, 65535) | st.just("1-2"), max_size=3),
         "excludeNamespaces": st.lists(st.sampled_from(["shop", "kube-system"])),
         "proxyUID": st.integers(0, 4294967294),
+        "proxyUIDs": st.lists(st.sampled_from(["7", "1-5", "9-2", "4294967295"]), max_size=2),
         "runtimeConfig": spoiled({names.POD_ANNOTATIONS: pod_annotations}),
         names.VALID_ATTACHMENTS: st.lists(
             st.fixed_dictionaries({"containerID": st.text(), "ifname": st.text()}), max_size=3

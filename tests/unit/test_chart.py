@@ -137,7 +137,8 @@ def test_configuration_and_switch_are_the_plugins_own() -> None:
     for key, value in ours["conf"]["properties"].items():
         assert value == plugin["properties"][key]
     documented = ("scope", "mode", "fionread", "includeNamespaces", "excludeNamespaces")
-    assert ours["conf"]["properties"].keys() == {*documented, "excludePorts", "proxyUID"}
+    others = ("excludePorts", "proxyUID", "proxyUIDs")
+    assert ours["conf"]["properties"].keys() == {*documented, *others}
     assert ours["switch"]["properties"].keys() == switch.Switch().as_json().keys()
 
 

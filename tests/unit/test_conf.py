@@ -38,7 +38,7 @@ def test_example_is_valid(path: Path, tmp_path: Path) -> None:
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "cni.md").read_text()
     for key in json.loads(schema.schema_path().read_text())["properties"]:
-        if key in netconf.NetConf._fields or key in {"bpffs", "stateDir", "proxyUID"}:
+        if key in netconf.NetConf._fields or key in {"bpffs", "stateDir", "proxyUID", "proxyUIDs"}:
             assert f"`{key}`" in text
-    for name in (names.ENABLED, names.PROXY_ONLY, names.EXCLUDE_PORTS):
+    for name in (names.ENABLED, names.PROXY_ONLY, names.EXCLUDE_PORTS, names.PROXY_UID_OF_POD):
         assert f"`{name}`" in text

@@ -76,8 +76,12 @@ def test_what_the_selftest_says_of_it() -> None:
 
 @pytest.mark.parametrize(
     ("traced", "has_sockets", "stays"),
-    [(pins.MENDS[0], True, True), (pins.MENDS[0], False, False), ("", True, False)]
-    + [(pin, True, True) for pin in pins.SPLICE],
+    [
+        (pins.MENDS[0], True, True),
+        (pins.MENDS[0], False, False),
+        (pins.SPLICE_REFUSAL, True, True),
+        ("", True, False),
+    ],
 )
 def test_the_pins_stay_while_sockets_need_them(
     tmp_path: Path,
