@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 
 OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 
+# The outcome of a connection whose addresses do not fit, and what can be done about it.
+MISMATCH = "mismatch"
+OLD_LISTENER = (
+    "a server that listened before its pod was taken in: restart it; "
+    "clients with a sidecar stay on TCP"
+)
+UNKNOWN_SERVICE = (
+    "a sidecar that dials a ClusterIP does not know the Service: tell Istio of it; "
+    "clients without a sidecar stay on TCP"
+)
+
 Hops = dict[str, HopCounters]
 Reading = dict[tuple[int, int], Hops]  # by (ID of the map, pod ID)
 
@@ -200,6 +211,13 @@ def add(total: Hops, hops: Hops) -> None:
         total[hop] = total.get(hop, HopCounters()) + counted
 
 
+def advice(record: Attachment, hops: Hops) -> str | None:
+    """What to do so that more of the pod's connections are paired; None when that is nothing."""
+    if not any(counted.connections.get(MISMATCH) for counted in hops.values()):
+        return None
+    return OLD_LISTENER if record.flags & abi.POD_SERVICES else UNKNOWN_SERVICE
+
+
 class Growth:
     """What counters grow by from one reading to the next, whatever comes and goes meanwhile.
 
@@ -272,5 +290,6 @@ def _pod(record: Attachment, found: Facts, hops: Hops) -> dict[str, Any]:
         "proxy_only": bool(record.flags & abi.POD_PROXY_ONLY),
         "forced": bool(record.flags & abi.POD_FORCED),
         "excluded_ports": record.excluded_ports,
+        "advice": advice(record, hops),
         "hops": {hop: asdict(counted) for hop, counted in hops.items()},
     }
