@@ -75,6 +75,11 @@ class Facts:
     lost_answers: int | None = None  # that the mend of FIONREAD could not write; None: no mend
 
     @property
+    def lost(self) -> frozenset[int]:
+        """IDs of pods that are there without the programs that they should have."""
+        return frozenset(record.pod_id for record in self.attachments) - self.attached - self.gone
+
+    @property
     def named_mode(self) -> tuple[str, str] | None:
         """The mode that is forced, and what forces it; None when it is the self-test's."""
         return in_force.named_mode(self.forced, self.switch.switch.mode)
@@ -104,8 +109,7 @@ class Facts:
         """Of `exits`: whether the bypass is on, and for every pod that is to have it."""
         if self.current not in self.generations:
             return exits.NOT
-        lost = {record.pod_id for record in self.attachments} - self.attached
-        if self.paused or self.paused_pods or lost or self.failures or self.plugin_problem:
+        if self.paused or self.paused_pods or self.lost or self.failures or self.plugin_problem:
             return max(exits.LESS, exits.of_mode(self.mode_in_force))
         return exits.of_mode(self.mode_in_force)
 
@@ -117,7 +121,7 @@ def facts(node: Node) -> Facts:
     mode, reason = node.state.node_mode()
     attachments = node.attachments()
     attached = frozenset(record.pod_id for record in attachments if programs_of(record))
-    lost = [record for record in attachments if record.pod_id not in attached]
+    without = [record for record in attachments if record.pod_id not in attached]
     return Facts(
         current=node.generations.current(),
         generations=complete,
@@ -127,7 +131,7 @@ def facts(node: Node) -> Facts:
         reason=reason,
         attachments=attachments,
         attached=attached,
-        gone=frozenset(record.pod_id for record in lost if not has_cgroup(record)),
+        gone=frozenset(record.pod_id for record in without if not has_cgroup(record)),
         failures=_failures(node),
         plugin_problem=node.plugin_problem,
         switch=switches.kept(node.state) or Kept(),
@@ -285,6 +289,7 @@ def _pod(record: Attachment, found: Facts, hops: Hops) -> dict[str, Any]:
         "ips": sorted({address for address, _ in record.ips}),
         "generation": record.generation,
         "attached": record.pod_id in found.attached,
+        "gone": record.pod_id in found.gone,
         "paused": record.pod_id in found.paused_pods,
         "paused_by": found.pod_paused_by(record),
         "proxy_only": bool(record.flags & abi.POD_PROXY_ONLY),
