@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from cni_plugin.protocol import Json, Request
 
+MUST_WORK = ("DEL", "STATUS")  # whatever has become of the program
+
 
 def main() -> int:
     """Returns the exit code: 0, or 1 with an error result on stdout."""
@@ -26,15 +28,19 @@ def main() -> int:
     try:
         document, code = run(os.environ, 0)
     except Exception as error:  # not even json can be imported: the program's folder is damaged
-        msg = f"internal error: {type(error).__name__}"
-        document = f'{{"cniVersion": "{names.NEWEST_CNI_VERSION}", "code": 999, "msg": "{msg}"}}'
-        code = 1
-    if document:
-        try:
-            _write(document + "\n")
-        except OSError:
-            return 1
+        document, code = _without_json(os.environ.get("CNI_COMMAND"), error)
+    if document and not _write(1, document + "\n"):
+        return 1
     return code
+
+
+def _without_json(command: str | None, error: Exception) -> tuple[str, int]:
+    """As start.c does without the plugin: a pod still ends, and the node stays ready."""
+    msg = f"internal error: {type(error).__name__}"
+    if command in MUST_WORK:
+        _write(2, f"{names.PLUGIN}: warning: {msg}\n")
+        return "", 0
+    return f'{{"cniVersion": "{names.NEWEST_CNI_VERSION}", "code": 999, "msg": "{msg}"}}', 1
 
 
 def run(env: Mapping[str, str], stdin: int) -> tuple[str, int]:
@@ -71,7 +77,7 @@ def _after_mistake(command: str, conf: Json, version: str, error: Exception) -> 
     mistake = protocol.CniError(f"internal error: {type(error).__name__}", f"{text:.300}")
     previous = conf.get("prevResult")
     passed_on = isinstance(previous, dict) and {**previous, "cniVersion": version}
-    if command in ("DEL", "STATUS") or (command == "ADD" and passed_on):
+    if command in MUST_WORK or (command == "ADD" and passed_on):
         log.say(f"warning: {mistake}")
         return (json.dumps(passed_on) if command == "ADD" else ""), 0
     return json.dumps(protocol.error_document(mistake, version)), 1
@@ -116,7 +122,12 @@ def _occupy_standard_descriptors() -> None:
             os.open("/dev/null", flags)
 
 
-def _write(text: str) -> None:
+def _write(fd: int, text: str) -> bool:
+    """Whether all of it could be written."""
     data = text.encode("utf-8")
-    while data:
-        data = data[os.write(1, data) :]
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except OSError:
+        return False
+    return True

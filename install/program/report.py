@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 
 OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 
+# The outcome of a connection whose addresses do not fit, and what can be done about it.
+MISMATCH = "mismatch"
+OLD_LISTENER = (
+    "a server that listened before its pod was taken in: restart it; "
+    "clients with a sidecar stay on TCP"
+)
+UNKNOWN_SERVICE = (
+    "a sidecar that dials a ClusterIP does not know the Service: tell Istio of it; "
+    "clients without a sidecar stay on TCP"
+)
+
 Hops = dict[str, HopCounters]
 Reading = dict[tuple[int, int], Hops]  # by (ID of the map, pod ID)
 
@@ -64,6 +75,11 @@ class Facts:
     lost_answers: int | None = None  # that the mend of FIONREAD could not write; None: no mend
 
     @property
+    def lost(self) -> frozenset[int]:
+        """IDs of pods that are there without the programs that they should have."""
+        return frozenset(record.pod_id for record in self.attachments) - self.attached - self.gone
+
+    @property
     def named_mode(self) -> tuple[str, str] | None:
         """The mode that is forced, and what forces it; None when it is the self-test's."""
         return in_force.named_mode(self.forced, self.switch.switch.mode)
@@ -93,8 +109,7 @@ class Facts:
         """Of `exits`: whether the bypass is on, and for every pod that is to have it."""
         if self.current not in self.generations:
             return exits.NOT
-        lost = {record.pod_id for record in self.attachments} - self.attached
-        if self.paused or self.paused_pods or lost or self.failures or self.plugin_problem:
+        if self.paused or self.paused_pods or self.lost or self.failures or self.plugin_problem:
             return max(exits.LESS, exits.of_mode(self.mode_in_force))
         return exits.of_mode(self.mode_in_force)
 
@@ -106,7 +121,7 @@ def facts(node: Node) -> Facts:
     mode, reason = node.state.node_mode()
     attachments = node.attachments()
     attached = frozenset(record.pod_id for record in attachments if programs_of(record))
-    lost = [record for record in attachments if record.pod_id not in attached]
+    without = [record for record in attachments if record.pod_id not in attached]
     return Facts(
         current=node.generations.current(),
         generations=complete,
@@ -116,7 +131,7 @@ def facts(node: Node) -> Facts:
         reason=reason,
         attachments=attachments,
         attached=attached,
-        gone=frozenset(record.pod_id for record in lost if not has_cgroup(record)),
+        gone=frozenset(record.pod_id for record in without if not has_cgroup(record)),
         failures=_failures(node),
         plugin_problem=node.plugin_problem,
         switch=switches.kept(node.state) or Kept(),
@@ -200,6 +215,13 @@ def add(total: Hops, hops: Hops) -> None:
         total[hop] = total.get(hop, HopCounters()) + counted
 
 
+def advice(record: Attachment, hops: Hops) -> str | None:
+    """What to do so that more of the pod's connections are paired; None when that is nothing."""
+    if not any(counted.connections.get(MISMATCH) for counted in hops.values()):
+        return None
+    return OLD_LISTENER if record.flags & abi.POD_SERVICES else UNKNOWN_SERVICE
+
+
 class Growth:
     """What counters grow by from one reading to the next, whatever comes and goes meanwhile.
 
@@ -267,10 +289,12 @@ def _pod(record: Attachment, found: Facts, hops: Hops) -> dict[str, Any]:
         "ips": sorted({address for address, _ in record.ips}),
         "generation": record.generation,
         "attached": record.pod_id in found.attached,
+        "gone": record.pod_id in found.gone,
         "paused": record.pod_id in found.paused_pods,
         "paused_by": found.pod_paused_by(record),
         "proxy_only": bool(record.flags & abi.POD_PROXY_ONLY),
         "forced": bool(record.flags & abi.POD_FORCED),
         "excluded_ports": record.excluded_ports,
+        "advice": advice(record, hops),
         "hops": {hop: asdict(counted) for hop, counted in hops.items()},
     }

@@ -64,6 +64,7 @@ def _page(
     parts = list(_head(found))
     if found.attachments:
         parts.append(_table(found, pods, width, passed_s))
+        parts.extend(_advice(found, pods))
     if found.failures:
         parts.append(_failures(found.failures))
     return Group(*parts)
@@ -128,6 +129,17 @@ def _table(found: Facts, pods: dict[int, Hops], width: int, passed_s: float | No
     if len(found.attachments) > 1:
         add([Text("all pods", "bold")], total)
     return table
+
+
+def _advice(found: Facts, pods: dict[int, Hops]) -> Iterator[Text]:
+    """A line for all pods that the same is to be done about."""
+    concerned: dict[str, list[str]] = {}
+    for record in found.attachments:
+        if text := report.advice(record, pods.get(record.pod_id, {})):
+            pod = f"{record.pod_namespace}/{record.pod_name}"
+            concerned.setdefault(text, []).append(pod)
+    for text, names in sorted(concerned.items()):
+        yield Text(f"{report.MISMATCH}: {', '.join(sorted(names))}: {text}.", "yellow")
 
 
 def _labels(record: Attachment, found: Facts) -> list[Text]:

@@ -23,13 +23,14 @@ from tests.bed.node import PROGRAM
 from tests.bed.pod import APP_UID, MESH
 from tests.containerd import containerd, inventory, node, releases
 from tests.containerd.containerd import NETWORK, Containerd
-from tests.containerd.cri import Cri, PodIdentity
+from tests.containerd.cri import USUAL, Cri, PodIdentity, Wishes
 from tests.containerd.inventory import Inventory
 from tests.containerd.node import Node
 from tests.containerd.releases import Release
 
 OWN_PLUGINS = Path(__file__).with_name("plugins")
 RECORDED = "recorded"
+SECOND = ("10.245.0.0/16",)  # of the second network
 SETTLE_S = 5
 AT_ONCE = 8
 
@@ -38,6 +39,9 @@ BYPASS = "bypass"
 PLAIN = "plain"
 RECORDING = "recording"
 FAILING = "failing"
+IPV6 = "ipv6"
+TWO_NETWORKS = "two-networks"
+HOST_PORT = "host-port"
 
 
 @dataclass
@@ -47,7 +51,7 @@ class Pod:
     identity: PodIdentity
     cgroup: Path
     annotations: Mapping[str, str]
-    host_network: bool
+    wishes: Wishes
     handler: str
     _cri: Cri = field(repr=False)
 
@@ -60,8 +64,8 @@ class Pod:
         return self._cri.run_sandbox(
             replace(self.identity, attempt=attempt),
             self.annotations,
-            host_network=self.host_network,
-            handler=self.handler,
+            self.wishes,
+            self.handler,
         )
 
     def end_sandbox(self, sandbox_id: str) -> None:
@@ -109,7 +113,7 @@ class RuntimeBed:
         name: str,
         *,
         annotations: Mapping[str, str] = MESH,
-        host_network: bool = False,
+        wishes: Wishes = USUAL,
         handler: str = BYPASS,
     ) -> Iterator[Pod]:
         """A pod with its cgroup and no sandbox yet; its sandboxes must be gone at the end."""
@@ -119,7 +123,7 @@ class RuntimeBed:
         try:
             with cgroups.made(cgroup):
                 identity = PodIdentity(name, uid, f"/{path}")
-                yield Pod(identity, cgroup, annotations, host_network, handler, self.cri)
+                yield Pod(identity, cgroup, annotations, wishes, handler, self.cri)
         finally:
             node.remove_v1_cgroups(path)
 
@@ -193,19 +197,21 @@ class RuntimeBed:
         for name in left["CNI results"]:
             (self.node.folder / inventory.CNI_RESULTS / name).unlink()
         for name in left["host-local leases"]:
-            (self.node.folder / "ipam" / NETWORK / name).unlink()
+            (self.node.folder / "ipam" / name).unlink()
 
 
 @contextmanager
-def open_bed() -> Iterator[RuntimeBed]:
+def open_bed(release: Release | None = None) -> Iterator[RuntimeBed]:
     """A node with our programs loaded and containerd running; all gone on leaving."""
-    release = releases.chosen()
+    release = release or releases.chosen()
     with node.made() as made:
         _fill_bin_dir(made.folder / "bin", release)
         _install_ours(made.folder / "bin")
         (made.folder / "calls").mkdir()
         made.run([PROGRAM, "load"])
-        with containerd.running(made, _chains(made.folder / "ipam"), release) as runtime:
+        ipam = made.folder / "ipam"
+        other = {**cni.bridge(ipam, SECOND, name="cni1"), "isDefaultGateway": False}
+        with containerd.running(made, _chains(ipam), release, {TWO_NETWORKS: [other]}) as runtime:
             yield RuntimeBed(made, runtime, inventory.of(made, runtime.cri))
 
 
@@ -224,11 +230,15 @@ def _chains(ipam: Path) -> dict[str, list[Json]]:
     """The chains by handler; the first one is the default. All share one range of addresses."""
     bridge = cni.bridge(ipam)
     ours = cni.tcpip_bypass(Path(names.BPFFS), Path(names.STATE_DIR))
+    portmap = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
     return {
         BYPASS: [bridge, ours],
         PLAIN: [bridge],
         RECORDING: [_recorded(bridge), _recorded(ours)],
         FAILING: [bridge, ours, {"type": "failing"}],
+        IPV6: [cni.bridge(ipam, cni.DUAL_STACK[1:], name="cni6"), ours],
+        TWO_NETWORKS: [bridge, ours],
+        HOST_PORT: [bridge, portmap, ours],
     }
 
 

@@ -28,7 +28,10 @@ from tests.containerd.releases import Release
 START_TIMEOUT_S = 30
 METRICS_PORT = 1338
 NETWORK = "pods"  # the name in every conflist
+SECOND = "second"  # of a pod's second interface
 SOCKET = Path("/run/containerd/containerd.sock")
+
+Chains = Mapping[str, Sequence[Json]]  # by runtime handler
 
 # restrict_oom_score_adj: sandboxes ask for -998, which takes CAP_SYS_RESOURCE.
 CONFIG = """\
@@ -60,6 +63,7 @@ HANDLER = """
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{name}]
 runtime_type = "io.containerd.runc.v2"
 cni_conf_dir = "{conf_dir}"
+cni_max_conf_num = {networks}
 """
 
 
@@ -84,7 +88,7 @@ class Containerd:
     """A runtime with one CNI chain per runtime handler, the first one being the default."""
 
     def __init__(
-        self, node: Node, cri: Cri, chains: Mapping[str, Sequence[Json]], release: Release
+        self, node: Node, cri: Cri, chains: Chains, release: Release, second: Chains
     ) -> None:
         self.cri = cri
         self.release = release
@@ -93,7 +97,7 @@ class Containerd:
         self._log = node.folder / "containerd.log"
         self._config = node.folder / "config.toml"
         self.bin_dir = node.folder / "bin"
-        self._configure(chains)
+        self._configure(chains, second)
 
     def start(self) -> None:
         """Start it and wait until it takes calls.
@@ -147,14 +151,14 @@ class Containerd:
         """Everything it has said, with what CNI plugins wrote to stderr."""
         return self._log.read_text(errors="replace")
 
-    def _configure(self, chains: Mapping[str, Sequence[Json]]) -> None:
+    def _configure(self, chains: Chains, second: Chains) -> None:
         text = ""
         for name, plugins in chains.items():
             conf_dir = self._node.folder / "net.d" / name
             conf_dir.mkdir(parents=True)
-            version = self.release.cni_version
-            conflist = {"cniVersion": version, "name": NETWORK, "plugins": plugins}
-            (conf_dir / "10-pods.conflist").write_text(json.dumps(conflist, indent=2))
+            self._write_conflist(conf_dir / "10-pods.conflist", NETWORK, plugins)
+            if name in second:
+                self._write_conflist(conf_dir / "20-second.conflist", SECOND, second[name])
             if not text:
                 text = CONFIG.format(
                     folder=self._node.folder,
@@ -165,8 +169,13 @@ class Containerd:
                     conf_dir=conf_dir,
                     default=name,
                 )
-            text += HANDLER.format(name=name, conf_dir=conf_dir)
+            networks = 1 + (name in second)
+            text += HANDLER.format(name=name, conf_dir=conf_dir, networks=networks)
         self._config.write_text(text)
+
+    def _write_conflist(self, path: Path, name: str, plugins: Sequence[Json]) -> None:
+        conflist = {"cniVersion": self.release.cni_version, "name": name, "plugins": plugins}
+        path.write_text(json.dumps(conflist, indent=2))
 
     def _is_ready(self) -> bool:
         try:
@@ -199,11 +208,11 @@ def _metric(text: str, name: str, operation: str) -> int:
 
 @contextmanager
 def running(
-    node: Node, chains: Mapping[str, Sequence[Json]], release: Release
+    node: Node, chains: Chains, release: Release, second: Chains | None = None
 ) -> Iterator[Containerd]:
-    """A containerd that has its image; killed on leaving."""
+    """A containerd that has its image; killed on leaving. Some handlers have a second network."""
     with cri.connected(node.outside(SOCKET)) as client:
-        containerd = Containerd(node, client, chains, release)
+        containerd = Containerd(node, client, chains, release, second or {})
         try:
             containerd.start()
             containerd.import_pause_image()

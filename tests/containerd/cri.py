@@ -12,7 +12,9 @@ from pathlib import Path
 from install.program.agent import cri
 from install.program.agent.cri import CriError, Runtime, messages
 
-__all__ = ["Cri", "CriError", "PodIdentity", "SandboxStatus", "connected"]
+__all__ = ["USUAL", "Cri", "CriError", "PodIdentity", "SandboxStatus", "Wishes", "connected"]
+
+USERS = 65_536  # of a pod with a user namespace of its own, as kubelet has it
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,31 @@ class PodIdentity:
     cgroup_parent: str  # below the cgroup mounts, with a leading slash
     namespace: str = "default"
     attempt: int = 0
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What else a pod's specification asks for."""
+
+    host_network: bool = False
+    host_port: int = 0  # leads to the same port of the pod
+    root: int = 0  # the host's user that is the pod's root; 0: no user namespace of its own
+
+    def namespaces(self) -> messages.NamespaceOption:
+        network = messages.NODE if self.host_network else messages.POD
+        if not self.root:
+            return messages.NamespaceOption(network=network)
+        ids = [messages.IDMapping(host_id=self.root, container_id=0, length=USERS)]
+        users = messages.UserNamespace(mode=messages.POD, uids=ids, gids=ids)
+        return messages.NamespaceOption(network=network, userns_options=users)
+
+    def ports(self) -> list[messages.PortMapping]:
+        if not self.host_port:
+            return []
+        return [messages.PortMapping(container_port=self.host_port, host_port=self.host_port)]
+
+
+USUAL = Wishes()
 
 
 @dataclass(frozen=True)
@@ -52,21 +79,20 @@ class Cri(Runtime):
         self,
         pod: PodIdentity,
         annotations: Mapping[str, str],
-        *,
-        host_network: bool = False,
+        wishes: Wishes,
         handler: str = "",
     ) -> str:
         """Make a pod's sandbox, network included; its container ID."""
-        network = messages.NODE if host_network else messages.POD
         config = messages.PodSandboxConfig(
             metadata=messages.PodSandboxMetadata(
                 name=pod.name, uid=pod.uid, namespace=pod.namespace, attempt=pod.attempt
             ),
             annotations=annotations,
+            port_mappings=wishes.ports(),
             linux=messages.LinuxPodSandboxConfig(
                 cgroup_parent=pod.cgroup_parent,
                 security_context=messages.LinuxSandboxSecurityContext(
-                    namespace_options=messages.NamespaceOption(network=network)
+                    namespace_options=wishes.namespaces()
                 ),
             ),
         )

@@ -31,7 +31,7 @@ def of(node: Node, cri: Cri) -> Inventory:
         "pod counters": _counters(node),
         "veth interfaces": _veths(node),
         "network namespaces": _names(node.outside(NAMESPACES).glob("*")),
-        "host-local leases": _names(node.folder.glob("ipam/*/*.*.*.*")),
+        "host-local leases": _leases(node.folder / "ipam"),
         "CNI results": _names(node.folder.glob(f"{CNI_RESULTS}/*")),
         "pod cgroups": _names(node.pods.glob("*/")),
         # Names alone: containerd is the same one when it has been started again.
@@ -84,6 +84,16 @@ def _veths(node: Node) -> list[str]:
 def _mounts(node: Node) -> list[str]:
     mountinfo = Path(f"/proc/{node.holder}/mountinfo").read_text()
     return [line.split()[4] for line in mountinfo.splitlines()]
+
+
+def _leases(folder: Path) -> list[str]:
+    """Their files, below a folder for each network; named by address."""
+    found = folder.glob("*/*")
+    return sorted(
+        str(path.relative_to(folder))
+        for path in found
+        if path.name != "lock" and not path.name.startswith("last_reserved_ip")
+    )
 
 
 def _names(paths: Iterable[Path]) -> list[str]:

@@ -36,6 +36,7 @@ from tests.bed.pod import MESH
 from tests.containerd import containerd, traffic
 from tests.containerd.agent import Agent, Release
 from tests.containerd.bed import PLAIN, Pod, RuntimeBed, open_bare_bed
+from tests.containerd.cri import Wishes
 from tests.containerd.inventory import attached
 from tests.containerd.traffic import Report, Traffic
 
@@ -146,7 +147,7 @@ def test_install_into_a_node_with_pods(started_agent: Agent) -> None:
         others = [
             *stack.enter_context(made(bed, "opted-out", annotations={**MESH, **OPTED_OUT})),
             *stack.enter_context(made(bed, "not-in-the-mesh", annotations={})),
-            stack.enter_context(bed.pod("host", host_network=True, handler=PLAIN)),
+            stack.enter_context(bed.pod("host", wishes=Wishes(host_network=True), handler=PLAIN)),
         ]
         boxes = run([*mesh, *others])
         with talking(mesh, boxes[:2]) as load:

@@ -23,7 +23,7 @@ from tests.bed.node import PROGRAM
 from tests.bed.pod import MESH
 from tests.containerd import recordings
 from tests.containerd.bed import FAILING, RECORDING, Pod, RuntimeBed
-from tests.containerd.cri import CriError
+from tests.containerd.cri import CriError, Wishes
 from tests.containerd.inventory import attached
 
 OURS = [pins.SOCK_OPS_NAME]
@@ -176,7 +176,7 @@ def test_the_end_of_a_dead_sandbox_does_not_touch_its_successor(bed: RuntimeBed)
 
 
 def test_a_pod_on_the_hosts_network_never_reaches_cni(bed: RuntimeBed) -> None:
-    with bed.pod("host", host_network=True, handler=RECORDING) as pod:
+    with bed.pod("host", wishes=Wishes(host_network=True), handler=RECORDING) as pod:
         sandbox = pod.run_sandbox()
         assert bed.cri.sandbox_status(sandbox).ready
         assert attached(pod.cgroup) == []

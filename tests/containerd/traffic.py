@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections between two pods, every byte checked, for as long as a test wants them.
 
-Run in a pod: `python traffic.py serve`, and `python traffic.py ask ADDRESS` in another one, which
-ends with SIGTERM and then prints a Report.
+Run in a pod: `python traffic.py serve [ADDRESS]`, and `python traffic.py ask ADDRESS` in another
+one, which ends with SIGTERM and then prints a Report.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ class Echo(socketserver.BaseRequestHandler):
             self.request.sendall(data)
 
 
-def serve() -> None:
+def serve(address: str = "") -> None:
     class Server(socketserver.ThreadingTCPServer):
+        address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         allow_reuse_address = True
         daemon_threads = True
 
     socket.setdefaulttimeout(FOR_EVER_S)  # O_NONBLOCK: blocking readers never join
-    with Server(("", PORT), Echo) as server:
+    with Server((address, PORT), Echo) as server:
         print("listening", flush=True)
         server.serve_forever()
 
@@ -134,4 +135,4 @@ def started(argv: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1] == "serve" else ask(sys.argv[2])
+    {"serve": serve, "ask": ask}[sys.argv[1]](*sys.argv[2:])

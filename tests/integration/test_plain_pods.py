@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,9 +12,11 @@ from typing import NamedTuple
 import pytest
 
 from cni_plugin import names
+from install.program import report
 from tests.bed import Bed, Pod, cni, kubeproxy, open_bed, pingpong
 from tests.bed.addresses import FAMILIES, Family
 from tests.bed.pingpong import PLAIN_HOPS, HopName
+from tests.bed.pod import MESH
 from tests.integration import reach, traffic_pods
 from tests.integration.traffic_pods import Maker, eventually, exchange, receive
 from tests.light import ACQUAINTANCE
@@ -101,6 +104,29 @@ def test_a_pod_that_nobody_asked_for_stays_on_tcp(settings: dict[str, Plain]) ->
     with bed.pod("nobody", interception=None) as server, reach.visited(maker):
         hop = pingpong.hop("direct", client, server)
         reach.exchanged(bed, maker, hop).assert_by_tcp()
+
+
+@pytest.mark.parametrize("server_annotations", [ACCELERATED, MESH], ids=["plain", "sidecar"])
+def test_status_says_what_to_do_where_addresses_do_not_fit(
+    settings: dict[str, Plain], server_annotations: dict[str, str]
+) -> None:
+    bed, maker, plain_client, _ = settings["annotation, bridge"]
+    is_plain = server_annotations is ACCELERATED
+    advice = report.OLD_LISTENER if is_plain else report.UNKNOWN_SERVICE
+    with (
+        bed.pod("unfit", interception=None, annotations=server_annotations) as server,
+        bed.pod("meshed", interception=None, annotations=MESH) as meshed,
+        kubeproxy.service(bed.host, server, "v4"),
+        reach.visited(maker),
+    ):
+        assert "mismatch" not in bed.node.call("status")
+        client = meshed if is_plain else plain_client
+        with reach.connected(maker, pingpong.hop("service", client, server)) as ends:
+            exchange(*ends)
+        found = {pod["name"]: pod["advice"] for pod in bed.node.status()["pods"]}
+        assert {name: said for name, said in found.items() if said} == {"unfit": advice}
+        (line,) = re.findall(r"mismatch: (.*)", " ".join(bed.node.call("status").splitlines()))
+        assert " ".join(line.split()) == f"default/unfit: {advice}."
 
 
 # ---- Network policies ------------------------------------------------------------------------

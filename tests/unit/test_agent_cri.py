@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cni_plugin import names, protocol, results
-from install.program import report
+from install.program import exits, report
 from install.program import status as tables
 from install.program.agent import repair
 from install.program.agent.agent import Agent, Settings
@@ -23,6 +23,7 @@ from install.program.agent.cri import Network, Runtime, Sandbox, messages
 from install.program.agent.http import Health
 from install.program.agent.metrics import Metrics
 from install.program.agent.repair import YOUNG_S, Plugin, Tally, collect
+from install.program.check import node as of_node
 from install.program.check import pods
 from install.program.conf_dir import ConfDir, Ours
 from install.program.conflist import Entry
@@ -30,8 +31,10 @@ from install.program.host import OWN_PROC
 from install.program.installer import Places
 from install.program.node import Node
 from install.program.pods import has_cgroup
+from tests.bed import cgroups
 from tests.bed.bed import REPOSITORY
 from tests.unit.test_attachment import BLANK
+from tests.unit.test_check import WELL
 
 NETNS = "/var/run/netns/cni-1"
 SPEC = {"linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": NETNS}]}}
@@ -130,9 +133,11 @@ def test_the_messages_are_made_of_the_interface_as_it_is(module: str, tmp_path: 
     assert (folder / module).read_text() == made
 
 
-def record(node: Node, name: str, age_s: float) -> Path:
-    """An attachment of that age, of a pod whose cgroup is gone."""
-    made = BLANK._replace(container_id=name, ifname="eth0", network="pods", cgroup=str(GONE))
+def record(node: Node, name: str, age_s: float, cgroup: Path = GONE) -> Path:
+    """An attachment of that age; the pod's cgroup is gone unless it is given."""
+    made = BLANK._replace(container_id=name, ifname="eth0", network="pods", cgroup=str(cgroup))
+    if cgroup.exists():
+        made = made._replace(inode=cgroup.stat().st_ino)
     node.state.make()
     node.state.write(made)
     path = node.state_dir / names.ATTACHMENTS / f"{name}:eth0.json"
@@ -146,7 +151,10 @@ def test_what_a_killed_runtime_leaves_goes_when_it_is_no_longer_young(
 ) -> None:
     """Their records were made just now, and no event wakes the agent when they are older."""
     node = Node(tmp_path / "bpffs", tmp_path / "state")
-    old, young = record(node, "old", YOUNG_S + 1), record(node, "young", 0.7 * YOUNG_S)
+    old, young = (
+        record(node, name, age, cgroup=cgroups.mount_point())
+        for name, age in (("old", YOUNG_S + 1), ("young", 0.7 * YOUNG_S))
+    )
     known = record(node, "0123", 0)
     tally = Tally(attached=attached)
     collect(node, "pods", [SANDBOX], tally)
@@ -174,9 +182,29 @@ def test_what_a_killed_runtime_leaves_goes_when_it_is_no_longer_young(
 
 def test_a_record_of_the_clocks_future_is_young_for_so_long_and_no_longer(tmp_path: Path) -> None:
     node, tally = Node(tmp_path / "bpffs", tmp_path / "state"), Tally()
-    record(node, "future", -10 * YOUNG_S)
+    record(node, "future", -10 * YOUNG_S, cgroup=cgroups.mount_point())
     collect(node, "pods", [], tally)
     assert (tally.removed, tally.young_s) == (0, YOUNG_S)
+
+
+def test_a_record_whose_cgroup_is_gone_is_never_young(tmp_path: Path) -> None:
+    node, tally = Node(tmp_path / "bpffs", tmp_path / "state"), Tally()
+    ended, known = record(node, "ended", 0), record(node, "0123", 0)
+    collect(node, "pods", [SANDBOX], tally)
+    assert (ended.exists(), known.exists()) == (False, True)
+    assert (tally.removed, tally.young_s) == (1, 0)
+
+
+def test_one_cgroup_that_cannot_be_opened_keeps_no_other_record(tmp_path: Path) -> None:
+    node, tally = Node(tmp_path / "bpffs", tmp_path / "state"), Tally()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    odd = record(node, "odd", 0)
+    odd.write_text(odd.read_text().replace(str(GONE), str(loop)))
+    ended = record(node, "ended", 0)
+    collect(node, "pods", [], tally)
+    assert (odd.exists(), ended.exists()) == (True, False)
+    assert (tally.removed, tally.failed) == (1, 1)
 
 
 def test_a_pod_whose_cgroup_is_gone_has_lost_no_program(tmp_path: Path) -> None:
@@ -189,9 +217,17 @@ def test_a_pod_whose_cgroup_is_gone_has_lost_no_program(tmp_path: Path) -> None:
     record(node, "gone", 0)
     facts = report.facts(node)
     assert facts.gone == frozenset({BLANK.pod_id})
+    assert facts.lost == frozenset()
+    assert 'tcpip_bypass_pods{state="lost"} 0.0' in Metrics(node).render().decode()
+    (document,) = report.as_json(facts)["pods"]
+    assert (document["attached"], document["gone"]) == (False, True)
     (labels,) = [tables._labels(each, facts) for each in facts.attachments]
     assert "its cgroup is gone" in [text.plain for text in labels]
     (pod,) = pods.recorded(facts)
-    assert (pod.state, "its cgroup is gone" in pod.why) == (pods.LOST, True)
+    assert (pod.state, "its cgroup is gone" in pod.why) == (pods.GONE, True)
+    assert of_node._summary([pod], "").status == exits.WELL
+    whole = replace(WELL, attachments=facts.attachments, attached=frozenset(), gone=facts.gone)
+    assert whole.exit_status == exits.WELL
+    assert replace(whole, gone=frozenset()).exit_status == exits.LESS
     labels = tables._labels(facts.attachments[0], replace(facts, gone=frozenset()))
     assert "lost its programs" in [text.plain for text in labels]

@@ -6,12 +6,15 @@ from __future__ import annotations
 import errno
 import select
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from install.program.agent.watch import Watch
+from tests.unit.cases import ROOT
 
 
 @pytest.fixture
@@ -121,3 +124,46 @@ def test_without_inotify_everything_may_have_changed(
     assert watch.changed() == set()
     (tmp_path / "10-a.conflist").touch()
     assert watch.changed() == {"files"}
+
+
+# In a user namespace of its own, with limits of its own.
+WITHOUT_A_WATCH = """
+import sys
+from pathlib import Path
+from install.program.agent.watch import Watch
+
+limit = Path("/proc/sys/user/max_inotify_watches")
+folders = {path.name: {path} for path in map(Path, sys.argv[1:])}
+usual = limit.read_text()
+limit.write_text(str(len(folders) - 1))
+watch = Watch()
+for _ in range(2):
+    watch.watch(folders)
+    assert watch.descriptors() == []
+    assert watch.changed() == folders.keys()
+limit.write_text(usual)
+watch.watch(folders)
+assert watch.changed() == set()
+for name, (folder,) in folders.items():
+    (folder / "new").touch()
+    assert watch.changed() == {name}
+"""
+
+
+def test_without_a_watch_left_everything_may_have_changed(tmp_path: Path) -> None:
+    folders = [tmp_path / "conf", tmp_path / "bin"]
+    for folder in folders:
+        folder.mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--"]
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", WITHOUT_A_WATCH, *folders],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    warning, over = done.stderr.splitlines()
+    assert "changes are seen late" in warning
+    assert "No space left on device" in warning
+    assert "at once again" in over

@@ -168,6 +168,17 @@ def test_a_pause_by_the_switch_is_told_from_an_operators(
     assert said() == state
 
 
+def test_a_pod_that_is_gone_is_not_lost(cluster: Cluster) -> None:
+    found = json.loads((RECORDED / "status-two.json").read_text())
+    rules = [nodes("a"), of_node("a", "status", "status-two")]
+    well = cluster.call(rules, "status")
+    for gone, status, lost in ((True, well.status, "0"), (False, 1, "1")):
+        found["pods"][0] |= {"attached": False, "gone": gone}
+        rules = [nodes("a"), rule("exec", "agent-a", "status", text=json.dumps(found))]
+        answer = cluster.call(rules, "status")
+        assert (answer.status, table(answer.said)[1][4]) == (status, lost)
+
+
 def test_only_get_and_exec_are_used(cluster: Cluster) -> None:
     rules = [
         nodes("a"),
@@ -256,9 +267,9 @@ def test_explain_says_what_to_do_about_connections_that_did_not_fit(cluster: Clu
 
     assert "mismatch" not in said()
     pod["hops"]["none"]["connections"] = {"no_peer": 1, "mismatch": 3}
+    pod["advice"] = report.OLD_LISTENER
     assert "connections on TCP: 3 mismatch, 1 no_peer" in said()
     (advice,) = [line for line in said().splitlines() if line.startswith("  mismatch: ")]
-    assert "dials a ClusterIP" in advice
     assert "before its pod was taken in: restart it" in advice
     assert advice.endswith("docs/operating.md#metrics")
 

@@ -206,7 +206,7 @@ def _state(found: Facts) -> Iterator[Metric]:
     attached = sum(record.pod_id in found.attached for record in found.attachments)
     pods = {
         "accelerated": attached,
-        "lost": len(found.attachments) - attached,
+        "lost": len(found.lost),
         "failed": len(found.failures),
     }
     yield _gauges("pods", "Pods accelerated, no longer so, or not for a fault", "state", pods)

@@ -29,7 +29,7 @@ from install.program.conf_dir import ConfDir
 from install.program.in_force import InForce, in_force
 from install.program.installer import Places
 from install.program.node import LOCK_PATIENCE_S, Node, NodeError
-from install.program.pods import programs_of
+from install.program.pods import has_cgroup, programs_of
 
 IFNAME = "eth0"  # what every CRI runtime calls a pod's interface
 PLUGIN_TIMEOUT_S = 60
@@ -88,11 +88,9 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
     for key in node.state.keys():  # noqa: SIM118 - not a dict
         if key.container_id in alive:
             continue
-        if young_s := _young_s(node, key):
-            tally.young_s = max(tally.young_s, young_s)
-            continue
         try:
-            gone = _undo(node, network, key)
+            young_s = 0.0 if _is_ended(node, key) else _young_s(node, key)
+            gone = not young_s and _undo(node, network, key)
         except OSError as error:
             tally.failed += 1
             log.error(
@@ -101,6 +99,7 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
                 container=key.container_id,
             )
             continue
+        tally.young_s = max(tally.young_s, young_s)
         if gone:
             tally.removed += 1
             log.info(
@@ -108,6 +107,12 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
                 "removed the attachment of a sandbox that is gone",
                 container=key.container_id,
             )
+
+
+def _is_ended(node: Node, key: Key) -> bool:
+    """Whether the pod has been and gone: ADD opened the cgroup before it wrote the record."""
+    record = node.state.read(key)
+    return record is not None and not has_cgroup(record)
 
 
 def _young_s(node: Node, key: Key) -> float:

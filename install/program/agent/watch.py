@@ -4,11 +4,12 @@
 A folder may be missing, come later, be replaced or vanish: its nearest parent that exists is
 watched for it meanwhile. What inotify cannot see (another mount laid over a folder, a symlink
 on the way to it that now leads elsewhere) shows when watch() is called again. A node that has run
-out of inotify instances (fs.inotify.max_user_instances) is looked at without, at each turn.
+out of inotify's instances or watches (fs.inotify.max_user_*) is looked at without, at each turn.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -50,17 +51,23 @@ class Watch:
     def watch(self, folders: Mapping[str, set[Path]]) -> None:
         """Watch these folders from now on, each for its topic, and no others."""
         self._folders = folders
+        try:
+            self._watch_all(folders)
+        except OSError as error:
+            self.close()  # all or none: some of them would hide that others are not seen
+            self._inotify, self._topics = None, {}
+            if not self._is_blind:
+                log.warning("no_inotify", f"changes are seen late, once a minute: {error}")
+            self._is_blind = True
+            return
+        if self._is_blind:
+            log.info("inotify_recovered", "changes are seen at once again")
+        self._is_blind = False
+
+    def _watch_all(self, folders: Mapping[str, set[Path]]) -> None:
+        """Raises OSError when the node has no instance or no watch left."""
         if self._inotify is None:
-            try:
-                self._inotify = INotify(nonblocking=True)
-            except OSError as error:
-                if not self._is_blind:
-                    log.warning("no_inotify", f"changes are seen late, once a minute: {error}")
-                self._is_blind = True
-                return
-            if self._is_blind:
-                log.info("inotify_recovered", "changes are seen at once again")
-            self._is_blind = False
+            self._inotify = INotify(nonblocking=True)
         before, self._topics = self._topics, {}
         for topic, paths in folders.items():
             for path in paths:
@@ -74,8 +81,10 @@ class Watch:
         for folder in (path, *path.parents):
             try:
                 descriptor = self._inotify.add_watch(folder, _MASK)
-            except OSError:
-                continue  # missing, no folder, or more watches than fs.inotify allows
+            except OSError as error:
+                if error.errno == errno.ENOSPC:  # more watches than fs.inotify allows
+                    raise
+                continue  # missing, or no folder
             self._topics.setdefault(descriptor, set()).add(topic)
             return
 

@@ -16,15 +16,16 @@ from install.program.report import Facts
 if TYPE_CHECKING:
     from install.program.agent.cri import Sandbox
 
-ACCELERATED, LOST, FAILED, PAUSED, WAITING, LEFT_OUT = (
+ACCELERATED, LOST, FAILED, PAUSED, WAITING, LEFT_OUT, GONE = (
     "accelerated",
     "lost",
     "failed",
     "paused",
     "waiting",
     "left out",
+    "gone",
 )
-STATES = (ACCELERATED, LOST, FAILED, PAUSED, WAITING, LEFT_OUT)
+STATES = (ACCELERATED, LOST, FAILED, PAUSED, WAITING, LEFT_OUT, GONE)
 WRONG = (LOST, FAILED, WAITING)
 
 
@@ -47,9 +48,10 @@ def recorded(facts: Facts) -> list[PodState]:
     found = []
     for record in facts.attachments:
         state, why = ACCELERATED, ""
-        if record.pod_id not in facts.attached:
-            what = "its cgroup is gone" if record.pod_id in facts.gone else "it lost its programs"
-            state, why = LOST, f"{what}; the agent sees to it"
+        if record.pod_id in facts.lost:
+            state, why = LOST, "it lost its programs; the agent sees to it"
+        elif record.pod_id in facts.gone:
+            state, why = GONE, "its cgroup is gone; the agent removes the record"
         elif facts.paused:
             undo = report.undoing(facts.paused_by, "tcpip-bypass-node resume")
             state, why = PAUSED, f"the node is paused: {undo}"
