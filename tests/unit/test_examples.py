@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -111,9 +111,9 @@ KUBECONFIG = {
 }
 
 
-def shown() -> Iterator[str]:
+def shown(documents: Iterable[Path] = DOCUMENTS) -> Iterator[str]:
     """Each line of helm or kubectl in a block of commands, or in the comment after one."""
-    for path in DOCUMENTS:
+    for path in documents:
         text = path.read_text().replace("\\\n#", "")
         for line in re.findall(r"^#? {4,}(\w.*)$", text, re.MULTILINE):
             command, _, comment = line.partition(" # ")
@@ -163,6 +163,15 @@ def test_lines_are_found() -> None:
     assert verbs >= NEEDS_SERVER
     files = {"kubectl apply", "kubectl delete", "kubectl patch", "kubectl label"}
     assert verbs - NEEDS_SERVER == files | {"helm install", "helm upgrade", "helm template"}
+
+
+def test_the_readme_begins_with_one_node() -> None:
+    label, apply, *_ = shown([ROOT / "README.md"])
+    folder = manifests.OVERLAYS / "one-node"
+    assert apply == f"kubectl apply -k {folder.relative_to(ROOT)}"
+    selector = manifests.pod_spec(manifests.kustomized(folder))["nodeSelector"]
+    key, _, value = label.removeprefix("kubectl label node NODE ").partition("=")
+    assert selector[key] == value
 
 
 @pytest.mark.parametrize("line", COMMANDS)
