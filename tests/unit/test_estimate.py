@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,19 @@ def test_figures_are_the_benchmarks() -> None:
         found = figures.of(hop)
         if least:  # a ratio of medians, and the interval of the median of the ratios
             assert float(least) <= found.bypass_us / found.tcp_us <= float(most)
+
+
+def test_the_documents_picture_promises_no_more_than_the_figures() -> None:
+    """`python -m tests.pictures` makes it anew."""
+    picture = (ROOT / "docs" / "img" / "estimate.svg").read_text()
+    text = html.unescape(re.sub(r"<[^>]+>", "", picture)).replace("\N{NO-BREAK SPACE}", " ")
+    assert "stay on this node: at least " in text
+    found = dict(re.findall(r"In mode (full|proxy-only).*?: ([\d.]+) us less for each call", text))
+    hops = {"full": tuple(figures.ROUND_TRIPS), "proxy-only": ("sidecars",)}
+    assert found.keys() == hops.keys()
+    for mode, saved in found.items():
+        most = sum(figures.of(hop).saved_us for hop in hops[mode])
+        assert float(saved) <= round(most, 1)
 
 
 def pod(name: str, ip: str, annotations: dict[str, str] | None = None, **conf: object) -> Pod:
