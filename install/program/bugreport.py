@@ -130,7 +130,7 @@ def _selftest(node: Node) -> str:
 
 def _parts(asked: Asked) -> Iterator[Part]:
     node = asked.node
-    yield Part("versions.json", "what runs here", lambda: _json(_versions(node)))
+    yield Part("versions.json", "what runs here", lambda: _json(_versions(asked)))
     yield Part("check.json", "what `check` says, with every pod", lambda: _check(asked))
     yield Part(
         "status.json", "what `status` says, with counters", lambda: _json(report.report(node))
@@ -167,19 +167,43 @@ def _check(asked: Asked) -> str:
     return _json(check.as_json(findings, pods))
 
 
-def _versions(node: Node) -> dict[str, Any]:
-    release = Path("/etc/os-release")
+def _versions(asked: Asked) -> dict[str, Any]:
     return {
         "version": VERSION,
         "programs": freshness.version(),
-        "reason_to_load": freshness.reason_to_load(node),
+        "reason_to_load": freshness.reason_to_load(asked.node),
         "node": report.node_name(),
         "kernel": platform.release(),
         "kernel_build": platform.version(),
         "machine": platform.machine(),
         "python": platform.python_version(),
-        "os_of_this_process": release.read_text() if release.exists() else "",
+        "runtime": _runtime(asked.socket),
+        "os": _os_release(asked.host_root),
     }
+
+
+def _os_release(root: Path) -> str:
+    """The node's, which is not that of the image; os-release(5) names the two places."""
+    for name in ("etc/os-release", "usr/lib/os-release"):
+        path = root / name
+        is_absolute = path.is_symlink() and path.readlink().is_absolute()
+        target = root / path.readlink().relative_to("/") if is_absolute else path
+        if target.is_file():
+            return target.read_text(errors="replace")
+    return ""
+
+
+def _runtime(socket: Path | None) -> str:
+    """Name and version, as the runtime tells them, or why it does not."""
+    if socket is None:
+        return "no container runtime's socket is there"
+    from install.program.agent.cri import CriError, Runtime, connected  # noqa: PLC0415 - 30 MB
+
+    try:
+        with connected(socket) as channel:
+            return Runtime(channel).version()
+    except CriError as error:
+        return f"{socket}: {error}"
 
 
 def _generations(node: Node) -> list[dict[str, Any]]:

@@ -15,3 +15,8 @@ _OF_MODE = {"full": WELL, "proxy-only": LESS, "off": NOT}
 def of_mode(mode: str) -> int:
     """The exit status that a mode of names.MODES stands for."""
     return _OF_MODE[mode]
+
+
+def of_forced(mode: str, allowed: str) -> int:
+    """Of a mode that is forced: above what the self-test allows, it works with less at best."""
+    return max(of_mode(mode), LESS if of_mode(mode) < of_mode(allowed) else WELL)

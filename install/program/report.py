@@ -109,9 +109,10 @@ class Facts:
         """Of `exits`: whether the bypass is on, and for every pod that is to have it."""
         if self.current not in self.generations:
             return exits.NOT
-        if self.paused or self.paused_pods or self.lost or self.failures or self.plugin_problem:
-            return max(exits.LESS, exits.of_mode(self.mode_in_force))
-        return exits.of_mode(self.mode_in_force)
+        of_pods = self.paused or self.paused_pods or self.lost or self.failures
+        is_less = of_pods or self.plugin_problem or self.lost_answers
+        status = exits.of_forced(self.mode_in_force, self.mode)
+        return max(status, exits.LESS) if is_less else status
 
 
 def facts(node: Node) -> Facts:

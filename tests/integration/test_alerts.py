@@ -3,24 +3,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bpf import bpfsys
 from cni_plugin import names
+from install.program import whole_file
+from install.program.agent import agent as of_agent
+from install.program.agent.agent import Agent, Settings
+from install.program.agent.http import Health
 from install.program.agent.metrics import Metrics
+from install.program.host import OWN_PROC
+from install.program.installer import Places, entry
 from install.program.node import Node
 from tests.bed import Pod, cgroups, open_bed, promtool
 from tests.bed.bed import Bed
 from tests.bed.promtool import Scrapes
 from tests.integration import plugin_calls
 from tests.manifests import render
+from tests.unit.test_check import PLUGIN, plugin
 
 ACCELERATED = {names.ENABLED: "true"}
 LONG = 13 * 60  # minutes; longer than any alert waits
+CONFLIST = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}]}
 
 
 @pytest.fixture
@@ -42,8 +53,11 @@ def metrics(bed: Bed, pod: Pod) -> Metrics:  # noqa: ARG001 - it is what they te
 
 def firing(metrics: Metrics) -> set[str]:
     """What fires once the node has been so for long; that a kernel is unfit is no fault of ours."""
-    fired = promtool.firing(render.RULES, [Scrapes(LONG, metrics.render().decode())])
-    return fired - {"TcpipBypassKernelUnfit"}
+    return fired_by([Scrapes(LONG, metrics.render().decode())])
+
+
+def fired_by(history: list[Scrapes]) -> set[str]:
+    return promtool.firing(render.RULES, history) - {"TcpipBypassKernelUnfit"}
 
 
 def test_paused(bed: Bed, metrics: Metrics) -> None:
@@ -77,3 +91,59 @@ def test_a_pod_that_could_not_be_accelerated(bed: Bed, metrics: Metrics) -> None
         assert firing(metrics) == {"TcpipBypassPodsLeftOut"}
         elsewhere.call("DEL")
     assert firing(metrics) == set()
+
+
+@dataclass
+class Keeping:
+    """The agent's own keeper of plugin and conflist, on folders of a test; seconds pass at once."""
+
+    agent: Agent
+    metrics: Metrics
+    conflist: Path
+    now: float = 0.0
+
+    def minute(self, rewrites: int = 0) -> Scrapes:
+        """The agent's turns of a minute, in whose first seconds another program writes its file."""
+        for second in range(60):
+            if second < rewrites:
+                whole_file.write(self.conflist, json.dumps(CONFLIST))
+            self.now += 1
+            self.agent._notice()  # inotify's events are real
+            self.agent._do(self.agent._files)
+            self.agent._watch.watch(self.agent._folders())
+        return Scrapes(1, self.metrics.render().decode())
+
+    @property
+    def is_in(self) -> bool:
+        return names.PLUGIN in self.conflist.read_text()
+
+
+@pytest.fixture
+def keeping(metrics: Metrics, bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keeping:
+    conf_dir, source = tmp_path / "net.d", tmp_path / "plugin"
+    conf_dir.mkdir()
+    plugin(source, PLUGIN)
+    node = Node(bed.node.bpffs, bed.node.state_dir)
+    places = Places(conf_dir, tmp_path / "bin", source, OWN_PROC)
+    ours = entry(node.bpffs, node.state_dir, None)
+    settings = Settings(places, ours, [], [], [], (), None, None, once=False)
+    made = Keeping(Agent(node, settings, metrics, Health()), metrics, conf_dir / "10-pods.conflist")
+    monkeypatch.setattr(of_agent, "time", SimpleNamespace(monotonic=lambda: made.now))
+    whole_file.write(made.conflist, json.dumps(CONFLIST))
+    return made
+
+
+def test_a_conflist_that_is_fought_over(keeping: Keeping) -> None:
+    calm = [keeping.minute() for _ in range(30)]
+    assert keeping.is_in
+    fought = [keeping.minute(rewrites=60) for _ in range(40)]
+    assert fired_by([*calm, *fought]) == {"TcpipBypassConflistFoughtOver"}
+    over = [keeping.minute() for _ in range(30)]
+    assert keeping.is_in
+    assert fired_by([*calm, *fought, *over]) == set()
+
+
+def test_a_conflist_that_another_program_writes_now_and_then(keeping: Keeping) -> None:
+    found = [keeping.minute(rewrites=number % 5 // 4) for number in range(60)]
+    assert keeping.is_in
+    assert fired_by(found) == set()

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.bed import open_bed
+from install.program.estimate import figures
+from tests.bed import cc, open_bed, pairs, pingpong
 from tests.bed.bed import Bed
 from tests.bed.node import PROGRAM
 
 ACCELERATED = {"tcpip-bypass/enabled": "true"}
 SECONDS = 30
+ROUNDS = 20_000_000  # more than a comparison can see
 # An event loop at both ends, so that every kernel and edition lets it bypass.
 PINGPONG = """
 import select, socket
@@ -55,10 +59,35 @@ def test_a_load_that_bypasses_takes_less_cpu(bed: Bed) -> None:
         assert bed.node.status()["paused"] is False
     found = json.loads(done.stdout)
     assert found["pods"] == 1
+    assert_switched(found)
+    assert found["cpu_per_byte"]["middle"] < 1, found
+
+
+def assert_switched(found: dict[str, Any]) -> None:
+    """All bytes by TCP while it was paused, and by the bypass otherwise."""
     for phase in found["phases"]:
         share = phase["bypassed_bytes"] / (phase["bypassed_bytes"] + phase["tcp_bytes"])
         assert share < 0.01 if phase["paused"] else share > 0.99, found
-    assert found["cpu_per_byte"]["middle"] < 1, found
+
+
+def test_it_finds_what_the_benchmark_has_found(bed: Bed) -> None:
+    """Round trips of 64 bytes between sidecars on one CPU: the saving has its sign and order."""
+    cpu = str(max(os.sched_getaffinity(0)))
+    program = cc.compiled(pingpong.SOURCE, bed.folder)
+    with pairs.pair(bed, "bypass") as pair:
+        hop = pingpong.hop("sidecars", pair.client, pair.server)
+        asked: list[str | Path] = [program, "ask", hop.source, hop.destination, str(hop.port)]
+        load = ["64", "events", "0", "0", str(ROUNDS)]
+        with pingpong.serving(program, hop, cpu):
+            asking = hop.asker.spawn([*asked, *load], container=hop.asker_container, cpus=cpu)
+            done = compare(bed, "--seconds", str(SECONDS), "--json")
+            assert asking.poll() is None, pair.client.logs()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert_switched(found)
+    benchmark = figures.of("sidecars")
+    saved, expected = 1 - found["cpu_per_byte"]["middle"], benchmark.saved_us / benchmark.tcp_us
+    assert expected / 2 < saved < expected * 3 / 2, found
 
 
 def test_where_there_is_nothing_to_compare(bed: Bed) -> None:

@@ -6,12 +6,21 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from install.program import bugreport, log
+from install.program.agent import cri_pb2, cri_pb2_grpc
 from install.program.bugreport import Part
+from install.program.check.node import Asked
+from install.program.host import OWN_PROC
+from install.program.installer import Places
+from install.program.node import Node
 
 TOKEN = "eyJhbGciOiJSUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl"
 
@@ -72,6 +81,56 @@ def test_credentials_in_a_configuration(tmp_path: Path) -> None:
     assert (found["type"], found["kubernetes"]["kubeconfig"]) == ("calico", "/etc/kubeconfig")
     conf.write_text('{"password": "opaque", ')
     assert "opaque" not in bugreport._configuration(conf)()
+
+
+class Containerd(cri_pb2_grpc.RuntimeServiceServicer):
+    """Answers as the real one does, without sandboxes."""
+
+    def Version(self, _request: Any, _context: Any) -> Any:
+        return cri_pb2.VersionResponse(runtime_name="containerd", runtime_version="v2.1.4")
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Iterator[Path]:
+    """The socket of a runtime that answers."""
+    socket = tmp_path / "cri.sock"
+    server = grpc.server(ThreadPoolExecutor(1))
+    cri_pb2_grpc.add_RuntimeServiceServicer_to_server(Containerd(), server)
+    server.add_insecure_port(f"unix:{socket}")
+    server.start()
+    yield socket
+    server.stop(None).wait()
+
+
+def versions(root: Path, sockets: tuple[Path, ...] = ()) -> dict[str, Any]:
+    node, places = Node(root / "bpffs", root / "state"), Places(root, root, root, OWN_PROC)
+    parts = bugreport._parts(Asked(node, places, sockets, root))
+    (part,) = [each for each in parts if each.name == "versions.json"]
+    found: dict[str, Any] = json.loads(part.text())
+    return found
+
+
+@pytest.mark.parametrize("link", [None, "../usr/lib/os-release", "/usr/lib/os-release", "/nowhere"])
+def test_versions_are_the_nodes(tmp_path: Path, runtime: Path, link: str | None) -> None:
+    """In a pod, /etc/os-release is the image's; a node's may be a link, in the node's own root."""
+    for folder in ("etc", "usr/lib"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "usr/lib/os-release").write_text("ID=the-nodes\n")
+    if link:
+        (tmp_path / "etc/os-release").symlink_to(link)
+    found = versions(tmp_path, (runtime,))
+    assert (found["os"], found["runtime"]) == ("ID=the-nodes\n", "containerd v2.1.4")
+
+
+def test_a_node_without_a_runtime_and_one_whose_runtime_hangs_up(tmp_path: Path) -> None:
+    found = versions(tmp_path)
+    assert (found["os"], "no container runtime" in found["runtime"]) == ("", True)
+    socket = tmp_path / "old.sock"
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_insecure_port(f"unix:{socket}")
+    server.start()
+    assert "UNIMPLEMENTED" in versions(tmp_path, (socket,))["runtime"]
+    server.stop(None).wait()
 
 
 def test_the_agents_log_is_kept_in_two_files(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cni_plugin import schema
-from install.program import switch
+from install.program import VERSION, switch
 from install.program.cli import build_parser
 from tests import manifests
 from tests.manifests import CHART, render
@@ -110,6 +110,29 @@ def test_the_estimating_job_on_a_node_with_crio_and_with_a_configuration() -> No
     (path,) = [each["hostPath"]["path"] for each in spec["volumes"] if each["name"] == "cri"]
     assert path == "/run/crio"
     assert spec["imagePullSecrets"] == [{"name": "registry"}]
+
+
+@pytest.mark.parametrize("platform", sorted(render.platforms()))
+def test_every_object_has_the_labels_that_kubernetes_recommends(platform: str) -> None:
+    parts = {"podMonitor": True, "prometheusRule": True, "dashboard": True}
+    objects = chart(platform=platform, monitoring=parts, estimate={"nodes": 1})
+    assert {"DaemonSet", "Job", "PodMonitor"} <= {each["kind"] for each in objects}
+    templates = [each["spec"]["template"] for each in objects if "template" in each.get("spec", {})]
+    assert len(templates) == 2
+    for each in (*objects, *templates):
+        labels = each["metadata"]["labels"]
+        prefix = "app.kubernetes.io/"
+        found = {key.removeprefix(prefix): labels[key] for key in labels if prefix in key}
+        is_estimate = found["component"] == "estimate"
+        assert found == {
+            "name": "tcpip-bypass-estimate" if is_estimate else "tcpip-bypass",
+            "instance": "tcpip-bypass",
+            "version": VERSION,
+            "component": "estimate" if is_estimate else "node",
+            "part-of": "tcpip-bypass",
+            "managed-by": "Helm",
+        }
+        assert is_estimate == ("estimate" in each["metadata"].get("name", found["name"]))
 
 
 def test_an_installation_estimates_only_when_asked() -> None:

@@ -75,8 +75,15 @@ def test_every_link_leads_somewhere(link: str) -> None:
         (replace(WELL, current=None, generations=[]), exits.NOT),
         (replace(WELL, generations=[]), exits.NOT),  # some of its pins are gone
         (replace(WELL, mode="off"), exits.NOT),
-        (replace(WELL, mode="off", forced="full"), exits.WELL),
+        (replace(WELL, mode="off", forced="full"), exits.LESS),
+        (replace(WELL, mode="off", forced="proxy-only"), exits.LESS),
+        (replace(WELL, mode="proxy-only", forced="full"), exits.LESS),
+        (replace(WELL, mode="proxy-only", switch=Kept(Switch(mode="full"))), exits.LESS),
+        (replace(WELL, forced="full"), exits.WELL),
         (replace(WELL, forced="off"), exits.NOT),
+        (replace(WELL, plugin_problem="the node cannot run it"), exits.LESS),
+        (replace(WELL, lost_answers=0), exits.WELL),
+        (replace(WELL, lost_answers=3), exits.LESS),
         (replace(WELL, mode="proxy-only"), exits.LESS),
         (replace(WELL, paused=True), exits.LESS),
         (replace(WELL, paused=True, mode="off"), exits.NOT),
@@ -87,6 +94,8 @@ def test_every_link_leads_somewhere(link: str) -> None:
 )
 def test_what_status_exits_with(facts: Facts, status: int) -> None:
     assert facts.exit_status == status
+    found = of_node._mode("mode", facts.mode, facts.reason, facts.named_mode)
+    assert found.status <= status  # `check` has a finding for each of the other reasons
 
 
 @pytest.mark.parametrize(
@@ -150,6 +159,19 @@ def test_the_mend_is_missed_only_where_it_is_needed() -> None:
     assert command.excused(findings)[0].status == exits.NOT
 
 
+@pytest.mark.parametrize("allowed", ["proxy-only", "off"])
+def test_a_forced_mode_does_not_excuse_that_fionread_is_not_mended(allowed: str) -> None:
+    named = ("full", "the configuration")
+    locked = finding.less("lockdown", "integrity", "a hint")
+    reason = "fionread_tcp: expected 1000, found 0 (not mended: lockdown)"
+    found = command.excused([locked, of_node._mode("mode", allowed, reason, named)])
+    assert [each.status for each in found] == [exits.LESS, exits.LESS]
+    assert reason in found[1].found
+    assert all(each.hint for each in found)
+    well = command.excused([locked, of_node._mode("mode", "full", "", named)])
+    assert command.gravest(well) == exits.WELL
+
+
 @pytest.mark.parametrize(
     ("mended", "answers", "lost", "status", "says"),
     [
@@ -187,7 +209,8 @@ def test_whether_fionread_is_mended_where_the_mode_rests_on_it(
 
 def test_a_forced_mode_is_named_with_what_the_self_test_allows() -> None:
     found = of_node._mode("mode", "proxy-only", "FIONREAD", ("full", "the configuration"))
-    assert (found.status, found.hint) == (exits.WELL, "")
+    assert found.status == exits.LESS
+    assert "of our entry" in found.hint
     said = "full, forced by the configuration; the self-test allows proxy-only: FIONREAD"
     assert found.found == said
 
@@ -373,7 +396,7 @@ def test_each_pause_of_a_pod_has_its_own_hint(kept: Kept, by: tuple[str, ...], h
     ("forced", "named", "head", "hint"),
     [
         (None, None, "mode proxy-only: it is", "another kernel"),
-        ("full", None, "mode full, which the configuration forces; the self-test allows", ""),
+        ("full", None, "mode full, which the configuration forces; the self-test", "of our entry"),
         ("full", "off", "mode off, which the cluster's switch forces; the self-test", "ConfigMap"),
         ("full", "auto", "mode proxy-only: it is", "another kernel"),
         ("off", None, "mode off, which the configuration forces", "of our entry"),
@@ -388,9 +411,8 @@ def test_the_mode_in_force_is_named(
     assert head in console.export_text()
     found = of_node._mode("mode", facts.mode, facts.reason, facts.named_mode)
     assert found.found.startswith(facts.mode_in_force)
-    assert found.status == exits.of_mode(facts.mode_in_force)
+    assert found.status == max(exits.LESS, exits.of_mode(facts.mode_in_force))
     assert hint in found.hint
-    assert bool(found.hint) == bool(hint)
 
 
 @pytest.mark.parametrize(

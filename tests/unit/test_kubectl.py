@@ -47,11 +47,11 @@ def recorded(name: str) -> str:
     return str(RECORDED / f"{name}.json")
 
 
-def of_node(node: str, command: str, *names: str) -> Rule:
+def of_node(node: str, command: str, *names: str, exit_status: int = 1) -> Rule:
     """What a node says to a command; of several answers, one after the other."""
     return {
         "words": ["exec", f"agent-{node}", command],
-        "answers": [{"file": recorded(name), "exit": 1} for name in names],
+        "answers": [{"file": recorded(name), "exit": exit_status} for name in names],
     }
 
 
@@ -123,8 +123,8 @@ def test_status_of_all_nodes(cluster: Cluster) -> None:
     head, *rows = table(answer.said)
     assert head[:5] == ["NODE", "STATE", "MODE", "PODS", "LOST"]
     assert [row[:5] for row in rows[:3]] == [
-        ["a", "loaded", "full", "2", "0"],
-        ["b", "paused", "full", "2", "0"],
+        ["a", "loaded", "full, forced", "2", "0"],
+        ["b", "paused", "full, forced", "2", "0"],
         ["c", "not loaded", "off", "0", "0"],
     ]
     assert rows[0][6].endswith("%")
@@ -132,11 +132,44 @@ def test_status_of_all_nodes(cluster: Cluster) -> None:
     assert rows[3][0] == "d"
     assert "connection refused" in rows[3][1]
     assert answer.status == 2
-    assert cluster.call([nodes("a"), of_node("a", "status", "status-two")], "status").status == 0
     paused = [nodes("a", ready=False), of_node("a", "status", "status-paused")]
     answer = cluster.call(paused, "status", "--json")
     assert (answer.status, json.loads(answer.said)[0]["paused"]) == (1, True)
     assert "agent not ready" in cluster.call(paused, "status").said
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+@pytest.mark.parametrize(
+    "facts",
+    [
+        WELL,
+        replace(WELL, plugin_problem="the node cannot run the plugin: noexec"),
+        replace(WELL, mode="proxy-only", forced="full"),
+        replace(WELL, lost_answers=3),
+        replace(WELL, generations=[]),
+        replace(WELL, mode="off"),
+    ],
+)
+def test_status_exits_as_the_nodes_own(
+    cluster: Cluster, facts: report.Facts, options: tuple[str, ...]
+) -> None:
+    text = json.dumps(report.as_json(facts))
+    rules = [nodes("a"), rule("exec", "agent-a", "status", text=text, exit=facts.exit_status)]
+    answer = cluster.call(rules, "status", *options)
+    assert answer.status == facts.exit_status
+    if not options:
+        assert ("plugin does not run" in answer.said) == bool(facts.plugin_problem)
+
+
+def test_status_exits_by_the_worst_node(cluster: Cluster) -> None:
+    def of_nodes(*statuses: int) -> list[Rule]:
+        names = [f"node-{number}" for number in range(len(statuses))]
+        said = zip(names, statuses, strict=True)
+        exits = [of_node(name, "status", "status-two", exit_status=each) for name, each in said]
+        return [nodes(*names), *exits]
+
+    for statuses in ((0, 0), (0, 1), (2, 1), (0, 137)):  # the last one was killed
+        assert cluster.call(of_nodes(*statuses), "status").status == min(max(statuses), 2)
 
 
 @pytest.mark.parametrize(

@@ -179,17 +179,6 @@ def test_the_clusters_switch(metrics: Metrics) -> None:
     assert firing(Scrapes(30, text(metrics))) == {"TcpipBypassSwitchWrong"}
 
 
-def test_a_conflist_that_is_fought_over(metrics: Metrics) -> None:
-    """As often as the agent really writes against a writer that never stops, and no more often."""
-    node = RewrittenNode(range(3600))
-    node.live(3600)
-    by_minute = [sum(at <= 60 * minute for at in node.repairs) for minute in range(60)]
-    well = text(metrics)
-    name = "tcpip_bypass_repairs_total"
-    fought = [Scrapes(1, changed(well, name, count, "conflist")) for count in by_minute]
-    assert firing(*fought) == {"TcpipBypassConflistFoughtOver"}
-
-
 def test_a_conflist_that_was_rewritten_for_a_while(metrics: Metrics) -> None:
     node = RewrittenNode([1 + number / 5 for number in range(50)])
     node.live(3600)

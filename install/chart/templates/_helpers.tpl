@@ -10,14 +10,20 @@
 {{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ include "tcpip-bypass.version" . }}{{ end }}
 {{- end -}}
 
-{{- /* The labels that Kubernetes recommends. A DaemonSet's selector never changes: it has but the first. */ -}}
+{{- /*
+The labels that Kubernetes recommends, of (list $ COMPONENT). A DaemonSet's selector never changes: it has but
+the first, which therefore is another one for what is not the DaemonSet's.
+*/ -}}
 {{- define "tcpip-bypass.labels" -}}
-app.kubernetes.io/name: tcpip-bypass
+{{- $component := index . 1 -}}
+{{- with index . 0 -}}
+app.kubernetes.io/name: {{ ternary "tcpip-bypass" (printf "tcpip-bypass-%s" $component) (eq $component "node") }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/version: {{ include "tcpip-bypass.version" . | quote }}
-app.kubernetes.io/component: node
+app.kubernetes.io/component: {{ $component }}
 app.kubernetes.io/part-of: tcpip-bypass
 app.kubernetes.io/managed-by: {{ .Values.managedBy | default .Release.Service }}
+{{- end -}}
 {{- end -}}
 
 {{- /* Kubernetes before 1.30 knows AppArmor by an annotation, and refuses the field. Empty: no. */ -}}

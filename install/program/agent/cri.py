@@ -65,6 +65,11 @@ class Runtime:
     def __init__(self, channel: grpc.Channel) -> None:
         self._service = services.RuntimeServiceStub(channel)
 
+    def version(self) -> str:
+        """Its name and version, as in "containerd v2.1.4"."""
+        answer = self.call("Version", messages.VersionRequest())
+        return f"{answer.runtime_name} {answer.runtime_version}"
+
     def sandboxes(self) -> list[Sandbox]:
         """All of them, ended ones included."""
         answer = self.call("ListPodSandbox", messages.ListPodSandboxRequest())

@@ -196,20 +196,21 @@ def _mode(
 ) -> Finding:
     """``named`` is the mode that is forced, and what forces it; ``hint`` is for less than full."""
     if named is not None:
-        return _forced(name, named, f"the self-test allows {allowed}: {reason}")
+        return _forced(name, named, allowed, reason)
     found = allowed if allowed == "full" else f"{allowed}: {reason}"
     hint = "" if allowed == "full" else hint
     return Finding(name, exits.of_mode(allowed), found, hint, finding.KERNEL_TRIED)
 
 
-def _forced(name: str, named: tuple[str, str], allowed: str) -> Finding:
+def _forced(name: str, named: tuple[str, str], allowed: str, reason: str) -> Finding:
     mode, by = named
     hint, link = "key `mode` of our entry", finding.OUR_ENTRY
     if by == netconf.SWITCH:
         hint, link = f"key `mode` of the ConfigMap {switch.CONFIGMAP}", finding.SWITCH
-    status = exits.of_mode(mode)
+    status = exits.of_forced(mode, allowed)
     hint = "" if status == exits.WELL else hint
-    return Finding(name, status, f"{mode}, forced by {by}; {allowed}", hint, link)
+    found = f"{mode}, forced by {by}; the self-test allows {allowed}: {reason}"
+    return Finding(name, status, found, hint, link)
 
 
 def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:

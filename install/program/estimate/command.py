@@ -151,7 +151,8 @@ def _gain(found: Estimate, mode: str | None) -> Iterator[str]:
     if found.share_on_node is None:
         yield "No sidecar called another one."
     else:
-        yield f"Calls from sidecar to sidecar that stay on this node: {found.share_on_node:.1%}"
+        share = f"at least {found.share_on_node:.1%}"
+        yield f"Calls from sidecar to sidecar that stay on this node: {share}"
     for each in MODES:
         latency = found.saved_latency_us(each)
         call = "" if latency is None else f"{latency:.1f} us less for each call, "

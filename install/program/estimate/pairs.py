@@ -47,9 +47,10 @@ class Connection:
         return not (self.client and self.server and self.client.pod == self.server.pod)
 
     @property
-    def is_proxys_call(self) -> bool:
-        """Whether a sidecar has made it towards somebody outside of its pod."""
-        return self.client is not None and self.client.is_proxy and self.is_between_pods
+    def may_be_to_a_sidecar(self) -> bool:
+        """Whether a sidecar has made it out of its pod, and no end here is without a sidecar."""
+        by_proxy = self.client is not None and self.client.is_proxy
+        return by_proxy and self.is_between_pods and self.hop != "direct"
 
 
 def pair(dumps: Mapping[Pod, Dump]) -> list[Connection]:

@@ -66,7 +66,7 @@ class Estimate:
     seconds: float
     pods: list[Pod]
     hops: dict[Pod, dict[str, HopTraffic]]  # by hop of bpf/abi.py
-    calls: float  # messages that sidecars sent to somebody outside of their pod
+    calls: float  # messages of sidecars to other pods' sidecars, or to what is not on this node
     calls_on_node: float  # those to a sidecar on this node
     unseen_files: int  # sockets whose process could not be seen, so nor whether they block
 
@@ -80,7 +80,10 @@ class Estimate:
 
     @property
     def share_on_node(self) -> float | None:
-        """Of calls between sidecars, those that stay on the node; None without calls."""
+        """Of calls between sidecars, those that stay on the node, at least; None without calls.
+
+        What is elsewhere may be istiod, a pod without a sidecar or an external service, too.
+        """
         return self.calls_on_node / self.calls if self.calls else None
 
     def saved_cpu(self, mode: str) -> float:
@@ -187,7 +190,7 @@ class Survey:
                 sent = Traffic(1, messages, size)
                 hops[end.pod][connection.hop].part(reason).add(sent)
                 unseen += end.socket.inode not in self._blocking
-            if connection.client and connection.is_proxys_call:
+            if connection.client and connection.may_be_to_a_sidecar:
                 messages, _ = self._grown(connection.client)
                 calls += messages
                 on_node += messages if connection.hop == "sidecars" else 0.0
