@@ -31,7 +31,7 @@ from tests.bed.pairs import Bytes
 NAMES = (
     *("nginx-proxy", "node", "go", "go-copy", "go-copy-header"),
     *("haproxy-splice-auto", "haproxy-splice-late"),
-    *("java", "java-blocking"),
+    *("java", "java-blocking", "java-ready"),
 )
 HOPS: tuple[HopName, ...] = ("outbound", "inbound")
 BYPASS_WITHIN_S = 120  # of an emulated CPU
