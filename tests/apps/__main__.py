@@ -31,6 +31,7 @@ from tests.bench.results import Results, Section, load
 OUTPUT = REPOSITORY / "build" / "apps"
 DOCUMENT = REPOSITORY / "docs" / "applications.md"
 TABLES = OUTPUT / "tables.md"
+README = REPOSITORY / "README.md"
 PICTURE = REPOSITORY / "docs" / "img" / "applications.png"
 WARM_UP_S = 0.5
 # A check may take this much longer than over TCP: else something stalls, and goes on.
@@ -214,6 +215,7 @@ def main() -> int:
         results = load(chosen.report)
         report.draw(results, PICTURE)
         report.write(results, DOCUMENT, PICTURE)
+        report.write_readme(README, DOCUMENT)
         report.write_tables(results, TABLES)
         console.print(f"{DOCUMENT} from {chosen.report}")
         return 0
