@@ -187,13 +187,27 @@ def _fionread(printed: dict[str, Any]) -> Finding:
     return Finding(summary, frozenset(agreeing), tuple(problems))
 
 
+# What an upgrade and an unload leave of a generation with two members.
+_ENDS = {
+    "upgraded": {"members": 2, "generations": ["gen-2"], "then": 700},
+    "unloaded": {"members": 2, "is_sockhash_empty": True, "pins": [], "links": 0, "then": 700},
+}
+
+
 def _mend_life(printed: dict[str, Any]) -> Finding:
-    """FIONREAD is right for a member whatever becomes of the joiner; and when it can be mended no
-    more, members have left soon, and it is right again. The times allow for an emulated CPU."""
+    """FIONREAD is right for a member whatever becomes of the joiner, through upgrade, pause and
+    unload; the last leaves no member, pin or link. When it can be mended no more, members have left
+    soon, and it is right again. The times allow for an emulated CPU."""
+    members = ("member", "joiner killed", "member again", "member of the second")
     problems = [
         f"{name}: FIONREAD {printed[name]}"
-        for name in ("member", "joiner killed", "member again")
+        for name in (*members, "paused", "resumed")
         if printed[name] != 700
+    ]
+    problems += [
+        f"{name}: {json.dumps(printed[name])}"
+        for name, wanted in _ENDS.items()
+        if printed[name] != wanted
     ]
     losses = {name: printed[name] for name in ("silenced", "unpinned", "unmounted")}
     for name, loss in losses.items():
@@ -250,7 +264,7 @@ _ALL = (
     Suite(
         "fionread", (f"{_BIN}/python", "-m", "tests.kernels.fionread", "100000"), _fionread, 1800
     ),
-    Suite("mend-life", (f"{_BIN}/python", "-m", "tests.kernels.mend_life"), _mend_life, 600),
+    Suite("mend-life", (f"{_BIN}/python", "-m", "tests.kernels.mend_life"), _mend_life, 1800),
     Suite("apps", _APPS, _apps, 5400, {"TB_PATIENCE_S": "400", "TB_SILENCE_S": "120"}),
     Suite("transfers", (*_APPS, "--transfers", "100"), _transfers, 3600),
     Suite("ktls-joins", (*_PASSES, "churn", "120", "ktls"), _passes, 900),

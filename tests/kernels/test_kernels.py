@@ -185,6 +185,29 @@ def test_what_the_kernel_complains_about_is_a_problem() -> None:
     assert problems(selftest("full"), complaints=("WARNING: at x",)) == ["WARNING: at x"]
 
 
+def mend_life(**changed: object) -> Outcome:
+    """What suite `mend-life` prints when all is well, but for what is changed."""
+    asked = ("member", "joiner_killed", "member_again", "member_of_the_second", "paused", "resumed")
+    loss = {"noticed_s": 1.0, "left_s": 1.0, "then": 700}
+    unloaded = {"members": 2, "is_sockhash_empty": True, "pins": [], "links": 0, "then": 700}
+    printed = {
+        **dict.fromkeys((each.replace("_", " ") for each in asked), 700),
+        **dict.fromkeys(("silenced", "unpinned", "unmounted"), loss),
+        "upgraded": {"members": 2, "generations": ["gen-2"], "then": 700},
+        "unloaded": {**unloaded, **changed},
+    }
+    return outcome("mend-life", printed)
+
+
+@pytest.mark.parametrize(
+    "left", [{"links": 1}, {"pins": ["gen-2"]}, {"is_sockhash_empty": False}, {"then": 0}]
+)
+def test_an_unload_leaves_nothing(left: dict[str, object]) -> None:
+    assert problems(mend_life()) == []
+    (problem,) = problems(mend_life(**left))
+    assert problem.startswith("mend-life: unloaded: ")
+
+
 @pytest.mark.parametrize(
     ("options", "series", "suites"),
     [
