@@ -12,7 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -160,6 +160,7 @@ def accelerated(programs: Programs | None = None, *, passes: bool = True) -> Ite
             with repeated(pod.visit, PASSES_S, BlockingIOError) if passes else nullcontext():
                 yield pod
         finally:
-            pod.detach()
+            with suppress(FileNotFoundError):  # the test has unloaded
+                pod.detach()
     finally:
         remove_cgroup(folder)

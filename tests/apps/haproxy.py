@@ -10,7 +10,7 @@ from tests.apps import tools
 from tests.apps.application import Application, Serve
 from tests.apps.nginx import UP_AND_DOWN
 from tests.apps.place import TWO_HOPS, Place
-from tests.apps.tools import wrk_of
+from tests.apps.tools import SMALL_FIRST, wrk_of
 
 CONFIG = """
 global
@@ -49,6 +49,13 @@ def serve(mode: str, option: str = "") -> Serve:
     return running
 
 
+def check_both_orders(place: Place) -> None:
+    """Large bodies on a new connection, and on one that has had small answers by recv."""
+    UP_AND_DOWN(place)
+    SMALL_FIRST(place)
+
+
+SPLICE = "option splice-request\n    option splice-response"
 LOADS = {"1 KB": wrk_of(1000), "1 MB": wrk_of(1_000_000, 2)}
 
 APPLICATIONS = (
@@ -67,7 +74,7 @@ APPLICATIONS = (
         "HAProxy, mode tcp, splice-request and splice-response; wrk",
         reader="splice",
         protocol="http",
-        serve=serve("tcp", "option splice-request\n    option splice-response"),
+        serve=serve("tcp", SPLICE),
         check=UP_AND_DOWN,
         loads=LOADS,
         advice="a proxy that splices stays on TCP",
@@ -78,9 +85,22 @@ APPLICATIONS = (
         reader="splice",
         protocol="http",
         serve=serve("tcp", "option splice-auto"),
-        check=UP_AND_DOWN,
+        check=check_both_orders,
         loads=LOADS,
         advice="a proxy that splices stays on TCP",
         hops=TWO_HOPS,
+        splices_late=True,
+    ),
+    Application(
+        "haproxy-splice-late",
+        "HAProxy, mode http, splice-request and splice-response; wrk",
+        reader="splice",
+        protocol="http",
+        serve=serve("http", SPLICE),
+        check=check_both_orders,
+        loads=LOADS,
+        advice="bypasses until it splices",
+        hops=TWO_HOPS,
+        splices_late=True,
     ),
 )

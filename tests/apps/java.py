@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Java: the JDK's HttpServer and HttpClient; blocking sockets that ask available() first."""
+"""Java: the JDK's HttpServer and HttpClient; blocking sockets that ask available() or ready()."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.apps import application, tools
-from tests.apps.application import Application, Figures, LoadRun
-from tests.apps.place import Place
+from tests.apps.application import Application, Figures, LoadRun, Serve
+from tests.apps.place import TWO_HOPS, Place
 from tests.apps.tools import PATIENCE_S, contract, requests_of, wrk_of
 
 # Few: over TCP the server waits 40 ms before most answers, for an acknowledgement.
 GETS = (1, 1000, 65_537, 1_000_000, 10_000_000)
 ECHOED = (1000, 1_000_000)
 FRAMES = ((300, 1000), (50, 65_537), (3, 1_000_000))  # how many of which size
+LINES = ((300, 1000), (20, 65_537))  # each character is asked for
 
 
 @contextmanager
@@ -24,31 +25,39 @@ def serve(place: Place) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def serve_frames(place: Place) -> Iterator[None]:
-    """An echo of frames, read as available() says."""
-    with place.front.serving(tools.java("frames", place.front.listen_port)):
-        yield
+def serve_echo(command: str) -> Serve:
+    """An echo of frames, read as available() says; or of lines, as BufferedReader.ready() does."""
+
+    @contextmanager
+    def running(place: Place) -> Iterator[None]:
+        with place.front.serving(tools.java(command, place.front.listen_port)):
+            yield
+
+    return running
 
 
-def _ask(place: Place, count: int, size: int) -> list[float]:
+def _ask(place: Place, command: str, count: int, size: int) -> list[float]:
     link = place.front
-    argv = tools.java("ask", link.destination, link.port, count, size)
+    argv = tools.java(command, link.destination, link.port, count, size)
     return [float(line) for line in link.client.run(argv, timeout_s=PATIENCE_S).split()]
 
 
-def check_frames(place: Place) -> None:
-    """Frames there and back, compared by the client."""
-    for count, size in FRAMES:
-        assert len(_ask(place, count, size)) == count
+def check_echo(command: str, messages: Sequence[tuple[int, int]]) -> Callable[[Place], None]:
+    """Messages there and back, compared by the client."""
+
+    def check(place: Place) -> None:
+        for count, size in messages:
+            assert len(_ask(place, command, count, size)) == count
+
+    return check
 
 
-def load_frames(size: int) -> LoadRun:
-    """Frames of this size, one after the other."""
+def load_echo(command: str, size: int) -> LoadRun:
+    """Messages of this size, one after the other."""
 
     def run(place: Place, seconds: float) -> Figures:
-        taken = _ask(place, 500, size)
-        taken = _ask(place, max(500, round(500 / (sum(taken) / 1e6) * seconds)), size)
+        taken = _ask(place, command, 500, size)
+        taken = _ask(place, command, max(500, round(500 / (sum(taken) / 1e6) * seconds)), size)
         return application.figures(taken, sum(taken) / 1e6, size)
 
     return run
@@ -74,9 +83,20 @@ APPLICATIONS = (
         "Java, blocking sockets with available()",
         reader="blocking",
         protocol="tcp",
-        serve=serve_frames,
-        check=check_frames,
-        loads={"1 KB": load_frames(1000)},
+        serve=serve_echo("frames"),
+        check=check_echo("ask", FRAMES),
+        loads={"1 KB": load_echo("ask", 1000)},
         advice="blocking sockets stay on TCP",
+    ),
+    Application(
+        "java-ready",
+        "Java, blocking sockets with BufferedReader.ready()",
+        reader="blocking",
+        protocol="tcp",
+        serve=serve_echo("lines"),
+        check=check_echo("askLines", LINES),
+        loads={"1 KB": load_echo("askLines", 1000)},
+        advice="blocking sockets stay on TCP",
+        hops=TWO_HOPS,
     ),
 )

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from tests.apps import (
-    apache,
     curl,
     go,
     haproxy,
@@ -20,12 +19,13 @@ from tests.apps import (
     postgres,
     python,
     redis,
+    static,
     websocket,
 )
 from tests.apps.application import Application
 
 MODULES = (
-    *(redis, memcached, postgres, mariadb, nginx, haproxy, apache, php, node, websocket, go, java),
+    *(redis, memcached, postgres, mariadb, nginx, haproxy, static, php, node, websocket, go, java),
     *(python, nghttp2, curl, mosquitto, pipes),
 )
 APPLICATIONS: dict[str, Application] = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ THROUGHPUT, CPU, P99 = "requests_per_s", "cpu_us_per_request", "p99_us"
 LIMITS = {THROUGHPUT: (0.97, True), CPU: (1.03, False), P99: (1.1, False)}
 MEDIAN = 1.3  # at least, of the requests per second, over all rows of event loops
 COLUMNS = (THROUGHPUT, "bytes_per_s", "p50_us", P99, CPU)
+ROW = re.compile(rf"\| .* \| (?:{'|'.join(get_args(Reader))}) \|(.*)")  # of the summary
+RATIO = re.compile(r" \d+\.\d\d ")
 DASH = "–"  # noqa: RUF001 - a dash
 
 
@@ -115,6 +118,35 @@ def write(results: Results, document: Path, picture: Path) -> None:
     document.write_text("\n".join(lines).rstrip() + "\n")
 
 
+def write_readme(readme: Path, document: Path) -> None:
+    """Bring README's counts up to the page's."""
+    text = with_counts(readme.read_text(), document.read_text())
+    readme.write_text(text)
+
+
+def with_counts(readme: str, page: str) -> str:
+    """README with the page's counts: of applications measured, and of those surely slower.
+
+    Raises:
+        ValueError: README lacks one of its sentences.
+    """
+    rows = [row[1].rpartition(" | ")[0] for row in map(ROW.match, page.splitlines()) if row]
+    measured = sum(bool(RATIO.search(row)) for row in rows)
+    title = METRICS[THROUGHPUT].title
+    lines = [line for line in page.splitlines() if line.startswith("- ") and f": {title} " in line]
+    slower = len({line.partition(",")[0] for line in lines})
+    said = f"{slower or 'None'} of {measured} {'was' if slower < 2 else 'were'} surely slower."
+    for pattern, sentence in (
+        (r"(?:None|\d+) of \d+ (?:was|were) surely slower\.", said),
+        (r"\[\d+ real applications\]", f"[{measured} real applications]"),
+        (r"of \d+ applications, bypass", f"of {measured} applications, bypass"),
+    ):
+        readme, count = re.subn(pattern, sentence, readme)
+        if count != 1:
+            raise ValueError(f"README has {count} sentences like {sentence!r}")
+    return readme
+
+
 def write_tables(results: Results, document: Path) -> None:
     """Render every row."""
     known = _known(results)
@@ -142,9 +174,16 @@ def _machine(results: Results) -> Iterator[str]:
         )
 
 
+def _measured(results: Results) -> list[Application]:
+    """Those that have a ratio: no fault of this kernel's kept them out, and they have a load."""
+    known = _known(results)
+    return [e for e in known if median_ratio(results.sections[e.name], "*") is not None]
+
+
 def _headline(results: Results, known: list[Application]) -> Iterator[str]:
+    measured = _measured(results)
+    yield f"{len(measured)} of {len(known)} applications were measured:\n"
     for reader in get_args(Reader):
-        measured = [each for each in known if not _faults(results.sections[each.name])]
         count = sum(each.reader == reader for each in measured)
         ratios = _ratios(results, reader)
         if ratios:
@@ -226,7 +265,7 @@ def draw(results: Results, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    known = [each for name, each in APPLICATIONS.items() if name in results.sections][::-1]
+    known = _measured(results)[::-1]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.32 * len(known)))
     colours = {"event loop": "tab:green", "blocking": "tab:gray", "splice": "tab:orange"}
     for height, each in enumerate(known):

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 
 packages="
 	redis-server redis-tools memcached postgresql mariadb-server sysbench
-	nginx-light haproxy apache2 php-fpm nodejs node-ws default-jdk-headless
+	nginx-light haproxy apache2 lighttpd php-fpm nodejs node-ws default-jdk-headless
 	mosquitto mosquitto-clients nghttp2-server nghttp2-client wrk
 	rsync curl netcat-openbsd openssl
 "

@@ -98,17 +98,27 @@ CLIENTS: dict[str, Callable[..., list[str]]] = {
 
 
 def contract(
-    client: str, *, gets: Sequence[int] = SIZES, posts: Sequence[int] = (), scheme: str = "http"
+    client: str,
+    *,
+    gets: Sequence[int] = SIZES,
+    posts: Sequence[int] = (),
+    then: Sequence[int] = (),
+    scheme: str = "http",
 ) -> Callable[[Place], None]:
-    """A check: this client gets and posts these sizes."""
+    """A check: this client gets and posts these sizes; then: after all of those, once each."""
 
     def check(place: Place) -> None:
         url = f"{scheme}://{place.front.address}"
-        argv = CLIENTS[client](url, "check", *gets, *(f"echo={each}" for each in posts))
+        more = (*(f"echo={each}" for each in posts), *(f"then={each}" for each in then))
+        argv = CLIENTS[client](url, "check", *gets, *more)
         said = place.front.client.run(argv, timeout_s=PATIENCE_S)
         assert said.startswith("checked "), said
 
     return check
+
+
+# At least 30 small answers, for as long as a connection needs to join; then large bodies both ways.
+SMALL_FIRST = contract("http.client", gets=range(100, 1100, 100), then=(10_000_000,))
 
 
 def requests_of(client: str, size: int) -> LoadRun:

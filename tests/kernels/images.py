@@ -47,6 +47,12 @@ class Kernel:
         return self.series.endswith(LOCKED_DOWN)
 
     @property
+    def is_too_old(self) -> bool:
+        """Whether no process can be visited, so that the mode is `off`."""
+        version = self.series.removesuffix(LOCKED_DOWN).split(".")
+        return tuple(map(int, version)) < (6, 1)
+
+    @property
     def parameters(self) -> str:
         """What its command line has beside what every kernel's has."""
         return "lockdown=integrity" if self.is_locked_down else ""

@@ -3,7 +3,8 @@
 
 A connection of a pod joins by the real joiner. Then the joiner is killed, tracing is silenced
 (`kernel.ftrace_enabled`) and switched on again, the pins are removed, and the whole bpffs is
-unmounted. Its reader asks all the time how much is unread.
+unmounted. Another lives through an upgrade, and one of its successor's through a pause and an
+unload, after which all is gone. Their readers ask all the time how much is unread.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from bpf import abi, bpfsys, pins
 from bpf.loader import Programs
+from install.program import commands, leaving
 from install.program.generations import Generations
+from install.program.node import Node
 from install.program.probes import connected, enter, unread_bytes
 from tests.light import LIMITS, LightPod, accelerated
 
 BPFFS = Path("/sys/fs/bpf/life")
 STATE = Path("/run/life")
+NODE = Node(BPFFS, STATE)
+BPF_LINK_GET_NEXT_ID = 31  # linux/bpf.h
 SYSCTL = Path("/proc/sys/kernel/ftrace_enabled")
 PATIENCE_S = 60.0
 # Of an emulated CPU it needs more than a fiftieth.
@@ -108,6 +113,14 @@ class Life:
             raise TimeoutError(f"{self._pod.total()}, flags {self.flags()}")
         return seconds
 
+    @contextmanager
+    def reconnected(self) -> Iterator[None]:
+        """Another connection in place of the first, which began under an older generation."""
+        first = self._line
+        with connection(self._pod) as self._line:
+            yield
+        self._line = first
+
     def lose(self, how: Callable[[], object]) -> dict[str, Any]:
         """How soon it is noticed, how soon all have left, and FIONREAD from then on."""
 
@@ -119,32 +132,108 @@ class Life:
         noticed, left = until(self.leaves), until(have_left)
         return {"noticed_s": noticed, "left_s": left, "then": self.unread_by_tcp()}
 
+    def upgrade(self) -> dict[str, Any]:
+        """A second generation, as `load` makes it, while the connection is a member of the first:
+        which generations are left then, and FIONREAD of the connection."""
+        newer, members = mended(), self._pod.members()
+        generations = Generations(BPFFS)
+        leaving.empty_all(generations.complete(), [self._pod.folder])
+        published(newer)
+        self._pod.reload(newer)
+        current = generations.current()
+        assert current is not None
+        generations.remove_idle({current.sock_ops_id()})
+        left = [each.folder.name for each in generations.all()]
+        return {"members": members, "generations": left, "then": self.ask("unread")}
 
-@contextmanager
-def alive() -> Iterator[Life]:
+    def unload(self, links_before: int) -> dict[str, Any]:
+        """What is left of a member and its generation, and FIONREAD from then on."""
+        members, sockhash = self._pod.members(), self._pod.programs.fds[pins.SOCKHASH]
+        commands.unload(NODE)
+        return {
+            "members": members,
+            "is_sockhash_empty": bpfsys.map_is_empty(sockhash),
+            "pins": sorted(map(str, BPFFS.rglob("*"))),
+            "links": links() - links_before,
+            "then": self.ask("unread"),
+        }
+
+
+def mended() -> Programs:
+    """Raises SystemExit where FIONREAD cannot be mended."""
     programs = Programs(LIMITS)
     if why_not := programs.mend_fionread():
         raise SystemExit(why_not)
+    return programs
+
+
+def published(programs: Programs) -> None:
+    """As the current generation; its pins alone hold the links, as when `load` has ended."""
     Generations(BPFFS).publish(programs)
+    for pin in programs.fds.keys() & set(pins.TRACES):
+        os.close(programs.fds.pop(pin))
+
+
+def links() -> int:
+    """How many BPF links there are in the kernel."""
+    count, attr = 0, bpfsys._attr("=III", 0, 0, 0)
+    with suppress(FileNotFoundError):
+        while True:
+            bpfsys._bpf(BPF_LINK_GET_NEXT_ID, attr)
+            count += 1
+            attr = bpfsys._attr("=III", int.from_bytes(attr.raw[4:8], sys.byteorder), 0, 0)
+    return count
+
+
+@contextmanager
+def connection(pod: LightPod) -> Iterator[Connection]:
+    """A process in the pod with one connection, which does what reader() is told."""
+    ours, theirs = _Fork.Pipe()
+    child = _Fork.Process(target=reader, args=(pod, theirs))
+    child.start()
+    ours.recv()
+    try:
+        yield ours
+    finally:
+        ours.send("end")
+        child.join()
+
+
+@contextmanager
+def alive() -> Iterator[Life]:
+    programs = mended()
+    published(programs)
     STATE.mkdir(exist_ok=True)
-    with accelerated(programs, passes=False) as pod:
-        ours, theirs = _Fork.Pipe()
-        child = _Fork.Process(target=reader, args=(pod, theirs))
-        child.start()
-        ours.recv()
-        life = Life(pod, ours)
+    with accelerated(programs, passes=False) as pod, connection(pod) as line:
+        life = Life(pod, line)
         try:
             yield life
         finally:
             life.joiner.terminate()
             life.joiner.wait()
-            ours.send("end")
-            child.join()
     shutil.rmtree(BPFFS, ignore_errors=True)
+
+
+def end_as_operators_do(life: Life, links_before: int) -> dict[str, Any]:
+    """A member's FIONREAD through an upgrade, a pause and an unload."""
+    found: dict[str, Any] = {}
+    life.join()
+    found["upgraded"] = life.upgrade()
+    with life.reconnected():
+        life.join()
+        found["member of the second"] = life.unread_by_tcp()
+        commands.pause(NODE)
+        found["paused"] = life.ask("unread")
+        commands.resume(NODE)
+        life.join()
+        found["resumed"] = life.unread_by_tcp()
+        found["unloaded"] = life.unload(links_before)
+    return found
 
 
 def main() -> int:
     found: dict[str, Any] = {}
+    links_before = links()
     with alive() as life:
         found["joined_s"] = life.join()
         found["member"] = life.unread_by_tcp()
@@ -159,6 +248,8 @@ def main() -> int:
         found["joined_again_s"] = life.join()
         found["member again"] = life.unread_by_tcp()
         found["unpinned"] = life.lose((BPFFS / "gen-1" / pins.MENDS[0]).unlink)
+    with alive() as life:
+        found |= end_as_operators_do(life, links_before)
     with alive() as life:
         life.join()
         time.sleep(3)

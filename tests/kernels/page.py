@@ -33,6 +33,7 @@ mode `auto`. Others backport other faults and mends: a node's own self-test deci
 unmended: A misses bypassed bytes, B TCP's, C none.
 
 """
+PROGRAMS = "programs right"  # a column of runs that have suite `apps`
 COLUMNS = (
     *("kernel", "shipped by", "FIONREAD", "mended", "splice seen", "MPTCP fallback joins"),
     *("mode", "hops"),
@@ -46,7 +47,12 @@ _HOPS = {_FULL: "all three", _PROXY_ONLY: "sidecar to sidecar", _OFF: "none"}
 
 def written(runs: Sequence[Run]) -> str:
     """The page. Raises Failed if a kernel lacks a suite, or the suite failed there."""
-    lines = [COLUMNS, ("-",) * len(COLUMNS), *(_line(run) for run in runs)]
+    lines = [COLUMNS, *(_line(run) for run in runs)]
+    programs = [_programs(run) for run in runs]
+    if any(programs):
+        cells = (PROGRAMS, *(each or UNKNOWN for each in programs))
+        lines = [(*line, cell) for line, cell in zip(lines, cells)]
+    lines.insert(1, ("-",) * len(lines[0]))
     table = "".join(f"|{'|'.join(line)}|\n" for line in lines)  # no blanks: tests.words counts bars
     reasons = "".join(f"- {run.kernel.title}: `{why}`\n" for run in runs if (why := _why(run)))
     return HEAD + table + (f"\nNot `full`, because:\n\n{reasons}" if reasons else "")
@@ -61,6 +67,18 @@ def _printed(run: Run) -> dict[str, dict[str, Any]]:
             raise Failed(f"{run.kernel.title} has not run {name}")
         outcomes[name].finding()
     return {name: json.loads(outcomes[name].stdout) for name in wanted}
+
+
+def _programs(run: Run) -> str:
+    """Of the real programs, those that were right on every hop; empty where none was run."""
+    for outcome in run.outcomes:
+        if outcome.suite == "apps":
+            outcome.finding()
+            found = json.loads(outcome.stdout)["found"]
+            wrong = {each["name"] for each in found if each["error"]}
+            all_names = {each["name"] for each in found}
+            return f"{len(all_names - wrong)}/{len(all_names)}"
+    return ""
 
 
 def _line(run: Run) -> tuple[str, ...]:

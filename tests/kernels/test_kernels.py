@@ -185,10 +185,35 @@ def test_what_the_kernel_complains_about_is_a_problem() -> None:
     assert problems(selftest("full"), complaints=("WARNING: at x",)) == ["WARNING: at x"]
 
 
+def mend_life(**changed: object) -> Outcome:
+    """What suite `mend-life` prints when all is well, but for what is changed."""
+    asked = ("member", "joiner_killed", "member_again", "member_of_the_second", "paused", "resumed")
+    loss = {"noticed_s": 1.0, "left_s": 1.0, "then": 700}
+    unloaded = {"members": 2, "is_sockhash_empty": True, "pins": [], "links": 0, "then": 700}
+    printed = {
+        **dict.fromkeys((each.replace("_", " ") for each in asked), 700),
+        **dict.fromkeys(("silenced", "unpinned", "unmounted"), loss),
+        "upgraded": {"members": 2, "generations": ["gen-2"], "then": 700},
+        "unloaded": {**unloaded, **changed},
+    }
+    return outcome("mend-life", printed)
+
+
+@pytest.mark.parametrize(
+    "left", [{"links": 1}, {"pins": ["gen-2"]}, {"is_sockhash_empty": False}, {"then": 0}]
+)
+def test_an_unload_leaves_nothing(left: dict[str, object]) -> None:
+    assert problems(mend_life()) == []
+    (problem,) = problems(mend_life(**left))
+    assert problem.startswith("mend-life: unloaded: ")
+
+
 @pytest.mark.parametrize(
     ("options", "series", "suites"),
     [
         ([], "6.1", USUAL),
+        ([], "7", USUAL),
+        ([], "5.10", ["selftest", "selftest-left", "probe"]),
         ([], "6.1-lockdown", ["selftest"]),
         (["--page"], "6.1", ["selftest", "selftest-left", "probe"]),
         (["--page"], "6.1-lockdown", ["selftest"]),
@@ -199,6 +224,11 @@ def test_what_runs_on_a_kernel(options: list[str], series: str, suites: list[str
     arguments = command.build_parser().parse_args(options)
     kernel = Kernel(series, Path("1.2.3"))
     assert [suite.name for suite in command.suites_on(kernel, arguments)] == suites
+
+
+def test_programs_and_fionread_are_usual() -> None:
+    assert {"apps", "fionread"} <= set(USUAL)
+    assert not {"apps", "fionread"} & set(page.SUITES)
 
 
 def test_lockdown_is_a_row_of_its_own_on_the_same_kernel(tmp_path: Path) -> None:
@@ -267,6 +297,36 @@ Not `full`, because:
 - 7.9: `splice: expected 1, found 0 (not mended: refused) ...`
 """
     )
+
+
+def programs(*errors: str) -> Outcome:
+    """Suite `apps`: a program of one hop each, and nginx right on another hop, too."""
+    found = [
+        {"name": name, "hop": hop, "error": error, "bypassed_bytes": 9}
+        for name, hop, error in (
+            ("nginx", "outbound", ""),
+            *zip(("nginx", "node", "go"), ("inbound",) * 3, (*errors, "", "", "")),
+        )
+    ]
+    return outcome("apps", {"mode": "full", "found": found, "go_share": 0.99})
+
+
+def test_the_page_says_how_many_programs_are_right() -> None:
+    runs = [
+        a_run("6.1", verdict(), left(), probed(), programs()),
+        a_run("6.12", verdict(), left(), probed(), programs("wrong", "", "wrong")),
+        a_run("6.1-lockdown", verdict(*NOT_BYPASSED)),
+    ]
+    table = [line for line in page.written(runs).splitlines() if line.startswith("|")]
+    assert [line.split("|")[-2] for line in table] == [page.PROGRAMS, "-", "3/3", "1/3", "-"]
+    assert {line.count("|") for line in table} == {10}
+    assert problems(programs("wrong")) == ["apps: nginx on inbound: wrong"]
+
+
+def test_no_page_of_programs_that_did_not_end() -> None:
+    ended = outcome("apps", "", exit_code=None)
+    with pytest.raises(Failed):
+        page.written([a_run("6.1", verdict(), left(), probed(), ended)])
 
 
 @pytest.mark.parametrize(

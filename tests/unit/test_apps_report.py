@@ -82,6 +82,30 @@ def test_the_page_has_each_application_and_its_reader(results: Results, tmp_path
     assert report.is_incomplete(results, "nginx")
 
 
+def test_only_what_was_measured_counts(results: Results, tmp_path: Path) -> None:
+    fault = Section({**MACHINE, "faults": ["splice"]}, [])
+    results.sections |= {"go-copy": fault, "half-close": Section(dict(MACHINE), [])}
+    page = tmp_path / "applications.md"
+    report.write(results, page, tmp_path / "applications.png")
+    assert "2 of 4 applications were measured:" in page.read_text()
+    assert "splice: " not in page.read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "None of 33 was surely slower.\n[33 real applications](x), of 33 applications, bypass\n"
+    )
+    report.write_readme(readme, page)
+    assert readme.read_text() == (
+        "1 of 2 was surely slower.\n[2 real applications](x), of 2 applications, bypass\n"
+    )
+    with pytest.raises(ValueError, match="README has 0 sentences"):
+        report.with_counts("None of 33 was surely slower.", page.read_text())
+
+
+def test_readme_counts_as_the_page_does() -> None:
+    readme = command.README.read_text()
+    assert report.with_counts(readme, command.DOCUMENT.read_text()) == readme
+
+
 def test_the_median_of_event_loops_is_judged(results: Results) -> None:
     """Blocking readers may be at 1.0."""
     assert not any(line.startswith("event loops") for line in report.misses(results))

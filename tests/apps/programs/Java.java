@@ -1,14 +1,21 @@
-// The contract's server and client with the JDK's own HTTP, and blocking sockets with available().
+// The contract's server and client with the JDK's own HTTP, and blocking sockets with available()
+// and with BufferedReader.ready().
 //
 //   Java serve PORT | Java client URL check|load ... | Java frames PORT | Java ask HOST PORT COUNT SIZE
+//   Java lines PORT | Java askLines HOST PORT COUNT SIZE
 
 import com.sun.net.httpserver.HttpExchange;
 import com.sun.net.httpserver.HttpServer;
+import java.io.BufferedReader;
+import java.io.BufferedWriter;
 import java.io.DataInputStream;
 import java.io.DataOutputStream;
 import java.io.IOException;
 import java.io.InputStream;
+import java.io.InputStreamReader;
 import java.io.OutputStream;
+import java.io.OutputStreamWriter;
+import java.io.Writer;
 import java.net.InetSocketAddress;
 import java.net.ServerSocket;
 import java.net.Socket;
@@ -17,6 +24,7 @@ import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
 import java.net.http.HttpResponse;
 import java.nio.ByteBuffer;
+import java.nio.charset.StandardCharsets;
 import java.util.Arrays;
 import java.util.Map;
 import java.util.concurrent.ConcurrentHashMap;
@@ -113,15 +121,18 @@ public final class Java {
         System.out.print(taken);
     }
 
-    /** Reads as old JDBC drivers do: only when available() says so; echoes frames. */
-    private static void frames(int port) throws IOException {
+    private interface Echo {
+        void run(Socket socket) throws IOException, InterruptedException;
+    }
+
+    private static void accept(int port, Echo echo) throws IOException {
         try (ServerSocket listener = new ServerSocket(port)) {
             while (true) {
                 Socket socket = listener.accept();
                 new Thread(() -> {
                     try (socket) {
                         socket.setTcpNoDelay(true);
-                        echoFrames(socket);
+                        echo.run(socket);
                     } catch (IOException | InterruptedException ended) {
                         System.err.println(ended);
                     }
@@ -130,6 +141,71 @@ public final class Java {
         }
     }
 
+    /** Echoes lines; reads of each only what ready() says is there, as old telnet and SMTP servers do. */
+    private static void echoLines(Socket socket) throws IOException, InterruptedException {
+        BufferedReader in = reader(socket);
+        Writer out = writer(socket);
+        int first;
+        while ((first = in.read()) >= 0) {
+            out.write(readReady(in, (char) first) + "\n");
+            out.flush();
+        }
+    }
+
+    private static BufferedReader reader(Socket socket) throws IOException {
+        return new BufferedReader(new InputStreamReader(socket.getInputStream(), StandardCharsets.US_ASCII));
+    }
+
+    private static Writer writer(Socket socket) throws IOException {
+        return new BufferedWriter(new OutputStreamWriter(socket.getOutputStream(), StandardCharsets.US_ASCII));
+    }
+
+    /** The rest of a line whose first character is known, without its end. */
+    private static String readReady(BufferedReader in, char first) throws IOException, InterruptedException {
+        StringBuilder line = new StringBuilder();
+        long end = System.nanoTime() + PATIENCE_NS;
+        for (int next = first; next != '\n'; next = in.read()) {
+            line.append((char) next);
+            while (!in.ready()) {
+                if (System.nanoTime() > end) {
+                    throw new IOException("ready() is false after " + line.length() + " characters");
+                }
+                Thread.sleep(0, 100_000);
+            }
+        }
+        return line.toString();
+    }
+
+    private static String line(int number, int size) {
+        StringBuilder made = new StringBuilder();
+        while (made.length() < size) {
+            made.append(number).append(':').append(made.length()).append(' ');
+        }
+        return made.substring(0, size);
+    }
+
+    private static void askLines(String host, int port, int count, int size) throws Exception {
+        StringBuilder taken = new StringBuilder();
+        try (Socket socket = new Socket(host, port)) {
+            socket.setTcpNoDelay(true);
+            BufferedReader in = reader(socket);
+            Writer out = writer(socket);
+            for (int round = 0; round < count; round++) {
+                String wanted = line(round, size);
+                long before = System.nanoTime();
+                out.write(wanted + "\n");
+                out.flush();
+                String got = readReady(in, (char) in.read());
+                if (!got.equals(wanted)) {
+                    throw new IOException("line " + round + ": " + got.length() + " characters, not the same");
+                }
+                taken.append((System.nanoTime() - before) / 1000.0).append('\n');
+            }
+        }
+        System.out.print(taken);
+    }
+
+    /** Reads as old JDBC drivers do: only when available() says so; echoes frames. */
     private static void echoFrames(Socket socket) throws IOException, InterruptedException {
         InputStream in = socket.getInputStream();
         DataOutputStream out = new DataOutputStream(socket.getOutputStream());
@@ -185,7 +261,10 @@ public final class Java {
     public static void main(String[] arguments) throws Exception {
         switch (arguments[0]) {
             case "serve" -> serve(Integer.parseInt(arguments[1]));
-            case "frames" -> frames(Integer.parseInt(arguments[1]));
+            case "frames" -> accept(Integer.parseInt(arguments[1]), Java::echoFrames);
+            case "lines" -> accept(Integer.parseInt(arguments[1]), Java::echoLines);
+            case "askLines" -> askLines(arguments[1], Integer.parseInt(arguments[2]),
+                    Integer.parseInt(arguments[3]), Integer.parseInt(arguments[4]));
             case "ask" -> ask(arguments[1], Integer.parseInt(arguments[2]),
                     Integer.parseInt(arguments[3]), Integer.parseInt(arguments[4]));
             default -> {

@@ -3,7 +3,8 @@
 
 GET /bytes/SIZE answers pattern(SIZE), POST /echo answers its body. A client is called
 `CLIENT URL check SIZE... [echo=SIZE...]` and prints "checked N", or `CLIENT URL load SECONDS SIZE`
-and prints the microseconds of each request, a line each.
+and prints the microseconds of each request, a line each. Python's also take then=SIZE...: got and
+echoed once each, after all others.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ def passes(sizes: Sequence[int], lasting_s: float = LASTING_S) -> Iterator[int]:
         done += 1
 
 
+def _sizes(prefix: str, arguments: Sequence[str]) -> list[int]:
+    return [int(each[len(prefix) :]) for each in arguments if each.startswith(prefix)]
+
+
 def main(get: Get, post: Post) -> None:
     """A client's main program; get and post take the path."""
     _url, command, *arguments = sys.argv[1:]
@@ -60,10 +65,14 @@ def main(get: Get, post: Post) -> None:
         for size in passes([int(each) for each in arguments if "=" not in each]):
             compare(get(f"/bytes/{size}"), pattern(size))
             checked += 1
-        echoed = [int(each[len("echo=") :]) for each in arguments if "=" in each]
+        echoed = _sizes("echo=", arguments)
         for size in passes(echoed, 0 if checked else LASTING_S):  # the connection has joined by now
             compare(post("/echo", pattern(size)), pattern(size))
             checked += 1
+        for size in _sizes("then=", arguments):
+            compare(get(f"/bytes/{size}"), pattern(size))
+            compare(post("/echo", pattern(size)), pattern(size))
+            checked += 2
         print(f"checked {checked}")
         return
     seconds, wanted = float(arguments[0]), arguments[1]

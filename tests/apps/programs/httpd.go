@@ -1,8 +1,9 @@
 // The contract's server and client with net/http, and a TCP proxy that is one io.Copy each way.
+// copy-header makes small GETs by Read and Write; the rest of a connection is io.Copy, each way.
 //
 //	httpd serve ADDRESS
 //	httpd client URL check|load ...
-//	httpd copy ADDRESS BACKEND
+//	httpd copy|copy-header ADDRESS BACKEND
 package main
 
 import (
@@ -125,7 +126,47 @@ func load(url string, seconds float64, size string) {
 	}
 }
 
-func copyAll(address, backend string) {
+// header reads until a header is whole; what follows it in the same segment comes along.
+func header(from net.Conn) (read []byte, end int) {
+	part := make([]byte, 4096)
+	for {
+		n, err := from.Read(part)
+		read = append(read, part[:n]...)
+		if end = bytes.Index(read, []byte("\r\n\r\n")); end >= 0 {
+			return read, end + 4
+		}
+		if err != nil {
+			return read, -1
+		}
+	}
+}
+
+// passSmall makes exchanges until a request is no small GET; that one is only passed on.
+func passSmall(front, back net.Conn) {
+	for {
+		request, end := header(front)
+		if _, err := back.Write(request); err != nil || end < 0 {
+			return
+		}
+		var size int
+		if n, _ := fmt.Sscanf(string(request), "GET /bytes/%d ", &size); n == 0 || size >= large {
+			return
+		}
+		answer, end := header(back)
+		if end < 0 {
+			return
+		}
+		rest := make([]byte, end+size-len(answer))
+		if _, err := io.ReadFull(back, rest); err != nil {
+			return
+		}
+		if _, err := front.Write(append(answer, rest...)); err != nil {
+			return
+		}
+	}
+}
+
+func copyAll(address, backend string, before func(front, back net.Conn)) {
 	listener := must(net.Listen("tcp", address))
 	for {
 		front := must(listener.Accept())
@@ -135,6 +176,7 @@ func copyAll(address, backend string) {
 				front.Close()
 				return
 			}
+			before(front, back)
 			var both sync.WaitGroup
 			for _, way := range [][2]net.Conn{{back, front}, {front, back}} {
 				both.Add(1)
@@ -156,7 +198,9 @@ func main() {
 	case "serve":
 		serve(os.Args[2])
 	case "copy":
-		copyAll(os.Args[2], os.Args[3])
+		copyAll(os.Args[2], os.Args[3], func(front, back net.Conn) {})
+	case "copy-header":
+		copyAll(os.Args[2], os.Args[3], passSmall)
 	case "client":
 		url, arguments := os.Args[2], os.Args[4:]
 		if os.Args[3] == "check" {
