@@ -150,6 +150,7 @@ class Life:
         """What is left of a member and its generation, and FIONREAD from then on."""
         members, sockhash = self._pod.members(), self._pod.programs.fds[pins.SOCKHASH]
         commands.unload(NODE)
+        until(lambda: links() == links_before)  # the joiner's canary holds them, until it looks
         return {
             "members": members,
             "is_sockhash_empty": bpfsys.map_is_empty(sockhash),
