@@ -134,7 +134,8 @@ def _proxy_uid(pod: Pod, conf: NetConf) -> int:
         return conf.proxy_uid
     if not _is_number(text, digits=10):
         raise ValueError(f"{names.PROXY_UID_OF_POD} is {text!r:.80}, no user ID")
-    if not any(first <= int(text) <= last for first, last in conf.proxy_uids):
+    allowed = (*conf.proxy_uids, (conf.proxy_uid, conf.proxy_uid))
+    if not any(first <= int(text) <= last for first, last in allowed):
         raise ValueError(f"{names.PROXY_UID_OF_POD} is {text}, which proxyUIDs does not allow")
     return int(text)
 

@@ -37,6 +37,15 @@
  * one. */
 #define TB_LARGE_EXCHANGE 16
 
+/* What a thread has written before is seen by others, before what it reads from here on: to delete
+ * takes the lock of a map's bucket. */
+static __always_inline void tb_order_looks(void)
+{
+	__u64 none = 0;
+
+	splicers.delete(&none);
+}
+
 /* RULE (splice) */
 static __always_inline int tb_has_spliced(const struct tb_conn *conn)
 {
@@ -210,6 +219,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
 		return;
 	}
+	tb_order_looks();
 	/* The socket was used again (tb_use_again()), or has spliced just now: RULE (splice). */
 	if (conn->me.id != id || tb_has_spliced(conn)) {
 		sockhash.delete(&id);

@@ -61,7 +61,6 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	int is_client = (skops->bpf_sock_ops_cb_flags & TB_CLIENT) != 0;
 	struct bpf_sock *socket = skops->sk;
 	struct tb_conn *conn;
-	__u32 refused;
 	__u64 id, token;
 
 	if (!socket)
@@ -73,10 +72,8 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	if (!id)
 		return NULL;
 	token = conn->token;
-	refused = conn->refused; /* RULE (splice) */
 	__builtin_memset(conn, 0, sizeof(*conn));
 	conn->token = token;
-	conn->refused = refused;
 	conn->last_id = id;
 	conn->me.id = id;
 	conn->me.sk = sk;
@@ -179,9 +176,7 @@ static __always_inline struct tb_conn *tb_meet(struct bpf_sock_ops *skops, const
 		tb_call(skops, TB_CALL_NEVER);
 		return NULL;
 	}
-	outcome = conn->refused;
-	if (!outcome && conn->me.is_client)
-		outcome = tb_enter(skops, pod, conn);
+	outcome = conn->me.is_client ? tb_enter(skops, pod, conn) : 0;
 	if (outcome)
 		tb_refuse(conn, outcome);
 	return conn;

@@ -4,9 +4,10 @@
  *
  * RULE (splice). splice(2) takes bytes from TCP's own queue alone (tcp_splice_read): it never sees
  * bypassed ones. So on a member it says EINVAL, as for any file that cannot splice, and the
- * application reads instead. A socket on which it was called never joins, and a member leaves. The
- * call is noted before the sockhash is asked. A visit puts a socket into the sockhash before it
- * looks for a note. So one of the two sees the other.
+ * application reads instead. A socket on which it was called does not join, and a member leaves.
+ * The call is noted before the sockhash is asked. A visit puts a socket into the sockhash before it
+ * looks for a note, and takes it out again. So one of the two sees the other. An application does
+ * not expect EINVAL after a splice that went well: what was allowed once stays so.
  *
  * A splice by io_uring looks like its read: both are noted, and neither is refused. Where this
  * program cannot be attached, no application's socket joins: the mode is `proxy-only`.
@@ -36,18 +37,6 @@ static __always_inline int tb_is_splice(__u32 call)
 	       call == SENDFILE_OF_32_BITS || call == SENDFILE64_OF_32_BITS;
 }
 
-/* `socket` is a struct tcp_sock. The sum is a barrier: what follows is read behind the note. */
-static __always_inline void tb_note_splice(void *socket)
-{
-	__u64 cookie = tb_socket_cookie(socket);
-	__u32 none = 0, *calls;
-
-	splicers.insert(&cookie, &none);
-	calls = splicers.lookup(&cookie);
-	if (calls)
-		__sync_fetch_and_add(calls, 1);
-}
-
 /* Is a TCP socket in this sockhash, by its psock? A sockhash that has it first is first in the list
  * of its psock (struct sk_psock_link). The storage is not to be asked here. */
 static __always_inline int tb_is_in_sockhash(__u64 sk)
@@ -65,11 +54,32 @@ static __always_inline int tb_is_in_sockhash(__u64 sk)
 	return map && tb_read32(map + OFF_BPF_MAP_ID) == *id;
 }
 
+/* May a thread splice from this struct tcp_sock now? Notes that it has asked. */
+static __always_inline int tb_may_splice(void *socket, int is_splice)
+{
+	__u64 cookie = tb_socket_cookie(socket);
+	__u32 asked = TB_SPLICE_ASKED, allowed = TB_SPLICE_ALLOWED;
+	__u32 *note = splicers.lookup(&cookie);
+
+	if (note && *note == TB_SPLICE_ALLOWED)
+		return 1;
+	if (!note)
+		splicers.insert(&cookie, &asked);
+	tb_order_looks();
+	if (!is_splice)
+		return 1;
+	if (tb_is_in_sockhash((__u64)socket))
+		return 0;
+	splicers.update(&cookie, &allowed);
+	return 1;
+}
+
 /* Attached to security_file_permission(struct file *, int), which each read(2) and write(2) asks,
  * too, and splice(2) before it calls tcp_splice_read(). Other than 0, its result is the answer. */
 int tb_refuse_splice(__u64 *arguments)
 {
 	void *file = (void *)arguments[0], *socket;
+	int is_splice;
 	__u32 call;
 
 	if (!((__u32)arguments[1] & MAY_READ))
@@ -78,13 +88,11 @@ int tb_refuse_splice(__u64 *arguments)
 	if (!socket)
 		return 0;
 	call = tb_current_call();
-	if (!tb_is_splice(call) && call != IO_URING_ENTER && call != TB_UNKNOWN_CALL)
+	is_splice = tb_is_splice(call);
+	if (!is_splice && call != IO_URING_ENTER && call != TB_UNKNOWN_CALL)
 		return 0;
 	socket = *(void *volatile *)(socket + OFF_SOCKET_SK); /* its struct sock */
 	if (socket)
 		socket = bpf_skc_to_tcp_sock(socket);
-	if (!socket)
-		return 0;
-	tb_note_splice(socket);
-	return tb_is_splice(call) && tb_is_in_sockhash((__u64)socket) ? -EINVAL : 0;
+	return !socket || tb_may_splice(socket, is_splice) ? 0 : -EINVAL;
 }

@@ -12,7 +12,7 @@
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
 #define TB_ID_SHIFT 16
 #define TB_MAX_PODS 4096
-#define TB_MAX_SPLICERS 8192
+#define TB_MAX_SPLICERS 65536
 
 /* One end of a connection. Kernel addresses are numbers here: RULE (reads). */
 struct tb_end {
@@ -55,6 +55,9 @@ struct tb_half {
 	__u32 dialled_port;	/* host byte order */
 	__u32 reserved;
 };
+
+/* Has a thread asked to splice from a socket, and was it allowed to? */
+enum tb_splice { TB_SPLICE_ASKED, TB_SPLICE_ALLOWED };
 
 /* A connect of a pod without a sidecar: its SYN is about to go out. */
 struct tb_dial {
@@ -147,7 +150,7 @@ struct tb_secret {
  * fionread     0                       struct tb_fionread
  * registers_at 0                       from the start of a thread's stack: short_sends.h
  * sockhash_id  0                       the kernel's ID of map sockhash
- * splicers     socket cookie           how often splice(2) was called on it: splice.h
+ * splicers     socket cookie           enum tb_splice, once splice(2) was called on it: splice.h
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);

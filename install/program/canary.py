@@ -82,19 +82,22 @@ class Canary:
         traces = generation.traces()
         if not traces:
             return None
-        pin = generation.folder.joinpath
-        traced = {each: bpfsys.obj_get(str(pin(each))) for each in traces}
-        control, sockhash = (
-            bpfsys.obj_get(str(pin(each))) for each in (pins.CONTROL, pins.SOCKHASH)
-        )
-        splicers = None
-        if generation.refuses_splice():
-            splicers = bpfsys.obj_get(str(pin(pins.SPLICERS)))
-        sockets = _sockets()
-        with bpfsys.closing(bpfsys.obj_get(str(pin(pins.CONNS)))) as conns:
-            for each in sockets:
-                _mark(conns, each)
-        number = generation.sock_ops_id()
+        with contextlib.ExitStack() as stack:
+
+            def opened(pin: str) -> int:
+                fd = bpfsys.obj_get(str(generation.folder / pin))
+                stack.callback(os.close, fd)
+                return fd
+
+            traced = {pin: opened(pin) for pin in traces}
+            control, sockhash = opened(pins.CONTROL), opened(pins.SOCKHASH)
+            splicers = opened(pins.SPLICERS) if generation.refuses_splice() else None
+            sockets = [stack.enter_context(each) for each in _sockets()]
+            with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.CONNS))) as conns:
+                for each in sockets:
+                    _mark(conns, each)
+            number = generation.sock_ops_id()
+            stack.pop_all()
         return Canary(generation, number, traced, control, sockhash, splicers, sockets)
 
     def look(self) -> None:

@@ -37,7 +37,7 @@ from install.program import switch as switches
 from install.program.agent import bpffs
 from install.program.agent.schedule import NotDone
 from install.program.generations import Generation, Generations, is_bpffs
-from install.program.node import Node, NodeError
+from install.program.node import LOCK_PATIENCE_S, Node, NodeError
 from install.program.plugin_files import DoesNotRun
 from install.program.pods import attached_cgroups
 
@@ -115,7 +115,9 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
         try:
             _move_pods(node, generation, ours, verdict.mode)
             for older in left if verdict.mode == names.MODES[-1] else ():
-                leaving.stay_behind(older, folders)  # the joiner finds no pods any more
+                leaving.stay_behind(
+                    older, folders, _lock(node)
+                )  # the joiner finds no pods any more
         finally:
             # Version 0.1's, which can only be paused: after this one took the pauses over.
             leaving.empty_all([each for each in before if not each.is_whole()], [])
@@ -200,6 +202,11 @@ def _write_node_json(
     whole_file.write(node.state_dir / names.NODE_JSON, json.dumps(content, indent=1))
 
 
+def _lock(node: Node) -> leaving.Locked:
+    """The node's, for a process that makes no folder for it."""
+    return functools.partial(node.state.locked, LOCK_PATIENCE_S)
+
+
 def unload(node: Node) -> None:
     """Everything of ours off this node. Open connections go on over TCP."""
     with _locked_if_possible(node):
@@ -209,7 +216,7 @@ def unload(node: Node) -> None:
         folders = list(_folders(generations))
         for generation in leaving.empty_all(generations.complete(), folders):
             with contextlib.suppress(OSError):  # what is ours goes all the same
-                leaving.stay_behind(generation, folders)
+                leaving.stay_behind(generation, folders, _lock(node))
         for pod in attached_cgroups(ours):
             pod.take_out()
         generations.remove_all()

@@ -98,8 +98,8 @@ class Generation:
         return set(pins.MENDS) <= set(self.traces())
 
     def refuses_splice(self) -> bool:
-        """Whether its sockets refuse to be spliced from: the link is pinned."""
-        return pins.SPLICE_REFUSAL in self.traces()
+        """Whether its sockets refuse to be spliced from: the link is pinned, and its notes."""
+        return pins.SPLICE_REFUSAL in self.traces() and (self.folder / pins.SPLICERS).exists()
 
     def lost_answers(self) -> int:
         """How many answers to FIONREAD the mend could not write."""

@@ -7,7 +7,8 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from bpf import bpfsys, pins
@@ -65,11 +66,15 @@ def empty_all(generations: Iterable[Generation], folders: Iterable[Path]) -> lis
     return left
 
 
-def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
+Locked = Callable[[], AbstractContextManager[object]]
+
+
+def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked) -> None:
     """Leave a process behind that goes on with the passes until its sockets have left.
 
     For generations whose pins are about to be removed. Readers that rest past the bound are given
-    their new edge, and leave. It ends after a day at most.
+    their new edge, and leave. It ends after a day at most, and removes pins that stayed for
+    sockets, under the lock that ``locked`` takes.
     """
     if not generation.is_whole():
         return
@@ -84,7 +89,8 @@ def stay_behind(generation: Generation, folders: Iterable[Path]) -> None:
                 if not os.fork():
                     _let_go(visit, sockhash)
                     _keep_on(visit, sockhash, list(folders))
-                    _remove_empty(generation, sockhash)
+                    with locked():
+                        _remove_empty(generation, sockhash)
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
@@ -104,10 +110,12 @@ def _let_go(*kept: int) -> None:
 
 
 def _remove_empty(generation: Generation, sockhash: int) -> None:
-    """What `unload` left for its sockets; not what a load has put there since."""
-    others = Generations(generation.folder.parent)
-    if bpfsys.map_is_empty(sockhash) and others.current() != generation:
-        with contextlib.suppress(OSError):
+    """What `unload` left for its sockets; not what a load has put under its name since."""
+    with contextlib.suppress(OSError):
+        with opened(generation.folder / pins.SOCKHASH) as pinned:
+            is_its_own = bpfsys.map_info(pinned).id == bpfsys.map_info(sockhash).id
+        others = Generations(generation.folder.parent)
+        if is_its_own and bpfsys.map_is_empty(sockhash) and others.current() != generation:
             generation.remove()
             others.root.rmdir()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import select
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from bpf.loader import Programs
@@ -63,7 +63,7 @@ def test_a_reader_that_rests_outlives_the_pins() -> None:
             with repeated(pod.visit, 0.004):
                 assert select.select([ready], [], [], 20)[0]
             assert not leaving.empty(generation, [pod.folder], patience_s=0.3)
-            leaving.stay_behind(generation, [pod.folder])
+            leaving.stay_behind(generation, [pod.folder], nullcontext)
             generation.remove()
             os.write(going, b"!")
             _, status = os.waitpid(child, 0)

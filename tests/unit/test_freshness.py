@@ -31,7 +31,7 @@ def node(tmp_path: Path) -> Node:
     made = Node(tmp_path / "bpffs", tmp_path / "state")
     folder = made.bpffs / "gen-3"
     folder.mkdir(parents=True)
-    for pin in (*PINS, pins.SPLICE_REFUSAL):
+    for pin in (*PINS, pins.SPLICE_REFUSAL, pins.SPLICERS):
         (folder / pin).touch()
     (made.bpffs / pins.CURRENT).symlink_to(folder.name)
     made.state_dir.mkdir()
@@ -54,7 +54,7 @@ def test_no_programs_are_loaded(node: Node) -> None:
     assert reason_to_load(node) == "nothing is loaded"
 
 
-@pytest.mark.parametrize("pin", [*PINS, pins.SPLICE_REFUSAL])
+@pytest.mark.parametrize("pin", [*PINS, pins.SPLICE_REFUSAL, pins.SPLICERS])
 def test_a_pin_is_lost(node: Node, pin: str) -> None:
     (node.bpffs / "gen-3" / pin).unlink()
     assert "pins" in (reason_to_load(node) or "")
