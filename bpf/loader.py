@@ -53,6 +53,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "BPF_MAP_ID": ("bpf_map", "id"),
     "FILE_FLAGS": ("file", "f_flags"),
     "ICSK_ULP_OPS": ("inet_connection_sock", "icsk_ulp_ops"),
+    "NET_COOKIE": ("net", "net_cookie"),
     "NET_NS_INODE": ("net", "ns.inum"),
     "NET_TCP_RMEM": ("net", "ipv4.sysctl_tcp_rmem"),
     "POLL_WQUEUES_TASK": ("poll_wqueues", "polling_task"),

@@ -37,23 +37,6 @@
  * one. */
 #define TB_LARGE_EXCHANGE 16
 
-/* What a thread has written before is seen by others, before what it reads from here on: to delete
- * takes the lock of a map's bucket. */
-static __always_inline void tb_order_looks(void)
-{
-	__u64 none = 0;
-
-	splicers.delete(&none);
-}
-
-/* RULE (splice) */
-static __always_inline int tb_has_spliced(const struct tb_conn *conn)
-{
-	__u64 cookie = conn->me.id >> TB_ID_SHIFT;
-
-	return splicers.lookup(&cookie) != NULL;
-}
-
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
 {

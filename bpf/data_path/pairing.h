@@ -176,7 +176,9 @@ static __always_inline struct tb_conn *tb_meet(struct bpf_sock_ops *skops, const
 		tb_call(skops, TB_CALL_NEVER);
 		return NULL;
 	}
-	outcome = conn->me.is_client ? tb_enter(skops, pod, conn) : 0;
+	outcome = tb_has_spliced(conn) ? TB_OUTCOME_SPLICE : 0;
+	if (!outcome && conn->me.is_client)
+		outcome = tb_enter(skops, pod, conn);
 	if (outcome)
 		tb_refuse(conn, outcome);
 	return conn;

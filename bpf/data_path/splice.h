@@ -3,11 +3,12 @@
  * Readers that splice.
  *
  * RULE (splice). splice(2) takes bytes from TCP's own queue alone (tcp_splice_read): it never sees
- * bypassed ones. So on a member it says EINVAL, as for any file that cannot splice, and the
- * application reads instead. A socket on which it was called does not join, and a member leaves.
- * The call is noted before the sockhash is asked. A visit puts a socket into the sockhash before it
- * looks for a note, and takes it out again. So one of the two sees the other. An application does
- * not expect EINVAL after a splice that went well: what was allowed once stays so.
+ * bypassed ones. So a socket on which it was called does not join, nor does any other of an
+ * application of its pod, and members leave. On a member it says EINVAL, as for any file that
+ * cannot splice, and the application reads instead. The call is noted before the sockhash is asked.
+ * A visit puts a socket into the sockhash before it looks for a note, and takes it out again. So
+ * one of the two sees the other. An application does not expect EINVAL after a splice that went
+ * well: what was allowed once stays so.
  *
  * A splice by io_uring looks like its read: both are noted, and neither is refused. Where this
  * program cannot be attached, no application's socket joins: the mode is `proxy-only`.
@@ -58,9 +59,12 @@ static __always_inline int tb_is_in_sockhash(__u64 sk)
 static __always_inline int tb_may_splice(void *socket, int is_splice)
 {
 	__u64 cookie = tb_socket_cookie(socket);
-	__u32 asked = TB_SPLICE_ASKED, allowed = TB_SPLICE_ALLOWED;
+	__u64 netns = tb_netns_cookie((__u64)socket);
+	__u32 asked = TB_SPLICE_ASKED, allowed = TB_SPLICE_ALLOWED, one = 1;
 	__u32 *note = splicers.lookup(&cookie);
 
+	if (is_splice && !splicing.lookup(&netns))
+		splicing.insert(&netns, &one);
 	if (note && *note == TB_SPLICE_ALLOWED)
 		return 1;
 	if (!note)

@@ -151,6 +151,7 @@ struct tb_secret {
  * registers_at 0                       from the start of a thread's stack: short_sends.h
  * sockhash_id  0                       the kernel's ID of map sockhash
  * splicers     socket cookie           enum tb_splice, once splice(2) was called on it: splice.h
+ * splicing     netns cookie            1, once splice(2) was called there
  */
 BPF_CGROUP_STORAGE(pods, struct tb_pod);
 BPF_SK_STORAGE(conns, struct tb_conn);
@@ -170,6 +171,7 @@ BPF_ARRAY(fionread, struct tb_fionread, 1);
 BPF_ARRAY(registers_at, __u64, 1);
 BPF_ARRAY(sockhash_id, __u32, 1);
 BPF_F_TABLE("lru_hash", __u64, __u32, splicers, TB_MAX_SPLICERS, 0);
+BPF_F_TABLE("lru_hash", __u64, __u32, splicing, TB_MAX_PODS, 0);
 
 _Static_assert(offsetof(struct tb_conn, me.id) == 0, "user space writes TB_CANARY there");
 
@@ -214,6 +216,29 @@ static __always_inline int tb_is_paused(const struct tb_conn *conn)
 	return (flags & TB_CONTROL_PODS_PAUSED) &&
 	       (paused_pods.lookup((__u64 *)&conn->me.pod_id) ||
 		paused_pods.lookup((__u64 *)&conn->peer.pod_id));
+}
+
+/* What a thread has written before is seen by others, before what it reads from here on: to delete
+ * takes the lock of a map's bucket. */
+static __always_inline void tb_order_looks(void)
+{
+	__u64 none = 0;
+
+	splicers.delete(&none);
+}
+
+static __always_inline __u64 tb_netns_cookie(__u64 sk)
+{
+	return tb_read64(tb_read64(sk + OFF_SOCK_NET) + OFF_NET_COOKIE);
+}
+
+/* RULE (splice). Has it been spliced from, or may it be at any time, since its pod does so? A
+ * sidecar does not. */
+static __always_inline int tb_has_spliced(const struct tb_conn *conn)
+{
+	__u64 cookie = conn->me.id >> TB_ID_SHIFT, netns = tb_netns_cookie(conn->me.sk);
+
+	return splicers.lookup(&cookie) || (!conn->me.is_proxy && splicing.lookup(&netns));
 }
 
 /* A member of the peer's struct tb_conn. */

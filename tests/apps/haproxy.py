@@ -99,8 +99,7 @@ APPLICATIONS = (
         serve=serve("http", SPLICE),
         check=check_both_orders,
         loads=LOADS,
-        advice="bypasses until it splices",
+        advice="a proxy that splices stays on TCP",
         hops=TWO_HOPS,
-        splices_late=True,
     ),
 )

@@ -193,7 +193,7 @@ def test_reports_know_the_runtimes_pods(agent: Agent) -> None:
             estimated = json.loads(agent.run("estimate", *options))
             assert_whole(load.end())
     findings = {each["name"]: each for each in checked["findings"]}
-    for name in ("runtime", "conflist", "plugin", "entry", "programs", "mode", "pods"):
+    for name in ("runtime", "conflist", "plugin", "entry", "programs", "pods"):
         assert findings[name]["status"] == "well", findings[name]
     states = {each["name"]: (each["state"], each["why"]) for each in checked["pods"]}
     assert {name: state for name, (state, _) in states.items()} == {

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 from bpf import bpfsys, pins
+from cni_plugin import names
 from install.program import passes
 from install.program.generations import Generations
 from tests.apps import bed, tools
@@ -29,9 +30,9 @@ from tests.apps.registry import APPLICATIONS
 from tests.bed.pairs import Bytes
 
 NAMES = (
-    *("nginx-proxy", "node", "go", "go-copy", "go-copy-header"),
-    *("haproxy-splice-auto", "haproxy-splice-late"),
-    *("java", "java-blocking", "java-ready"),
+    *("nginx-proxy", "node", "go", "java", "java-blocking", "java-ready"),
+    *("haproxy-splice-auto", "go-copy-header"),
+    *("go-copy", "haproxy-splice-late"),  # their pods have been seen to splice by then
 )
 HOPS: tuple[HopName, ...] = ("outbound", "inbound")
 BYPASS_WITHIN_S = 120  # of an emulated CPU
@@ -99,7 +100,20 @@ def checked(node: AppNode, application: Application, hop: HopName, mode: str) ->
             bypassed = bed.total(node, where.pair).bypassed - before
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
+        print(joining(node), file=sys.stderr)
     return Found(application.name, hop, error, bypassed)
+
+
+def joining(node: AppNode) -> str:
+    """How joining fares: the joiner's own numbers, the generation's flags, why not, by hop."""
+    current = Generations(node.bed.node.bpffs).current()
+    pods = [
+        (pod["name"], hop, found["connections"], found["tcp_messages"])
+        for pod in node.bed.node.status()["pods"]
+        for hop, found in pod["hops"].items()
+    ]
+    joiner = (node.bed.node.state_dir / names.JOINER_JSON).read_text()
+    return f"{joiner}, flags {current.flags() if current else None}, {pods}"
 
 
 def share(node: AppNode, application: Application, hop: HopName) -> float:

@@ -32,8 +32,14 @@ struct wait_queue {
 	struct list head;
 };
 
+/* A map that has the socket of a psock. */
+struct link {
+	struct list list;
+	__u64 map;
+};
+
 struct psock {
-	struct list ingress;
+	struct list ingress, link;
 	__u32 refcnt, msg_tot_len;
 };
 
@@ -93,6 +99,8 @@ struct poll_wqueues {
 #define OFF_MEMCG_MEMORY offsetof(struct memcg, memory)
 #define OFF_MEMCG_VMSTATS offsetof(struct memcg, cached)
 #define OFF_MEMCG_VMSTATS_STATE 0
+#define OFF_BPF_MAP_ID 0
+#define OFF_NET_COOKIE 0
 #define OFF_NET_NS_INODE 0
 #define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
 #define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
@@ -105,10 +113,12 @@ struct poll_wqueues {
 #ifndef OFF_PSOCK_MSG_TOT_LEN /* of newer kernels: then with its place */
 #define OFF_PSOCK_MSG_TOT_LEN 0
 #endif
+#define OFF_PSOCK_LINK offsetof(struct psock, link)
 #define OFF_PSOCK_REFCNT offsetof(struct psock, refcnt)
 #define OFF_REQUEST_SOCK_LISTENER offsetof(struct request, listener)
 #define OFF_SK_MSG_LIST offsetof(struct host_message, list)
 #define OFF_SK_MSG_SIZE offsetof(struct host_message, size)
+#define OFF_SK_PSOCK_LINK_MAP offsetof(struct link, map)
 #define OFF_SOCKET_FILE offsetof(struct host_socket, file)
 #define OFF_SOCKET_SK offsetof(struct host_socket, sk)
 #define OFF_SOCKET_WQ_HEAD offsetof(struct wait_queue, head)

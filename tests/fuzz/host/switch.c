@@ -108,6 +108,18 @@ static int ring(void *event, int size, int flags)
 	return 0;
 }
 
+static __u32 *not_spliced(__u64 *cookie)
+{
+	(void)cookie;
+	return NULL;
+}
+
+static int nothing_noted(__u64 *cookie)
+{
+	(void)cookie;
+	return -1;
+}
+
 static struct tb_counters *not_counted(struct tb_counter_key *key)
 {
 	(void)key;
@@ -140,6 +152,9 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 	sockhash.delete = remove_from_sockhash;
 	control.lookup = control_of;
 	registers_at.lookup = registers_of;
+	splicers.lookup = not_spliced;
+	splicers.delete = nothing_noted;
+	splicing.lookup = not_spliced;
 	beat.lookup = beat_of;
 	due.lookup = due_of;
 	bell.ringbuf_output = ring;
