@@ -251,9 +251,9 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 SPLICE = Limit(
-    "On bypassed sockets splice(2) says EINVAL, as where it is not supported: Go and HAProxy then "
-    "read. Where the kernel does not let us refuse it, as here, it says EAGAIN: `proxy-only`.",
-    "nothing, unless full is forced; then exclude the port",
+    "On bypassed sockets splice(2) says EINVAL. Where the kernel does not let us refuse it, as here, "
+    "it says EAGAIN: `proxy-only`.",
+    "see above; where full is forced, exclude the port",
 )
 
 
