@@ -99,8 +99,7 @@ def checked(node: AppNode, application: Application, hop: HopName, mode: str) ->
             bed.check(node, application, where, must_bypass=must_bypass, within_s=BYPASS_WITHIN_S)
             bypassed = bed.total(node, where.pair).bypassed - before
     except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
-        print(joining(node), file=sys.stderr)
+        error = f"{type(failure).__name__}: {failure}; {joining(node)}"
     return Found(application.name, hop, error, bypassed)
 
 
