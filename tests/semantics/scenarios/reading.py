@@ -251,8 +251,8 @@ def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 SPLICE = Limit(
-    "On bypassed sockets splice(2) says EINVAL. Where the kernel does not let us refuse it, as here, "
-    "it says EAGAIN: `proxy-only`.",
+    "On bypassed sockets splice(2) says EINVAL. Where the kernel does not let us refuse it, as "
+    "here, it says EAGAIN: `proxy-only`",
     "see above; where full is forced, exclude the port",
 )
 
