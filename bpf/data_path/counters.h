@@ -15,6 +15,7 @@ static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outc
 {
 	struct tb_counter_key key = {.pod_id = pod_id, .hop = hop};
 	struct tb_counters *c = counters.lookup(&key), *zeros;
+	__u64 index = outcome;
 	int zero = 0;
 
 	if (!c) {
@@ -23,8 +24,10 @@ static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outc
 			counters.insert(&key, zeros);
 		c = counters.lookup(&key);
 	}
-	if (c && outcome < TB_OUTCOMES)
-		c->connections[outcome]++;
+	/* The verifier of 6.1 follows the very register that was compared. */
+	TB_PIN(index);
+	if (c && index < TB_OUTCOMES)
+		c->connections[index]++;
 }
 
 /* This socket must stay out of the sockhash for good. */
