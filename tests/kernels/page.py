@@ -35,7 +35,7 @@ unmended: A misses bypassed bytes, B TCP's, C none.
 """
 PROGRAMS = "programs right"  # a column of runs that have suite `apps`
 COLUMNS = (
-    *("kernel", "shipped by", "FIONREAD", "mended", "splice seen", "MPTCP fallback joins"),
+    *("kernel", "shipped by", "FIONREAD", "mended", "splice refused", "MPTCP fallback joins"),
     *("mode", "hops"),
 )
 UNKNOWN = "-"

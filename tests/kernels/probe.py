@@ -75,7 +75,9 @@ def outbound(pod: LightPod) -> None:
         listener = socket.create_server(ENVOY)
     with owned_by(APP_UID):
         client = socket.create_connection(SERVICE, TIMEOUT_S)
-    with listener, client, listener.accept()[0] as server:
+    with owned_by(names.PROXY_UID):  # accept(2) makes the socket its caller's
+        server, _ = listener.accept()
+    with listener, client, server:
         ping_pong(pod, client, server)
 
 
