@@ -89,7 +89,6 @@ _OFFSETS: dict[str, _Place | None] = {
     "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
     "TCP_SOCK_BYTES_ACKED": ("tcp_sock", "bytes_acked"),
     "TCP_SOCK_BYTES_RECEIVED": ("tcp_sock", "bytes_received"),
-    "TCP_SOCK_CB_FLAGS": ("tcp_sock", "bpf_sock_ops_cb_flags"),
     "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
     "TCP_SOCK_RCV_NXT": ("tcp_sock", "rcv_nxt"),
     "TCP_SOCK_RCV_WND": ("tcp_sock", "rcv_wnd"),

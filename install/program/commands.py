@@ -115,9 +115,8 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
         try:
             _move_pods(node, generation, ours, verdict.mode)
             for older in left if verdict.mode == names.MODES[-1] else ():
-                leaving.stay_behind(
-                    older, folders, _lock(node)
-                )  # the joiner finds no pods any more
+                # The joiner finds no pods any more.
+                leaving.stay_behind(older, folders, _lock(node))
         finally:
             # Version 0.1's, which can only be paused: after this one took the pauses over.
             leaving.empty_all([each for each in before if not each.is_whole()], [])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 
-# The outcome of a connection whose addresses do not fit, and what can be done about it.
+# MISMATCH is the outcome of a connection whose addresses do not fit. Then comes what to do.
 MISMATCH = "mismatch"
 OLD_LISTENER = (
     "a server that listened before its pod was taken in: restart it; "

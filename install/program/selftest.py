@@ -156,19 +156,13 @@ def _behaviour(mends: bool) -> _Found:
         counters.bypassed_bytes > 0,
     )
     checks = [share, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
+    if programs.blind_to_splice:  # its socket may have joined too late to be asked
+        checks = [replace(each, ok=each.ok and each.name != SPLICE) for each in checks]
     remarks = {SPLICE: f"not seen: {programs.blind_to_splice}" if programs.blind_to_splice else ""}
     if is_wrong:
         remarks |= dict.fromkeys(FIONREAD, f"not mended: {why_not}" if why_not else "mended")
-    checks = [_remarked(check, remarks.get(check.name, "")) for check in _strict(checks, programs)]
+    checks = [_remarked(check, remarks.get(check.name, "")) for check in checks]
     return _Found(checks, is_wrong and not why_not)
-
-
-def _strict(checks: list[Check], programs: Programs) -> list[Check]:
-    """A probe whose socket has not joined in time could splice although that is not refused."""
-    return [
-        replace(check, ok=check.ok and not (check.name == SPLICE and programs.blind_to_splice))
-        for check in checks
-    ]
 
 
 def _remarked(check: Check, remark: str) -> Check:

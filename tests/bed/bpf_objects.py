@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from bpf import bpfsys
+
+PROGRAMS, MAPS, LINKS = 11, 12, 31  # BPF_*_GET_NEXT_ID, linux/bpf.h
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,14 @@ def surviving(objects: Iterable[BpfObject], patience_s: float = 10) -> list[BpfO
         left = [found for found in left if found.exists()]
         time.sleep(0.02)
     return left
+
+
+def count_ids(kind: int) -> int:
+    """How many objects of PROGRAMS, MAPS or LINKS are in the kernel, ours or not."""
+    count, attr = 0, bpfsys._attr("=III", 0, 0, 0)
+    with contextlib.suppress(FileNotFoundError):
+        while True:
+            bpfsys._bpf(kind, attr)
+            count += 1
+            attr = bpfsys._attr("=III", int.from_bytes(attr.raw[4:8], sys.byteorder), 0, 0)
+    return count

@@ -62,9 +62,8 @@ class NetNamespace:
     """A named network namespace, as `ip netns` lists it."""
 
     name: str
-    users: str = field(
-        default="", kw_only=True
-    )  # the user namespace that owns it: a path; empty: our own
+    # The path of the user namespace that owns it; empty: our own.
+    users: str = field(default="", kw_only=True)
 
     @property
     def path(self) -> Path:

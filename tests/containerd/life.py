@@ -8,10 +8,7 @@ and then, while no pod is there, and must not grow. docs/img/life.png is drawn f
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,6 +22,7 @@ from bpf import pins
 from cni_plugin import names
 from tests.bed import cgroups
 from tests.bed.bed import REPOSITORY
+from tests.bed.bpf_objects import LINKS, MAPS, PROGRAMS, count_ids
 from tests.bed.pod import MESH
 from tests.containerd.agent import Agent
 from tests.containerd.bed import AT_ONCE, PLAIN, RuntimeBed, open_bare_bed
@@ -33,20 +31,8 @@ from tests.containerd.inventory import attached
 PICTURE = REPOSITORY / "docs" / "img" / "life.png"
 REAL = 20  # each of so many is the runtime's
 LOOKS = 40  # so often the node is looked at
-SYS_BPF = 321  # x86-64
-NEXT_IDS = {"BPF programs": 11, "BPF maps": 12, "BPF links": 31}  # BPF_*_GET_NEXT_ID
+KINDS = {"BPF programs": PROGRAMS, "BPF maps": MAPS, "BPF links": LINKS}
 NETNS = ["unshare", "--net", "sleep", "infinity"]
-
-
-def count_ids(command: int) -> int:
-    """How many objects of one kind the kernel has, of all programs on the machine."""
-    attribute, count = (ctypes.c_uint32 * 4)(), 0
-    while ctypes.CDLL(None, use_errno=True).syscall(SYS_BPF, command, attribute, 16) == 0:
-        attribute[0] = attribute[1]
-        count += 1
-    if ctypes.get_errno() != errno.ENOENT:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return count
 
 
 def memory_kb(pid: int) -> int:
@@ -61,7 +47,7 @@ def look(agent: Agent) -> dict[str, int]:
     return {
         "agent and joiner, KB": memory_kb(agent.pid),
         "open files of the agent": len(list(Path(f"/proc/{agent.pid}/fd").iterdir())),
-        **{what: count_ids(command) for what, command in NEXT_IDS.items()},
+        **{what: count_ids(kind) for what, kind in KINDS.items()},
         "pins": sum(1 for _ in agent.bpffs.rglob("*")),
         "files of our state": sum(1 for _ in agent.bed.state_dir.rglob("*")),
         "files of the node": sum(1 for _ in agent.bed.node.folder.rglob("*")),

@@ -103,7 +103,7 @@ class Keeping:
     now: float = 0.0
 
     def minute(self, rewrites: int = 0) -> Scrapes:
-        """The agent's turns of a minute, in whose first seconds another program writes its file."""
+        """The agent takes a minute's turns. In the first ones another program writes its file."""
         for second in range(60):
             if second < rewrites:
                 whole_file.write(self.conflist, json.dumps(CONFLIST))

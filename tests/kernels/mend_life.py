@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ from install.program import commands, leaving
 from install.program.generations import Generations
 from install.program.node import Node
 from install.program.probes import connected, enter, unread_bytes
+from tests.bed.bpf_objects import LINKS, count_ids
 from tests.light import LIMITS, LightPod, accelerated
 
 BPFFS = Path("/sys/fs/bpf/life")
 STATE = Path("/run/life")
 NODE = Node(BPFFS, STATE)
-BPF_LINK_GET_NEXT_ID = 31  # linux/bpf.h
 SYSCTL = Path("/proc/sys/kernel/ftrace_enabled")
 PATIENCE_S = 60.0
 # Of an emulated CPU it needs more than a fiftieth.
@@ -150,12 +150,13 @@ class Life:
         """What is left of a member and its generation, and FIONREAD from then on."""
         members, sockhash = self._pod.members(), self._pod.programs.fds[pins.SOCKHASH]
         commands.unload(NODE)
-        until(lambda: links() == links_before)  # the joiner's canary holds them, until it looks
+        # The joiner's canary holds them, until it looks.
+        until(lambda: count_ids(LINKS) == links_before)
         return {
             "members": members,
             "is_sockhash_empty": bpfsys.map_is_empty(sockhash),
             "pins": sorted(map(str, BPFFS.rglob("*"))),
-            "links": links() - links_before,
+            "links": count_ids(LINKS) - links_before,
             "then": self.ask("unread"),
         }
 
@@ -173,17 +174,6 @@ def published(programs: Programs) -> None:
     Generations(BPFFS).publish(programs)
     for pin in programs.fds.keys() & set(pins.TRACES):
         os.close(programs.fds.pop(pin))
-
-
-def links() -> int:
-    """How many BPF links there are in the kernel."""
-    count, attr = 0, bpfsys._attr("=III", 0, 0, 0)
-    with suppress(FileNotFoundError):
-        while True:
-            bpfsys._bpf(BPF_LINK_GET_NEXT_ID, attr)
-            count += 1
-            attr = bpfsys._attr("=III", int.from_bytes(attr.raw[4:8], sys.byteorder), 0, 0)
-    return count
 
 
 @contextmanager
@@ -234,7 +224,7 @@ def end_as_operators_do(life: Life, links_before: int) -> dict[str, Any]:
 
 def main() -> int:
     found: dict[str, Any] = {}
-    links_before = links()
+    links_before = count_ids(LINKS)
     with alive() as life:
         found["joined_s"] = life.join()
         found["member"] = life.unread_by_tcp()

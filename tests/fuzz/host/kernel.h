@@ -51,7 +51,7 @@ struct host_sock {
 	__s32 peek_off;
 	__u32 tsflags;
 	__u16 urg_data;
-	__u8 is_mptcp, nonagle, userlocks, state, cb_flags;
+	__u8 is_mptcp, nonagle, userlocks, state;
 };
 
 struct host_net {
@@ -145,7 +145,6 @@ struct poll_wqueues {
 #define OFF_TASK_STACK offsetof(struct host_task, stack)
 #define OFF_TCP_REQUEST_RCV_ISN offsetof(struct request, rcv_isn)
 #define OFF_TCP_REQUEST_SNT_ISN offsetof(struct request, snt_isn)
-#define OFF_TCP_SOCK_CB_FLAGS offsetof(struct host_sock, cb_flags)
 #define OFF_TCP_SOCK_BYTES_ACKED offsetof(struct host_sock, bytes_acked)
 #define OFF_TCP_SOCK_BYTES_RECEIVED offsetof(struct host_sock, bytes_received)
 #define OFF_TCP_SOCK_COPIED_SEQ offsetof(struct host_sock, copied_seq)
