@@ -222,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     gc.add_argument("--json", action="store_true", help="for machines")
     join = command("join", "Let connections join the bypass as they become known, until ended.")
     join.add_argument(
-        "--with-parent", action="store_true", help="end with the process that has started this one"
+        "--parent", type=int, metavar="PID", help="end with this process, which has started it"
     )
     _agent_options(command("agent", "Do all of this, and keep it so until it is ended.", places))
     one_pod = argparse.ArgumentParser(add_help=False)
@@ -280,7 +280,7 @@ def _run(node: Node, arguments: argparse.Namespace) -> int:
     elif command == "uninstall":
         commands.uninstall(node, places_of(arguments), purge=arguments.purge)
     elif command == "join":
-        commands.join(node, with_parent=arguments.with_parent)
+        commands.join(node, parent=arguments.parent)
     elif command in ("pause", "resume"):
         (commands.pause if command == "pause" else commands.resume)(node, arguments.pod)
     else:

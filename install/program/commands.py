@@ -276,8 +276,11 @@ def uninstall(node: Node, places: installer.Places, *, purge: bool) -> None:
         )
 
 
-def join(node: Node, *, with_parent: bool = False) -> None:
-    """Runs passes as they become due, until it is told to end; or its parent ends, however."""
+def join(node: Node, *, parent: int | None = None) -> None:
+    """Runs passes as they become due, until it is told to end; or its parent ends, however.
+
+    `parent`: the pid of the process that has started this one; it may have ended since.
+    """
     from install.program.joiner import Joiner  # noqa: PLC0415 - for this command alone
     from install.program.passes import Runner  # noqa: PLC0415
 
@@ -290,9 +293,11 @@ def join(node: Node, *, with_parent: bool = False) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    if with_parent:
+    if parent is not None:
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != parent:
+            return  # it has ended before it could be watched
     Joiner(node.bpffs, node.state_dir, Runner()).run(lambda: bool(told), stopped)
 
 

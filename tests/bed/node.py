@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ class NodeProgram:
         """A joiner runs meanwhile, as the agent's would."""
         folders = ["--bpffs", str(self.bpffs), "--state-dir", str(self.state_dir)]
         with subprocess.Popen(
-            [PROGRAM, "join", "--with-parent", *folders], start_new_session=True
+            [PROGRAM, "join", "--parent", str(os.getpid()), *folders], start_new_session=True
         ) as joiner:
             try:
                 yield

@@ -217,3 +217,11 @@ def holds(owner: int, folder: Path) -> Iterator[bool]:
             yield fd.readlink() == folder
         except OSError:
             yield False
+
+
+def test_a_joiner_ends_with_a_parent_that_ended_first(bed: Bed) -> None:
+    """The agent was killed before its joiner could ask to be told of that."""
+    folders = ["--bpffs", str(bed.node.bpffs), "--state-dir", str(bed.node.state_dir)]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    subprocess.run([PROGRAM, "join", "--parent", str(ended.pid), *folders], check=True, timeout=60)

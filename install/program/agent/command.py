@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -62,9 +63,8 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
             gc_options=[*_common(arguments), *_places_options(arguments)],
             join_options=[
                 *_common(arguments),
-                "--with-parent",
-                "--log-format",
-                arguments.log_format,
+                *("--parent", str(os.getpid())),
+                *("--log-format", arguments.log_format),
             ],
             cri_sockets=sockets_of(arguments),
             question=kubernetes.Question(daemonset) if daemonset else None,
