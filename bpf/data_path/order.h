@@ -121,8 +121,9 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
  * RULE (leaving). A peer that leaves gets no byte into its empty queue, also while another thread
  * is on its way there.
  *
- * RULE (lock). An application of another pod gets no bypassed byte at all while a thread owns its
- * lock: it could hold the sender up by a read of the very bytes that make its queue not empty. */
+ * RULE (lock). An application of another pod gets no bypassed byte at all while a thread holds its
+ * lock: it could hold the sender up by a read of the very bytes that make its queue not empty. But
+ * a reader that looks and leaves them would never see bytes behind them. */
 static __always_inline int tb_try_return(struct tb_conn *conn, __u32 wish, __u32 state)
 {
 	int is_alone = tb_is_alone(conn); /* first: a redirect may arrive between the looks */
@@ -131,7 +132,8 @@ static __always_inline int tb_try_return(struct tb_conn *conn, __u32 wish, __u32
 	if (is_empty && is_alone)
 		return 1;
 	if ((wish == TB_REASON_LEAVING && (is_empty || tb_is_gone(conn, state))) ||
-	    (wish == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id)) {
+	    (wish == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id &&
+	     tb_is_held(conn->peer.sk))) {
 		conn->is_behind = 1;
 		return 1;
 	}
@@ -240,7 +242,7 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 	/* A pass makes an edge, or takes the peer out. */
 	if (conn->is_behind || reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->peer.pod_id);
-	if (reason == TB_REASON_INELIGIBLE)
+	if (reason == TB_REASON_INELIGIBLE || reason == TB_REASON_MEMORY)
 		tb_ring(conn->me.pod_id); /* it may be this end */
 	if (reason == TB_REASON_PAUSED)
 		return;

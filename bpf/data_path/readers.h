@@ -10,6 +10,7 @@
 
 #define TB_MAX_WAITERS 8
 #define TB_MANY_SLEEPERS 0x10000
+#define TB_HELD 1024		  /* looks at a lock, some ten microseconds */
 #define TB_STACK_SIZE (64 * 1024) /* at least THREAD_SIZE: so much with pages of 64 KB */
 
 /* Why the kernel or TCP needs this socket out of a sockhash, as an enum tb_outcome; 0: it does not.
@@ -116,4 +117,15 @@ static __always_inline __u32 tb_sleepers(__u64 sk)
 static __always_inline int tb_is_owned(__u64 sk)
 {
 	return tb_read32(sk + OFF_SOCK_LOCK_OWNED) != 0;
+}
+
+/* And for longer than a call takes that looks at what is unread, and leaves it (MSG_PEEK)? */
+static __always_inline int tb_is_held(__u64 sk)
+{
+	int i;
+
+#pragma clang loop unroll(disable)
+	for (i = 0; i < TB_HELD && tb_is_owned(sk); i++)
+		;
+	return i == TB_HELD;
 }

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
+import multiprocessing
 import os
 import select
 import socket
@@ -538,6 +540,39 @@ def test_a_receiver_that_holds_its_socket_does_not_hold_its_sender(
         assert not held_up
         assert receive(theirs, 6) == b"second"
         assert pods[0].total().tcp_messages["busy"] == 1
+
+
+def peek_and_answer(theirs: socket.socket, rounds: int) -> None:
+    """Looks until eight bytes are there, without a pause, and only then reads them."""
+    theirs.setblocking(False)
+    for _ in range(rounds):
+        found = b""
+        while len(found) < 8:
+            with contextlib.suppress(BlockingIOError):
+                found = theirs.recv(8, socket.MSG_PEEK)
+        assert theirs.recv(8) == found
+        theirs.sendall(b"k")
+
+
+def test_a_reader_that_looks_all_the_time_sees_all(pods: tuple[LightPod, LightPod]) -> None:
+    """Bytes by TCP behind bypassed ones, which it leaves there, it would never see."""
+    rounds = 5000
+    with connected(*pods) as (ours, theirs):
+        exchange(ours, theirs)
+        peeker = multiprocessing.get_context("fork").Process(
+            target=peek_and_answer, args=(theirs, rounds)
+        )
+        peeker.start()
+        try:
+            for _ in range(rounds):
+                ours.sendall(b"head")
+                ours.sendall(b"tail")
+                assert ours.recv(1) == b"k"
+            peeker.join(timeout=20)
+            assert peeker.exitcode == 0
+        finally:
+            peeker.kill()
+            peeker.join()
 
 
 # ---- Generations, with the real loader and plugin ------------------------------------------------
