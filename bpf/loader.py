@@ -194,6 +194,7 @@ def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
         # Without it no file cache counts as free.
         "MEMCG_VMSTATS": ("mem_cgroup", "vmstats") if has_stats else None,
         "MEMCG_VMSTATS_STATE": ("memcg_vmstats", "state") if is_apart else None,
+        "PAGE_COUNTER_HIGH": ("page_counter", "high"),
         "PAGE_COUNTER_MAX": ("page_counter", "max"),
         "PAGE_COUNTER_PARENT": ("page_counter", "parent"),
         "PAGE_COUNTER_USAGE": ("page_counter", "usage"),

@@ -75,12 +75,14 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 /*
  * The connection has ended, be it by RST, and the application may still hold the socket. A socket
  * in a sockhash would report a reset at each send (tcp_bpf_sendmsg), TCP reports it once. Not while
- * bypassed bytes lie unread: those can still be read.
+ * bypassed bytes lie unread: those can still be read, and a pass takes it out afterwards.
  */
 static __always_inline void tb_end_connection(struct tb_conn *conn)
 {
-	if (tb_membership(conn->state) == TB_OUT || !tb_is_empty(conn->at.psock))
+	if (tb_membership(conn->state) == TB_OUT)
 		return;
+	if (!tb_is_empty(conn->at.psock))
+		return tb_ring(conn->me.pod_id);
 	sockhash.delete(&conn->me.id);
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
 }

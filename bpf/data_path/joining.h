@@ -176,6 +176,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u64 now)
 {
 	return tb_is_known(conn, now) && !tb_is_paused(conn) && tb_has_peer(conn) &&
+	       !tb_is_under_pressure(tb_read64(sk + OFF_SOCK_PROT)) &&
 	       tb_tcp_state(sk) == BPF_TCP_ESTABLISHED &&
 	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED && !tb_is_owned(sk) &&
 	       !tb_sleepers(sk) && tb_is_same_connection(conn, sk);
@@ -228,12 +229,15 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_ring(conn->peer.pod_id);
 }
 
+/* Past the kernel's last mark a send of a member gets EAGAIN, and no new edge follows when there is
+ * memory again: a socket in a sockhash is not told, one of TCP is (tcp_sendmsg_locked). */
 static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 now)
 {
 	int is_lone =
 		!tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
 
-	return !conn->credit || (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
+	return !conn->credit || tb_is_under_pressure(conn->at.prot) ||
+	       (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
 /* Is no thread inside a call on this socket, but for those that sleep? None of these is on its way

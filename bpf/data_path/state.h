@@ -197,7 +197,7 @@ static __always_inline __u32 tb_control_flags(void)
 }
 
 /* Without a joiner no reader gets a fresh edge (edge.h). So once it is silent, all goes by TCP. */
-#define TB_SILENCE (10 * NS_PER_S)
+#define TB_SILENCE (5 * NS_PER_S)
 
 static __always_inline int tb_is_joiner_silent(__u64 now)
 {

@@ -13,8 +13,8 @@
  *
  * RULE (memory). Unread bytes are charged to their reader's container. TCP charges from interrupts,
  * past the limit if need be. A redirect charges from the sender's system call, which may sleep;
- * past the limit the kernel kills a process of the container. So a connection takes but a share of
- * what the limits leave.
+ * past the limit the kernel kills a process of the container, and past memory.high it slows the
+ * sender. So a connection takes but a share of what the limits leave.
  */
 
 #define TB_MESSAGE_COST 1024	   /* what the kernel allocates beside a message's bytes */
@@ -77,9 +77,13 @@ static __always_inline __u64 tb_cached(__u64 memcg)
 static __always_inline __u64 tb_free(__u64 counter)
 {
 	__u64 limit = tb_read64(counter + OFF_PAGE_COUNTER_MAX);
+	__u64 high =
+		tb_read64(counter + OFF_PAGE_COUNTER_HIGH); /* past it the sender would be slowed */
 	__u64 used = tb_read64(counter + OFF_PAGE_COUNTER_USAGE);
-	__u64 reserve = limit / TB_RESERVE;
+	__u64 reserve;
 
+	limit = high < limit ? high : limit;
+	reserve = limit / TB_RESERVE;
 	limit -= reserve < TB_AMPLE ? reserve : TB_AMPLE;
 	if (used + TB_AMPLE > limit)
 		limit += tb_cached(counter - OFF_MEMCG_MEMORY);

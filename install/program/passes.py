@@ -72,8 +72,8 @@ def visit_process(visit: int, pid: int) -> bool:
 
 
 def wake_reader(pid: int, fd: int) -> None:
-    """Give a socket's reader a new edge: SO_RCVLOWAT's own value, written back, runs the kernel's
-    tcp_data_ready() (tcp_set_rcvlowat).
+    """Give a socket's reader a new edge: SO_RCVLOWAT's usual value, written again, runs the
+    kernel's tcp_data_ready() (tcp_set_rcvlowat). With another one the socket leaves.
 
     ``fd`` is the socket's number in process ``pid``. Raises OSError, PermissionError where the
     kernel does not let this process have another's files (pidfd_getfd(2)).
@@ -88,8 +88,10 @@ def wake_reader(pid: int, fd: int) -> None:
         os.close(copy)
         raise
     with reader:
-        lowat = reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
+        # A value that the application writes between these two is overwritten: never by a larger
+        # one, for which its reader would wait.
+        if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _processes(folder: Path) -> Iterator[int]:
@@ -239,11 +241,24 @@ class _Worker:
 def leave_container() -> None:
     """Into a cgroup of its own, so that the container can end before this process does."""
     mount = cgroup.mount()
-    if mount is not None:
+    if mount is None:
+        return
+    own = mount / OWN_CGROUP
+    for _ in range(3):  # another process may remove it between the two
         with contextlib.suppress(OSError):
-            own = mount / OWN_CGROUP
             own.mkdir(exist_ok=True)
             (own / "cgroup.procs").write_text(str(os.getpid()))
+            return
+
+
+def remove_cgroup(*, is_within: bool = False) -> None:
+    """Unless a process is left in it; one that is within goes to the root first, and ends soon."""
+    mount = cgroup.mount()
+    if mount is not None:
+        with contextlib.suppress(OSError):
+            if is_within:
+                (mount / "cgroup.procs").write_text(str(os.getpid()))
+            (mount / OWN_CGROUP).rmdir()
 
 
 def _serve(line: socket.socket) -> None:

@@ -252,6 +252,22 @@ def test_what_gains_nothing_leaves() -> None:
     assert connection.membership(0) == OUT
 
 
+def test_where_memory_is_short_no_socket_is_a_member() -> None:
+    connection = fresh()
+    connection.rules.host_memory_pressure(1)
+    assert not echo(connection)
+    for _ in range(3):
+        connection.visit(0)
+    assert connection.membership(0) == OUT
+    for sender in (0, 1) * 24:
+        echo(connection, sender)
+    connection.packet(0)
+    joins(connection)
+    connection.rules.host_memory_pressure(0)
+    connection.visit(0)
+    assert connection.membership(0) != OUT
+
+
 def test_a_stream_goes_by_tcp_until_it_is_answered() -> None:
     connection = fresh()
     sent = [echo(connection) for _ in range(300)]

@@ -60,7 +60,7 @@ struct host_net {
 };
 
 struct page_counter {
-	__u64 usage, max, parent;
+	__u64 usage, high, max, parent;
 };
 
 /* A cgroup: what it is charged, in pages, and pages of files among that. */
@@ -104,6 +104,7 @@ struct poll_wqueues {
 #define OFF_NET_NS_INODE 0
 #define OFF_NET_TCP_RMEM offsetof(struct host_net, tcp_rmem)
 #define OFF_NET_TCP_SHRINK_WINDOW offsetof(struct host_net, shrinks)
+#define OFF_PAGE_COUNTER_HIGH offsetof(struct page_counter, high)
 #define OFF_PAGE_COUNTER_MAX offsetof(struct page_counter, max)
 #define OFF_PAGE_COUNTER_PARENT offsetof(struct page_counter, parent)
 #define OFF_PAGE_COUNTER_USAGE offsetof(struct page_counter, usage)

@@ -165,8 +165,8 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 	last_beat = 0;
 	memset(passes, 0, sizeof(passes));
 	under_pressure = 0;
-	member_prot.memory_pressure = (__u64)&under_pressure;
-	container = pod = (struct memcg){.memory = {.max = ~0ULL >> 13}};
+	tcp_prot.memory_pressure = member_prot.memory_pressure = (__u64)&under_pressure;
+	container = pod = (struct memcg){.memory = {.high = ~0ULL >> 13, .max = ~0ULL >> 13}};
 	container.memory.parent = (__u64)&pod.memory;
 	for (int i = 0; i < 2; i++) {
 		struct host_end *end = &ends[i];
@@ -360,7 +360,7 @@ void host_limit_memory(int of_pod, __u64 limit, __u64 usage, __u64 cached)
 {
 	struct memcg *memcg = of_pod ? &pod : &container;
 
-	memcg->memory.max = limit;
+	*(of_pod ? &memcg->memory.high : &memcg->memory.max) = limit; /* either stops it */
 	memcg->memory.usage = usage;
 	memcg->cached = cached;
 }
