@@ -15,14 +15,14 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from cni_plugin import policy
 from cni_plugin.state import Attachment
-from install.program import VERSION, log, report
+from install.program import VERSION, log, pauses, report
 from install.program.estimate.pods import Pod
 from install.program.estimate.survey import LOOK_S, Survey
 from install.program.intervals import Interval, bootstrap_median
@@ -109,26 +109,46 @@ def _accelerated(node: Node) -> list[Attachment]:
 
 @contextlib.contextmanager
 def switch(node: Node) -> Iterator[Callable[[bool], None]]:
-    """Pauses and resumes the node; it is resumed on leaving, also after a signal."""
+    """Pauses and resumes the node; it is resumed on leaving, also after a signal.
+
+    A pause of an operator or of the cluster's switch that comes meanwhile stays, and ends this:
+    what is yielded raises NodeError then.
+    """
+    is_paused = False  # by us
+    told: list[int] = []
 
     def set_paused(paused: bool) -> None:
+        nonlocal is_paused
         with node.locked():
-            for generation in node.generations.complete():
-                generation.set_paused(paused)
+            if pauses.in_kernel(node.generations.complete()).node != is_paused:
+                raise NodeError("the node was paused or resumed meanwhile; nothing is compared")
+            is_paused = is_paused or paused
+            pauses.settle(node, lambda own: replace(own, node=paused))
+            is_paused = paused
+
+    def resume() -> None:
+        if is_paused:
+            with node.locked():
+                pauses.settle(node, lambda own: replace(own, node=False))
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise Interrupted(signal.Signals(number).name)
+        if not told:
+            told.append(number)
+            raise Interrupted(signal.Signals(number).name)
 
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     before = {each: signal.signal(each, interrupt) for each in signals}
     try:
-        yield set_paused
+        try:
+            yield set_paused
+        finally:
+            try:
+                told.append(0)  # no signal comes between us and the last resume
+            finally:
+                resume()
     except Interrupted as interrupted:
         raise NodeError(f"{interrupted} came; the bypass is on again") from interrupted
     finally:
-        for each in signals:  # nothing may come between us and the last resume
-            signal.signal(each, signal.SIG_IGN)
-        set_paused(False)
         for each, handler in before.items():
             signal.signal(each, handler)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bpf import abi
 from install.program import compare, report
 from install.program.compare import Comparison, Phase
 from install.program.node import Node, NodeError
@@ -73,6 +74,12 @@ class Generation:
     def __init__(self) -> None:
         self.said: list[bool] = []
 
+    def flags(self) -> int:
+        return abi.CONTROL_PAUSED if self.said and self.said[-1] else 0
+
+    def paused_pods(self) -> set[int]:
+        return set()
+
     def set_paused(self, paused: bool) -> None:
         self.said.append(paused)
 
@@ -87,6 +94,9 @@ class FakeNode(Node):
         class All:
             def complete(self) -> list[Generation]:
                 return [FakeNode.generation]
+
+            def current(self) -> Generation:
+                return FakeNode.generation
 
         return All()
 
@@ -114,6 +124,21 @@ def test_a_signal_resumes(node: FakeNode, number: signal.Signals) -> None:
         paused_until(node, lambda: os.kill(os.getpid(), number))
     assert node.generation.said == [True, False]
     assert signal.getsignal(number) == before
+
+
+def test_anothers_pause_stays(node: FakeNode) -> None:
+    """An operator's, or that of the cluster's switch, between two phases."""
+
+    def compared() -> None:
+        with compare.switch(node) as set_paused:
+            set_paused(True)
+            set_paused(False)
+            node.generation.set_paused(True)
+            set_paused(True)
+
+    with pytest.raises(NodeError, match="paused or resumed meanwhile"):
+        compared()
+    assert node.generation.said == [True, False, True]
 
 
 def test_a_fault_resumes(node: FakeNode) -> None:
