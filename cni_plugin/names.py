@@ -27,6 +27,7 @@ JOINER_JSON = "joiner.json"
 PLUGIN_PROBLEM = "plugin-problem"  # text: why the node cannot run the plugin, if so
 SWITCH_JSON = "switch.json"  # what holds for the whole cluster, as the agent has read it
 AGENT_LOGS = ("agent.log.1", "agent.log")  # older lines, newer ones
+JOINER_LOGS = ("joiner.log.1", "joiner.log")
 
 MODES = ("full", "proxy-only", "off")
 FIONREAD_CHOICES = ("mend", "leave")  # of the configuration key ``fionread``, the default first

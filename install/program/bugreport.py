@@ -141,7 +141,8 @@ def _parts(asked: Asked) -> Iterator[Part]:
     )
     yield Part("generations.json", "what is pinned", lambda: _json(_generations(node)))
     yield Part("sysctls.txt", "of the node", lambda: _sysctls(asked.host_root))
-    yield Part("agent.log", "the end of the agent's log", lambda: _log(node))
+    yield Part("agent.log", "the end of the agent's log", lambda: _log(node, names.AGENT_LOGS))
+    yield Part("joiner.log", "the joiner's", lambda: _log(node, names.JOINER_LOGS))
     proc = asked.places.host_proc
     about = "what the runtime's log says of the plugin"
     yield Part("runtime.log", about, lambda: _journal(proc))
@@ -231,15 +232,14 @@ def _sysctls(root: Path) -> str:
     return "".join(lines)
 
 
-def _log(node: Node) -> str:
-    older, newer = names.AGENT_LOGS
+def _log(node: Node, files: tuple[str, str]) -> str:
     lines = [
         line
-        for name in (older, newer)
+        for name in files
         if (node.state_dir / name).exists()
         for line in (node.state_dir / name).read_text(errors="replace").splitlines()
     ]
-    return "\n".join(lines[-LOG_LINES:]) + "\n" if lines else "no agent has run here\n"
+    return "\n".join(lines[-LOG_LINES:]) + "\n" if lines else "none has run here\n"
 
 
 _NO_JOURNAL = "the node has no journalctl; look where its runtime writes its log\n"

@@ -16,11 +16,13 @@ import sys
 from dataclasses import dataclass
 
 from bpf import abi, bpfsys, pins
+from cni_plugin.state import State
 from install.program import log
 from install.program.generations import Generation, Generations
 from install.program.probes import unread_bytes
 
 LOOK_S = 1.0  # between two looks
+LOCK_PATIENCE_S = 0.1
 _SO_COOKIE = 57  # asm-generic/socket.h
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)  # one for each program
 
@@ -100,9 +102,9 @@ class Canary:
             stack.pop_all()
         return Canary(generation, number, traced, control, sockhash, splicers, sockets)
 
-    def look(self) -> None:
+    def look(self, state: State) -> None:
         """Sends the sockets back to TCP when a program does not run, and lets them join once it
-        does again."""
+        does again. ``state`` has the node's lock."""
         is_pinned, why = not self._missing(), self.why_not_well()
         # The kernel leaves a program out while a thread that runs it is preempted on this CPU.
         is_well = not why or (is_pinned and not self._failed and self.is_well)
@@ -110,7 +112,10 @@ class Canary:
         if is_well == self.is_well or not (is_pinned or self.has_sockets()):
             return  # the second: it is just being removed
         self.is_well = is_well
-        self._retire(not is_well)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # somebody holds it for long: this is graver
+                stack.enter_context(state.locked(LOCK_PATIENCE_S))
+            self._retire(not is_well)
         name = self.generation.folder.name
         if is_well:
             log.info("mend_recovered", f"all programs of {name} run again", generation=name)
@@ -119,6 +124,8 @@ class Canary:
             log.error("mend_lost", said, generation=name)
 
     def _missing(self) -> set[str]:
+        if not self.generation.has_pinned(pins.SOCKHASH, self._sockhash):
+            return set(self.traces)
         return self.traces.keys() - self.generation.traces()
 
     def why_not_well(self) -> str:

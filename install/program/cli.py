@@ -280,6 +280,7 @@ def _run(node: Node, arguments: argparse.Namespace) -> int:
     elif command == "uninstall":
         commands.uninstall(node, places_of(arguments), purge=arguments.purge)
     elif command == "join":
+        log.keep(node.state_dir, names.JOINER_LOGS)
         commands.join(node, parent=arguments.parent)
     elif command in ("pause", "resume"):
         (commands.pause if command == "pause" else commands.resume)(node, arguments.pod)

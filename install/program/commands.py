@@ -28,6 +28,7 @@ from install.program import (
     installer,
     leaving,
     log,
+    passes,
     pauses,
     report,
     whole_file,
@@ -103,12 +104,13 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
         ours = generations.program_ids()
         # While the old programs are attached: they mend what their sockets leave behind (edge.h).
         before = generations.complete()
+        in_use = [each for each in before if not each.is_retired()]
         folders = list(_folders(generations))
-        left = leaving.empty_all([each for each in before if each.is_whole()], folders)
         try:
+            left = leaving.empty_all([each for each in before if each.is_whole()], folders)
             generation = generations.publish(programs)
         except BaseException:
-            for older in generations.complete():  # which goes on being the current one
+            for older in in_use:  # they go on as before
                 older.retire(False)
             raise
         pauses.settle(node)  # ADD waits for the lock: no pod sees programs that should be paused
@@ -223,10 +225,11 @@ def unload(node: Node) -> None:
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             written = (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON, *names.AGENT_LOGS)
-            for file in written:
+            for file in (*written, *names.JOINER_LOGS):
                 (node.state_dir / file).unlink(missing_ok=True)
             node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
+    passes.remove_cgroup()
     selftests.sweep()
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,24 @@ class Generation:
         with opened(self.folder / pins.CONTROL) as fd:
             raw = bpfsys.map_lookup(fd, bytes(4), ctypes.sizeof(abi.Control))
         return int(abi.Control.from_buffer_copy(raw).flags)
+
+    def is_retired(self) -> bool:
+        """Whether every visit takes its sockets out of the sockhash."""
+        return bool(self.flags() & abi.CONTROL_LEAVE)
+
+    def joiner_silent_s(self) -> float | None:
+        """How long ago a joiner has last told the programs that it runs; None when none has."""
+        with opened(self.folder / pins.BEAT) as fd:
+            beat = int.from_bytes(bpfsys.map_lookup(fd, bytes(4), 8), sys.byteorder)
+        return (time.monotonic_ns() - beat) / 1e9 if beat else None
+
+    def has_pinned(self, pin: str, map_fd: int) -> bool:
+        """Whether this very map is what is pinned here; a later load may use the same folder."""
+        try:
+            with opened(self.folder / pin) as fd:
+                return bpfsys.map_info(fd).id == bpfsys.map_info(map_fd).id
+        except OSError:
+            return False
 
     def set_flags(self, flags: int) -> None:
         with opened(self.folder / pins.CONTROL) as fd:
@@ -143,7 +162,9 @@ class Generations:
     def current(self) -> Generation | None:
         """What the link names, whether or not it is there."""
         link = self.root / pins.CURRENT
-        return Generation(self.root / link.readlink()) if link.is_symlink() else None
+        with contextlib.suppress(FileNotFoundError):  # an unload has just removed it
+            return Generation(self.root / link.readlink()) if link.is_symlink() else None
+        return None
 
     def publish(self, programs: Programs) -> Generation:
         """Pins the programs as the newest generation and makes it the current one."""

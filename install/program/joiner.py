@@ -22,6 +22,7 @@ from pathlib import Path
 
 from bpf import abi, bpfsys, pins
 from cni_plugin import names
+from cni_plugin.state import State
 from install.program import canary, log, whole_file
 from install.program.canary import Canary
 from install.program.generations import Generation, Generations
@@ -35,14 +36,14 @@ LEAST_CREDIT_NS = 5_000_000
 EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 LEAST_COST = 50
 LOOK_S = 1.0  # how often for new generations, and for events that were lost
-BEAT_S = 20.0  # how often, at least, its file is written: `check` looks how old that is
+BEAT_S = 20.0  # how often, at least, its file is written
+HUNG_S = 60.0
 # How long a pod is left out after a pass that did not end, or failed: at first, and at most.
 FIRST_HELD_S, HELD_S = 1.0, 60.0
 FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 FORGET_S = 60.0  # how often pods that are no more are forgotten
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
-_PINS = (pins.VISIT, pins.DUE, pins.BEAT)
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
@@ -83,12 +84,23 @@ class Opened:
 
     @staticmethod
     def of(generation: Generation) -> Opened:
-        visit, due, beat = (bpfsys.obj_get(str(generation.folder / pin)) for pin in _PINS)
-        with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.BELL))) as bell:
-            return Opened(generation, visit, due, beat, Bell(bell), Canary.of(generation))
+        with contextlib.ExitStack() as stack:
+
+            def opened(pin: str) -> int:
+                fd = bpfsys.obj_get(str(generation.folder / pin))
+                stack.callback(os.close, fd)
+                return fd
+
+            visit, due, beat = opened(pins.VISIT), opened(pins.DUE), opened(pins.BEAT)
+            with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.BELL))) as ring:
+                bell = Bell(ring)
+            stack.callback(bell.close)
+            canary = Canary.of(generation)
+            stack.pop_all()
+        return Opened(generation, visit, due, beat, bell, canary)
 
     def show_life(self) -> None:
-        """Tells the programs that there is a joiner; else all goes by TCP after 10 s."""
+        """Tells the programs that there is a joiner; else all goes by TCP after 5 s."""
         now = time.monotonic_ns().to_bytes(8, sys.byteorder)
         bpfsys.map_update(self.beat, bytes(4), now)
 
@@ -96,6 +108,10 @@ class Opened:
     def is_well(self) -> bool:
         """Whether its sockets may stay; not when FIONREAD has become wrong for them."""
         return self.canary is None or self.canary.is_well
+
+    def is_pinned(self) -> bool:
+        """Not when it was unpinned; a load may have given its folder to another one since."""
+        return self.generation.has_pinned(pins.DUE, self.due)
 
     def is_needed(self) -> bool:
         """Whether it is to be served even without its pins: sockets must leave."""
@@ -161,12 +177,21 @@ class Passes:
             whole_file.write(state_dir / names.JOINER_JSON, json.dumps(asdict(self)))
 
 
-def silent_s(state_dir: Path) -> float | None:
-    """How long ago a joiner last wrote its file, in seconds; None when none has."""
+def is_hung(state_dir: Path, current: Generation | None) -> bool:
+    """Whether a joiner that was started HUNG_S ago, or earlier, does nothing any more.
+
+    It has neither written its file, which a full disk can prevent, nor told the programs that it
+    runs, which it stops to do while too many passes have not ended.
+    """
     try:
-        return time.time() - (state_dir / names.JOINER_JSON).stat().st_mtime
+        silent_s = time.time() - (state_dir / names.JOINER_JSON).stat().st_mtime
+    except FileNotFoundError:
+        silent_s = math.inf
+    try:
+        told_s = current.joiner_silent_s() if current else 0.0
     except OSError:
-        return None
+        return False
+    return silent_s > HUNG_S and (told_s is None or told_s > HUNG_S)
 
 
 @dataclass
@@ -200,9 +225,9 @@ class Joiner:
     state_dir: Path
     runner: Runner
     done: Passes = Passes()
-    _opened: dict[str, Opened] = field(default_factory=dict)
+    _opened: list[Opened] = field(default_factory=list)
     _folders: dict[int, Path] = field(default_factory=dict)
-    _steps: dict[tuple[Generation, int], Step] = field(default_factory=dict)  # by pod in each
+    _steps: dict[tuple[int, int], Step] = field(default_factory=dict)  # by `due` and pod
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
     _written_at: float = -math.inf
@@ -212,7 +237,7 @@ class Joiner:
     _counted_at: float = field(default_factory=time.monotonic)
     _own_ns: int = field(default_factory=time.process_time_ns)
     _forgot_at: float = field(default_factory=time.monotonic)
-    _troubled: set[int] = field(default_factory=set)
+    _troubled: dict[int, str] = field(default_factory=dict)  # why its last pass failed, by pod
 
     def run(self, stop: Callable[[], bool], wake: int | None = None) -> None:
         """Until ``stop`` says so; looked at when ``wake``, a file descriptor, can be read."""
@@ -228,52 +253,56 @@ class Joiner:
                     self.done.write(self.state_dir)
                     self._written_at = time.monotonic()
                 # With nothing to spend, what rings must wait: a look at all pods is not free.
-                fds = [each.bell.fd for each in self._opened.values() if self._credit_ns > 0]
+                fds = [each.bell.fd for each in self._opened if self._credit_ns > 0]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
-                for each in self._opened.values():
+                for each in self._opened:
                     each.bell.drain()
         finally:
-            for each in self._opened.values():
+            for each in self._opened:
                 each.close()
             self._opened.clear()
             self.runner.close()
 
     def _look_for_generations(self) -> None:
-        complete = {each.folder.name: each for each in Generations(self.bpffs).complete()}
-        for name in [name for name in self._opened if name not in complete]:
-            if not self._opened[name].is_needed():
-                self._opened.pop(name).close()
+        for each in [each for each in self._opened if not each.is_pinned()]:
+            if not each.is_needed():
+                self._opened.remove(each)
+                for step in [step for step in self._steps if step[0] == each.due]:
+                    del self._steps[step]
+                each.close()
                 self.runner.close()  # the fork that runs passes has all that was open here
-        for name, generation in complete.items():
-            if name not in self._opened and generation.is_whole():
+        known = {each.generation for each in self._opened if each.is_pinned()}
+        for generation in Generations(self.bpffs).complete():
+            if generation not in known and generation.is_whole():
                 with contextlib.suppress(FileNotFoundError):
-                    self._opened[name] = Opened.of(generation)
+                    made = Opened.of(generation)
+                    self._opened.append(made)
                     # A joiner that was killed may have begun passes that did not come.
-                    for pod_id in self._opened[name].pods():
-                        self._opened[name].begin(pod_id, abi.FIRST_COST, pending=1)
+                    for pod_id in made.pods():
+                        made.begin(pod_id, abi.FIRST_COST, pending=1)
 
     def _look_at_canaries(self) -> None:
-        for each in self._opened.values():
+        for each in self._opened:
             if each.canary:
-                each.canary.look()
+                each.canary.look(State(str(self.state_dir)))
 
     def _serve(self) -> float:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
         self._earn()
-        for each in self._opened.values():
+        for each in self._opened:
             if self.runner.left() < MOST_LEFT:
                 each.show_life()
         due = [
             (waiting, each, pod_id)
-            for each in (self._opened.values() if self._credit_ns > 0 else ())  # a look costs, too
+            for each in (self._opened if self._credit_ns > 0 else ())  # a look costs, too
             for pod_id, waiting in each.pending().items()
         ]
-        has_canary = any(each.canary for each in self._opened.values())
+        has_canary = any(each.canary for each in self._opened)
         wait_s = canary.LOOK_S if has_canary else LOOK_S
         for waiting, each, pod_id in sorted(due, key=self._last_pass):
             if self._credit_ns <= 0:
                 break
-            step = self._steps.setdefault((each.generation, pod_id), Step())
+            step = self._steps.setdefault((each.due, pod_id), Step())
             is_step = waiting.missed < waiting.cost or step.held
             left_s = step.left_s()
             if is_step and left_s > 0:
@@ -293,7 +322,7 @@ class Joiner:
 
     def _last_pass(self, due: tuple[abi.Due, Opened, int]) -> float:
         """When it may have had one, so that every pod has its turn."""
-        step = self._steps.get((due[1].generation, due[2]))
+        step = self._steps.get((due[1].due, due[2]))
         return step.not_before if step else 0.0
 
     def _earn(self) -> None:
@@ -309,7 +338,7 @@ class Joiner:
         if time.monotonic() - self._forgot_at < FORGET_S:
             return
         self._forgot_at = time.monotonic()
-        listed = [(each, pod_id) for each in self._opened.values() for pod_id in each.pods()]
+        listed = [(each, pod_id) for each in self._opened for pod_id in each.pods()]
         self._scan()
         for each, pod_id in listed:
             if pod_id not in self._folders:
@@ -318,9 +347,9 @@ class Joiner:
     def _forget(self, opened: Opened, pod_id: int) -> None:
         opened.forget(pod_id)
         self._costs.pop(pod_id, None)
-        self._steps.pop((opened.generation, pod_id), None)
+        self._steps.pop((opened.due, pod_id), None)
         self._retired_at.pop(pod_id, None)
-        self._troubled.discard(pod_id)
+        self._troubled.pop(pod_id, None)
 
     def _retire(self) -> None:
         """Old generations: what a load could not take out of them leaves when it can. So it does
@@ -328,9 +357,7 @@ class Joiner:
         if self._retiring.left_s() > 0:
             return
         current = Generations(self.bpffs).current()
-        old = [
-            each for each in self._opened.values() if each.generation != current or not each.is_well
-        ]
+        old = [each for each in self._opened if each.generation != current or not each.is_well]
         if not any(each.has_sockets() for each in old):
             return
         self._retiring.take(again=True)
@@ -355,18 +382,29 @@ class Joiner:
             return True
         except (PassTimeout, EOFError, OSError) as error:
             if pod_id not in self._troubled:
-                log.warning("pass_failed", f"{folder}: {error}", cgroup=folder)
-            self._troubled.add(pod_id)
+                self._troubled[pod_id] = f"{folder}: {error}"
+                log.warning("pass_failed", self._troubled[pod_id], **self._named(pod_id))
             self.done = replace(self.done, failed=self.done.failed + 1)
             opened.begin(pod_id, cost, pending=1)
             return False
-        self._troubled.discard(pod_id)
+        if problem := self._troubled.pop(pod_id, ""):
+            log.info("pass_recovered", f"this is over: {problem}", **self._named(pod_id))
         self._credit_ns -= spent_ns
         self.done = replace(
             self.done, passes=self.done.passes + 1, cpu_ns=self.done.cpu_ns + spent_ns
         )
         self._costs[pod_id] = max(LEAST_COST, (3 * cost + spent_ns // EXCHANGE_NS) // 4)
         return True
+
+    def _named(self, pod_id: int) -> dict[str, str]:
+        """The fields that say which pod it is; none when its record cannot be read."""
+        state = State(str(self.state_dir))
+        with contextlib.suppress(OSError):
+            for key in state.keys():  # noqa: SIM118 - not a dict
+                record = state.read(key)
+                if record and record.pod_id == pod_id:
+                    return log.of(record)
+        return {}
 
     def _folder(self, pod_id: int) -> Path | None:
         """The pod's cgroup; None when it has none any more, or none has been seen yet."""
@@ -377,14 +415,14 @@ class Joiner:
             return None
         self._scan()
         if pod_id not in self._folders:
-            for each in self._opened.values():
+            for each in self._opened:
                 self._forget(each, pod_id)
         return self._folders.get(pod_id)
 
     def _scan(self) -> None:
         self._scanned_at = time.monotonic()
         ours = Generations(self.bpffs).program_ids()
-        ours |= {each.canary.programs_id for each in self._opened.values() if each.canary}
+        ours |= {each.canary.programs_id for each in self._opened if each.canary}
         self._folders = {
             pod.record.id: pod.path for pod in attached_cgroups(ours) if pod.record is not None
         }

@@ -91,6 +91,7 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
                     _keep_on(visit, sockhash, list(folders))
                     with locked():
                         _remove_empty(generation, sockhash)
+                    passes.remove_cgroup(is_within=True)
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
@@ -112,8 +113,7 @@ def _let_go(*kept: int) -> None:
 def _remove_empty(generation: Generation, sockhash: int) -> None:
     """What `unload` left for its sockets; not what a load has put under its name since."""
     with contextlib.suppress(OSError):
-        with opened(generation.folder / pins.SOCKHASH) as pinned:
-            is_its_own = bpfsys.map_info(pinned).id == bpfsys.map_info(sockhash).id
+        is_its_own = generation.has_pinned(pins.SOCKHASH, sockhash)
         others = Generations(generation.folder.parent)
         if is_its_own and bpfsys.map_is_empty(sockhash) and others.current() != generation:
             generation.remove()

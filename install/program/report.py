@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 
+JOINER_PATIENCE_S = 5.0  # TB_SILENCE: after that the programs send all bytes by TCP
+NO_JOINER = "no joiner runs: the agent runs it, or tcpip-bypass-node join"
+RETIRED = "its sockets were told to leave: see `mend_lost` in the log, or load again"
+
 # MISMATCH is the outcome of a connection whose addresses do not fit. Then comes what to do.
 MISMATCH = "mismatch"
 OLD_LISTENER = (
@@ -73,6 +77,7 @@ class Facts:
     forced: str | None = None  # the mode that the network configuration forces, if it does
     gone: frozenset[int] = frozenset()  # IDs of pods whose cgroup is there no more
     lost_answers: int | None = None  # that the mend of FIONREAD could not write; None: no mend
+    joining_problem: str = ""  # why no connection joins and all bytes go by TCP; not a pause
 
     @property
     def lost(self) -> frozenset[int]:
@@ -110,7 +115,7 @@ class Facts:
         if self.current not in self.generations:
             return exits.NOT
         of_pods = self.paused or self.paused_pods or self.lost or self.failures
-        is_less = of_pods or self.plugin_problem or self.lost_answers
+        is_less = of_pods or self.plugin_problem or self.joining_problem or self.lost_answers
         status = exits.of_forced(self.mode_in_force, self.mode)
         return max(status, exits.LESS) if is_less else status
 
@@ -138,6 +143,7 @@ def facts(node: Node) -> Facts:
         switch=switches.kept(node.state) or Kept(),
         forced=forced_mode(node),
         lost_answers=_lost_answers(complete),
+        joining_problem=_joining_problem(complete, node.generations.current()),
     )
 
 
@@ -169,6 +175,20 @@ def _lost_answers(generations: Iterable[Generation]) -> int | None:
         with contextlib.suppress(FileNotFoundError):  # it has just been removed
             lost += [each.lost_answers()] if each.is_mended() else []
     return sum(lost) if lost else None
+
+
+def _joining_problem(generations: list[Generation], current: Generation | None) -> str:
+    if current not in generations:
+        return ""  # nothing is loaded, or half of it, which is said elsewhere
+    with contextlib.suppress(FileNotFoundError):  # it has just been removed
+        silent_s = current.joiner_silent_s()
+        if current.is_retired():
+            return RETIRED
+        if silent_s is None:
+            return NO_JOINER
+        if silent_s > JOINER_PATIENCE_S:
+            return f"{NO_JOINER}; the last one fell silent {silent_s:.0f} s ago"
+    return ""
 
 
 def node_name() -> str:
@@ -275,6 +295,7 @@ def as_json(found: Facts) -> dict[str, Any]:
         "reason": found.reason,
         "fionread": {"mended": found.lost_answers is not None, "lost": found.lost_answers or 0},
         "plugin_problem": found.plugin_problem or None,
+        "joining_problem": found.joining_problem or None,
         "pods": [_pod(record, found, pods.get(record.pod_id, {})) for record in found.attachments],
         "failures": [asdict(failure) for failure in found.failures],
     }

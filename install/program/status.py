@@ -85,6 +85,8 @@ def _head(found: Facts) -> Iterator[RenderableType]:
     if found.lost_answers is not None:
         lost = f"; {found.lost_answers} answers could not be written" if found.lost_answers else ""
         yield f"FIONREAD, which this kernel gets wrong, is mended{lost}."
+    if found.joining_problem:
+        yield Text(f"All bytes go by TCP: {found.joining_problem}.", "red")
     if found.plugin_problem:
         yield Text(f"No new pod is accelerated: {found.plugin_problem}", "red")
     if report.SWITCH in found.paused_by:

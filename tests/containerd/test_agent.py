@@ -640,6 +640,17 @@ def test_what_the_runtime_forgot_is_collected(agent: Agent) -> None:
         assert accelerated(pods) == [True, True]
 
 
+def test_a_joiner_that_hangs_is_not_waited_for(agent: Agent) -> None:
+    (joiner,) = [
+        int(each.name)
+        for each in Path("/proc").glob("[0-9]*")
+        if f"--parent\0{agent.pid}\0" in (each / "cmdline").read_text()
+    ]
+    os.kill(joiner, signal.SIGSTOP)
+    assert agent.end() == 0
+    assert not Path("/proc", str(joiner)).exists()
+
+
 def test_sigterm_means_leaving_only_when_the_daemonset_is_deleted(
     agent: Agent, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from tests.bed import Pod, cgroups, open_bed, promtool
 from tests.bed.bed import Bed
 from tests.bed.promtool import Scrapes
 from tests.integration import plugin_calls
+from tests.integration.traffic_pods import eventually
 from tests.manifests import render
 from tests.unit.test_check import PLUGIN, plugin
 
@@ -72,6 +73,16 @@ def test_unloaded(bed: Bed, metrics: Metrics) -> None:
     bed.node.call("unload")
     assert firing(metrics) == {"TcpipBypassNotLoaded"}
     bed.node.load()
+    assert eventually(lambda: firing(metrics) == set(), 30)  # the joiner looks once a second
+
+
+def test_a_generation_whose_sockets_must_leave(bed: Bed, metrics: Metrics) -> None:
+    """As the canary does when a program on a function of the kernel does not run."""
+    current = Node(bed.node.bpffs, bed.node.state_dir).generations.current()
+    assert current
+    current.retire()
+    assert firing(metrics) == {"TcpipBypassNotJoining"}
+    current.retire(False)
     assert firing(metrics) == set()
 
 

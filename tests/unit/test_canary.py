@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bpf import abi, pins
+from cni_plugin.state import State
 from install.program import canary, log
 from install.program.canary import Canary
 from install.program.generations import Generation
@@ -78,6 +79,11 @@ class Node:
     canary: Canary
     events: list[str] = field(default_factory=list)
 
+    is_pinned: bool = True  # what the canary has opened, and not another load's
+
+    def look(self) -> None:
+        self.canary.look(State(str(self.folder.parent / "state")))
+
     def unpin(self, pin: str = pins.MENDS[0]) -> None:
         (self.folder / pin).unlink()
 
@@ -98,6 +104,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     traces = dict.fromkeys(pins.TRACES, -1)
     of = Canary(Generation(folder), 1, traces, CONTROL, SOCKHASH, SPLICERS, sockets)
     made = Node(folder, kernel, of)
+    monkeypatch.setattr(Generation, "has_pinned", lambda *_: made.is_pinned)
     monkeypatch.setattr(canary, "splice", kernel.splice)
     monkeypatch.setattr(canary, "bpfsys", kernel)
     monkeypatch.setattr(canary, "unread_bytes", lambda _socket: kernel.answer)
@@ -111,20 +118,20 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
 
 
 def test_while_all_is_well_nothing_is_written(node: Node) -> None:
-    node.canary.look()
+    node.look()
     assert (node.kernel.flags, node.events) == (abi.CONTROL_PAUSED, [])
 
 
 def test_a_mend_that_is_silenced_and_comes_back(node: Node) -> None:
     node.kernel.answer = 0
-    node.canary.look()
+    node.look()
     assert not node.leaves  # once may be the kernel's: a thread is preempted in the program
-    node.canary.look()
-    node.canary.look()
+    node.look()
+    node.look()
     assert node.leaves
     assert not node.canary.is_well
     node.kernel.answer = abi.CANARY_ANSWER
-    node.canary.look()
+    node.look()
     assert node.kernel.flags == abi.CONTROL_PAUSED
     assert node.events == ["mend_lost", "mend_recovered"]
 
@@ -157,39 +164,58 @@ def test_a_watch_of_splice_that_is_silenced(node: Node) -> None:
         node.unpin(pin)
         del node.canary.traces[pin]
     node.kernel.answer = 0
-    node.canary.look()
+    node.look()
     assert not node.leaves
     node.kernel.is_watched = False
-    node.canary.look()
-    node.canary.look()
+    node.look()
+    node.look()
     assert node.leaves
     node.kernel.is_watched = True
-    node.canary.look()
+    node.look()
     assert node.events == ["mend_lost", "mend_recovered"]
 
 
 @pytest.mark.parametrize("pin", pins.TRACES)
 def test_pins_that_are_removed(node: Node, pin: str) -> None:
     node.unpin(pin)
-    node.canary.look()
+    node.look()
     assert node.leaves
     assert node.events == ["mend_lost"]
+
+
+def test_pins_of_a_later_load_are_not_its_own(node: Node) -> None:
+    """Its bpffs was unmounted, and a load has made a generation of the same name."""
+    node.is_pinned = False
+    node.look()
+    node.look()
+    assert node.leaves
+    assert node.events == ["mend_lost"]
+
+
+def test_the_lock_is_held_or_does_without(node: Node) -> None:
+    """A pause that is set at the same time must not be lost."""
+    state = State(str(node.folder.parent / "state"))
+    state.make()
+    node.unpin()
+    with state.locked(0):
+        node.look()
+    assert node.kernel.flags == abi.CONTROL_PAUSED | abi.CONTROL_LEAVE
 
 
 def test_a_generation_that_is_being_removed(node: Node) -> None:
     node.kernel.sockets = 0
     node.unpin()
-    node.canary.look()
+    node.look()
     assert (node.leaves, node.events) == (False, [])
 
 
 def test_one_that_is_current_no_more_stays_retired(node: Node) -> None:
     node.kernel.answer = 0
-    node.canary.look()
-    node.canary.look()
+    node.look()
+    node.look()
     (node.folder.parent / pins.CURRENT).unlink()
     node.kernel.answer = abi.CANARY_ANSWER
-    node.canary.look()
+    node.look()
     assert node.leaves
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cni_plugin import names
 from cni_plugin.state import State
-from install.program import canary, exits, host, report, selftest
+from install.program import canary, exits, host, joiner, report, selftest
 from install.program import cli as program
 from install.program import status as tables
 from install.program.agent.agent import Agent, Settings
@@ -518,15 +518,58 @@ def test_in_a_pod_the_node_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert program.places_of(parser.parse_args(["check"])).files.proc == tmp_path
 
 
-def test_the_joiner_is_missed(tmp_path: Path) -> None:
-    asked = Asked(
-        Node(tmp_path, tmp_path), Places(tmp_path, tmp_path, tmp_path, OWN_PROC), (), ROOT
-    )
-    assert of_node._joiner(asked).status == exits.NOT
-    Passes().write(tmp_path)
-    assert of_node._joiner(asked).status == exits.WELL
-    long_ago = time.time() - 3600
-    os.utime(tmp_path / names.JOINER_JSON, (long_ago, long_ago))
-    found = of_node._joiner(asked)
-    assert found.status == exits.NOT
-    assert found.found.startswith("none has run for 36")
+def test_the_joiner_is_missed() -> None:
+    assert of_node._joiner(WELL).status == exits.WELL
+    found = of_node._joiner(replace(WELL, joining_problem=report.NO_JOINER))
+    assert (found.status, found.found) == (exits.NOT, report.NO_JOINER)
+
+
+@dataclass(frozen=True)
+class Joined(Generation):
+    """One whose control map and beat are these."""
+
+    retired: bool = False
+    silent_s: float | None = 1.0
+
+    def is_retired(self) -> bool:
+        return self.retired
+
+    def joiner_silent_s(self) -> float | None:
+        return self.silent_s
+
+
+@pytest.mark.parametrize(
+    ("retired", "silent_s", "says"),
+    [
+        (False, 1.0, ""),
+        (False, None, report.NO_JOINER),
+        (False, 70.0, f"{report.NO_JOINER}; the last one fell silent 70 s ago"),
+        (True, 1.0, report.RETIRED),
+    ],
+)
+def test_why_no_connection_joins(*, retired: bool, silent_s: float | None, says: str) -> None:
+    current = Joined(GENERATION.folder, retired, silent_s)
+    assert report._joining_problem([current], current) == says
+    assert report._joining_problem([], current) == ""
+    status = replace(WELL, joining_problem=says).exit_status
+    assert status == (exits.LESS if says else exits.WELL)
+
+
+@pytest.mark.parametrize(
+    ("file_s", "told_s", "is_hung"),
+    [
+        (3600, 3600.0, True),
+        (None, None, True),
+        (3600, 1.0, False),  # its file is on a full disk
+        (1, 3600.0, False),  # too many passes have not ended
+    ],
+)
+def test_whether_a_joiner_hangs(
+    file_s: int | None, told_s: float | None, *, is_hung: bool, tmp_path: Path
+) -> None:
+    if file_s is not None:
+        Passes().write(tmp_path)
+        long_ago = time.time() - file_s
+        os.utime(tmp_path / names.JOINER_JSON, (long_ago, long_ago))
+    current = Joined(GENERATION.folder, silent_s=told_s)
+    assert joiner.is_hung(tmp_path, current) == is_hung

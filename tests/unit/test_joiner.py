@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from bpf import abi
-from install.program import joiner
-from install.program.generations import Generation
+from install.program import joiner, log
+from install.program.generations import Generation, Generations
 from install.program.joiner import BURST_NS, FORGET_S, SHARE, Joiner
 from install.program.passes import Runner
 
@@ -20,8 +20,10 @@ from install.program.passes import Runner
 class Opened:
     """A generation with these pods in its map `due`, none of them pending."""
 
-    generation = None
+    generation: Generation | None = None
     canary = None
+    pinned = True
+    due = 0
     is_well = True
 
     def __init__(self, *pods: int) -> None:
@@ -46,6 +48,9 @@ class Opened:
     def has_sockets(self) -> bool:
         return True
 
+    def is_pinned(self) -> bool:
+        return self.pinned
+
     def is_needed(self) -> bool:
         return self.needed
 
@@ -66,7 +71,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Joiner:
 
 def test_pods_that_are_no_more_are_forgotten(made: Joiner) -> None:
     opened = Opened(1, 2, 3)
-    made._opened["gen-1"] = opened  # type: ignore[assignment]
+    made._opened.append(opened)  # type: ignore[arg-type]
     made._serve()
     assert (opened.left, opened.beats) == ([1, 2, 3], 1)
     made._forgot_at -= FORGET_S
@@ -110,19 +115,60 @@ def test_sockets_leave_where_fionread_has_become_wrong(
     monkeypatch.setattr(made.runner, "run", run)
     opened: Any = Opened(1)
     opened.is_well = is_well
-    made._opened["gen-1"] = opened
+    made._opened.append(opened)
     made._retire()
     assert bool(visited) is not is_well
 
 
 def test_a_generation_whose_pins_are_gone_is_served_while_sockets_must_leave(made: Joiner) -> None:
     opened: Any = Opened(1)
-    made._opened["gen-1"] = opened
+    made._opened.append(opened)
+    opened.pinned = False
     made._look_for_generations()
-    assert "gen-1" in made._opened
+    assert made._opened == [opened]
     opened.needed = False
     made._look_for_generations()
-    assert made._opened == {}
+    assert made._opened == []
+
+
+def test_a_later_generation_of_the_same_name_is_another_one(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: Any = Opened(1)
+    second: Any = Opened(1)
+    generation = Generation(made.bpffs / "gen-1")
+    first.generation = second.generation = generation
+    made._opened.append(first)
+    monkeypatch.setattr(Generations, "complete", lambda _: [generation])
+    monkeypatch.setattr(Generation, "is_whole", lambda _: True)
+    monkeypatch.setattr(joiner.Opened, "of", lambda _: second)
+    made._look_for_generations()
+    assert made._opened == [first]
+    first.pinned = False  # the bpffs was unmounted; a load has made the second one
+    made._look_for_generations()
+    assert made._opened == [first, second]
+    made._look_for_generations()
+    assert (made._opened, second.rung) == ([first, second], [1])
+
+
+def test_a_pass_that_fails_is_said_once_and_said_to_be_over(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    answers: list[OSError | int] = [OSError(5, "broken"), OSError(5, "broken"), 7, 7]
+
+    def run(_visit: int, _folder: Path) -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    for level in ("info", "warning"):
+        monkeypatch.setattr(log, level, lambda event, *_text, **_about: said.append(event))
+    monkeypatch.setattr(made.runner, "run", run)
+    opened: Any = Opened(1)
+    assert [made._pass(opened, 1) for _ in range(4)] == [False, False, True, True]
+    assert said == ["pass_failed", "pass_recovered"]
 
 
 def test_a_joiner_in_debt_comes_to_its_passes(
@@ -147,7 +193,7 @@ def test_a_joiner_in_debt_comes_to_its_passes(
         return {1: abi.Due(missed=1_000, cost=100, pending=1)}
 
     opened.pending = pending
-    made._opened["gen-1"] = opened
+    made._opened.append(opened)
     made._credit_ns = -1_000_000.0
     for _ in range(20):
         own_ns += 1_000_000

@@ -201,6 +201,13 @@ def test_a_pause_by_the_switch_is_told_from_an_operators(
     assert said() == state
 
 
+def test_a_node_where_nothing_joins(cluster: Cluster) -> None:
+    found = json.loads((RECORDED / "status-two.json").read_text())
+    found["joining_problem"] = report.NO_JOINER
+    rules = [nodes("a"), rule("exec", "agent-a", "status", text=json.dumps(found))]
+    assert table(cluster.call(rules, "status").said)[1][1] == "loaded, nothing joins"
+
+
 def test_a_pod_that_is_gone_is_not_lost(cluster: Cluster) -> None:
     found = json.loads((RECORDED / "status-two.json").read_text())
     for gone, lost in ((True, "0"), (False, "1")):

@@ -38,6 +38,7 @@ class LoadedKernel(Kernel):
     """One where something is loaded, and one pod accelerated."""
 
     mode = "full"
+    problem = ""
 
     def facts(self, _node: object) -> Facts:
         generation = Generation(Path("/no/gen-1"))
@@ -45,6 +46,7 @@ class LoadedKernel(Kernel):
         return Facts(
             *(generation, [generation], False, frozenset(), self.mode, ""),
             *([record], frozenset({7}), []),
+            joining_problem=self.problem,
         )
 
 
@@ -168,6 +170,11 @@ def test_an_unfit_kernel(kernel: LoadedKernel, metrics: Metrics) -> None:
     for mode in names.MODES[:2]:
         kernel.mode = mode
         assert firing(Scrapes(30, text(metrics))) == set()
+
+
+def test_a_node_where_nothing_joins(kernel: LoadedKernel, metrics: Metrics) -> None:
+    kernel.problem = report.NO_JOINER
+    assert firing(Scrapes(30, text(metrics))) == {"TcpipBypassNotJoining"}
 
 
 def test_the_clusters_switch(metrics: Metrics) -> None:

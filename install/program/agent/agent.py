@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
-from install.program import ROOT, commands, installer, log, pauses
+from install.program import ROOT, commands, installer, joiner, log, pauses
 from install.program import switch as switches
 from install.program.agent import bpffs, child
 from install.program.agent.http import Health, Server
@@ -45,6 +45,7 @@ SANDBOXES_S = 900.0  # 300 ms each, for a child that asks the runtime
 SETTLE_S = 0.2  # events come in groups
 RUNTIME_SETTLE_S = 2.0  # a runtime that has just made its socket reads its own state first
 LOCK_POLL_S = 1.0
+JOINER_PATIENCE_S = 5.0  # to end when it is told to
 LOAD_S = 900.0  # more than the self-test's own time-outs
 GC_S = 300.0  # a runtime that hangs
 DAEMONSET_S = 86_400.0
@@ -81,6 +82,7 @@ class Agent:
         self._conf_problems: set[str] = set()
         self._runtime: tuple[Path, int] | None = None
         self._joiner: subprocess.Popen[bytes] | None = None
+        self._joiner_began = 0.0
         self._switch = Task("switch", self._keep_switch, LOOK_S, 1.0, 10.0)
         self._programs = Task("programs", self._keep_programs, LOOK_S, 5.0, 600.0)
         self._files = Task("files", self._keep_files, FILES_S, 0.25, 60.0)
@@ -316,12 +318,17 @@ class Agent:
 
     def _keep_joiner(self) -> bool:
         """A joiner that runs, while programs are loaded: without it no connection joins."""
+        current = self._node.generations.current()
         if self._joiner is not None:
             status = self._joiner.poll()
             if status is None:
-                return True
+                is_old = time.monotonic() - self._joiner_began > joiner.HUNG_S
+                if not (is_old and joiner.is_hung(self._node.state_dir, current)):
+                    return True
+                status = self._kill_joiner(self._joiner)
             log.warning("joiner_ended", f"the joiner has ended with {status}; starting another")
-        if self._settings.once or self._node.generations.current() is None:
+        if self._settings.once or current is None:
+            self._joiner = None
             return True
         command = [
             sys.executable,
@@ -330,13 +337,25 @@ class Agent:
             "join",
             *self._settings.join_options,
         ]
-        self._joiner = subprocess.Popen(command, cwd=ROOT)
+        self._joiner, self._joiner_began = subprocess.Popen(command, cwd=ROOT), time.monotonic()
         return False
+
+    def _kill_joiner(self, hung: subprocess.Popen[bytes]) -> int:
+        """One that does nothing any more, perhaps since it was stopped; its exit status."""
+        hung.kill()
+        try:
+            return hung.wait(JOINER_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise NotDone(f"the joiner, process {hung.pid}, hangs and cannot be killed") from None
 
     def _end_joiner(self) -> None:
         if self._joiner is not None:
             self._joiner.terminate()
-            self._joiner.wait()
+            try:
+                self._joiner.wait(JOINER_PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(NotDone):
+                    self._kill_joiner(self._joiner)
             self._joiner = None
 
     def _keep_files(self) -> bool:

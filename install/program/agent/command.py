@@ -64,7 +64,7 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
             join_options=[
                 *_common(arguments),
                 *("--parent", str(os.getpid())),
-                *("--log-format", arguments.log_format),
+                *("--log-format", arguments.log_format, "--log-level", arguments.log_level),
             ],
             cri_sockets=sockets_of(arguments),
             question=kubernetes.Question(daemonset) if daemonset else None,

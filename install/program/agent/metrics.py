@@ -184,6 +184,7 @@ def _counter(name: str, text: str, label: str, values: dict[str, int]) -> Metric
 def _state(found: Facts) -> Iterator[Metric]:
     yield _gauge("loaded", "1 when pods that start now find the programs", bool(found.current))
     yield _gauge("plugin_runs", "0 when the node cannot run the plugin", not found.plugin_problem)
+    yield _gauge("joining", "0 when connections cannot join", not found.joining_problem)
     yield _gauge(
         "paused", "1 when an operator or the switch has sent all bytes to TCP", found.paused
     )

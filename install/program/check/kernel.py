@@ -81,13 +81,13 @@ def _lockdown(path: Path) -> Finding:
         hint = "the programs read kernel memory, which this level forbids; boot with integrity"
         return finding.broken("lockdown", level, hint, finding.KERNEL_TRIED)
     if level == "integrity":
-        hint = "FIONREAD cannot be mended under it: where it is wrong, the mode is proxy-only"
+        hint = "under it FIONREAD cannot be mended, nor splice(2) refused: the mode is proxy-only"
         return finding.less("lockdown", level, hint, finding.KERNEL_TRIED)
     return finding.well("lockdown", level)
 
 
 def _tracing() -> Finding:
     if why_not := tracing.why_not():
-        hint = "FIONREAD cannot be mended here: where it is wrong, the mode is proxy-only"
+        hint = "FIONREAD cannot be mended, nor splice(2) refused: the mode is proxy-only"
         return finding.less("tracing", why_not, hint, finding.KERNEL_TRIED)
     return finding.well("tracing", "a fexit program loads", finding.KERNEL_TRIED)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cni_plugin import names, netconf
-from install.program import canary, exits, in_force, joiner, report, selftest, switch
+from install.program import canary, exits, in_force, report, selftest, switch
 from install.program.check import finding
 from install.program.check import pods as of_pods
 from install.program.check.finding import THE_PROGRAM, Finding
@@ -22,7 +22,6 @@ from install.program.plugin_files import DoesNotRun, InstallError
 if TYPE_CHECKING:
     from install.program.node import Node
 
-JOINER_PATIENCE_S = 60.0
 SHOWN = 5  # pods named in one line; --json has all
 _NEEDS = "mend that: it needs a folder that allows execution, and no library of the node's"
 _ANOTHER_KERNEL = "another kernel may allow more: tcpip-bypass-node selftest"
@@ -59,8 +58,8 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _runs(asked, facts.plugin_problem)
     yield _entry(asked)
     yield _programs(asked, facts)
-    yield _joiner(asked)
-    yield from _mend(asked, facts)
+    yield _joiner(facts)
+    yield from _traced(asked, facts)
     is_tried = (asked.node.state_dir / names.NODE_JSON).exists()
     hint = _ANOTHER_KERNEL if is_tried else "tcpip-bypass-node load"
     yield _mode("mode", facts.mode, facts.reason, facts.named_mode, hint)
@@ -159,18 +158,19 @@ def _programs(asked: Asked, facts: report.Facts) -> Finding:
     )
 
 
-def _joiner(asked: Asked) -> Finding:
-    silent_s = joiner.silent_s(asked.node.state_dir)
-    if silent_s is not None and silent_s < JOINER_PATIENCE_S:
+def _joiner(facts: report.Facts) -> Finding:
+    if not facts.joining_problem:
         return finding.well("joiner", "runs")
-    hint = "the agent runs it; on a node without agent: tcpip-bypass-node join"
-    found = "none has run" if silent_s is None else f"none has run for {silent_s:.0f} s"
-    return finding.broken("joiner", f"{found}: no connection joins", hint)
+    hint = "until then all bytes go by TCP"
+    return finding.broken("joiner", facts.joining_problem, hint)
 
 
-def _mend(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
-    """Where the mode rests on it: the joiner's canary, asked here."""
-    if facts.current not in facts.generations or not asked.node.is_mended:
+def _traced(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
+    """The programs that the mode rests on: the joiner's canary, asked here."""
+    if facts.current not in facts.generations:
+        return
+    is_mended = asked.node.is_mended
+    if not is_mended and not facts.current.traces():
         return
     hint = "sysctl kernel.ftrace_enabled=1, then tcpip-bypass-node load; sockets go back to TCP"
     try:
@@ -178,7 +178,10 @@ def _mend(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     except OSError as error:
         why_not = f"it could not be tried: {error}"
     if why_not:
-        yield finding.broken("fionread", f"it was mended; now {why_not}", hint, finding.MEND)
+        name = "fionread" if is_mended else "splice"
+        yield finding.broken(name, why_not, hint, finding.MEND)
+    elif not is_mended:
+        yield finding.well("splice", "it is refused on sockets that bypass", finding.MEND)
     elif facts.lost_answers:
         found = f"it is mended, but {facts.lost_answers} answers could not be written"
         hint = "these reads were told the kernel's wrong number; `fionread` of our entry: leave"
