@@ -16,11 +16,11 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bpf import bpfsys, pins
+from bpf import bpfsys, pins, preemption
 from bpf.btf import BTFError, KernelBTF, Member
 
 _HERE = Path(__file__).parent
@@ -405,10 +405,16 @@ class Programs:
         return ""
 
     def _trace(self, *traces: Trace) -> str:
-        """Attaches all of them, or none; what the kernel said of the one that it refuses."""
-        for trace in traces:
+        """Attaches all of them, or none; what the kernel said of the one that it refuses.
+
+        Twice, as two programs, where a thread may be preempted inside one.
+        """
+        wanted = list(traces)
+        if preemption.is_within_programs(preemption.model()):
+            wanted += [replace(each, pin=each.pin + pins.AGAIN) for each in traces]
+        for trace in wanted:
             if why := self._attach(trace):
-                for attached in {each.pin for each in traces} & self.fds.keys():
+                for attached in {each.pin for each in wanted} & self.fds.keys():
                     os.close(self.fds.pop(attached))
                 return f"{trace.function}: {why}"
         return ""

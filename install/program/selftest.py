@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bpf import abi, bpfsys, pins, stats
+from bpf import abi, bpfsys, pins, preemption, stats
 from bpf.loader import VISIT, Limits, LoadError, Programs
 from cni_plugin import cgroup, names
 from install.program import ROOT, lock, passes
@@ -48,6 +48,7 @@ HOPS = {
     PROXY_ONLY: "sidecar to sidecar bypasses TCP/IP; both hops inside a pod stay on TCP",
     OFF: "every hop stays on TCP",
 }
+PREEMPTED = "with preempt=full the kernel leaves programs out; boot it with preempt=lazy"
 _TRACING = "let programs trace the kernel (no lockdown, no Secure Boot)"
 # For an operator: a kernel's fault, by the checks that find it, and what to do.
 _FAULTS = {
@@ -137,6 +138,7 @@ class _Found:
 
 def _behaviour(mends: bool) -> _Found:
     plain = _probe(None)
+    is_preempted = preemption.model() == "full"
     why_not = "the configuration says leave"
     with _scratch_cgroup() as folder:
         programs = Programs(LIMITS)
@@ -144,7 +146,7 @@ def _behaviour(mends: bool) -> _Found:
             bypassed = _probe(folder)
             is_wrong = any(bypassed[name] != plain[name] for name in FIONREAD)
             if is_wrong and mends:
-                why_not = programs.mend_fionread()
+                why_not = PREEMPTED if is_preempted else programs.mend_fionread()
             if is_wrong and not why_not:
                 bypassed |= _probe(folder, *FIONREAD)
             counters = _counters(programs)
@@ -156,9 +158,10 @@ def _behaviour(mends: bool) -> _Found:
         counters.bypassed_bytes > 0,
     )
     checks = [share, *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
-    if programs.blind_to_splice:  # its socket may have joined too late to be asked
+    blind = programs.blind_to_splice or (PREEMPTED if is_preempted else "")
+    if blind:  # its socket may have joined too late to be asked
         checks = [replace(each, ok=each.ok and each.name != SPLICE) for each in checks]
-    remarks = {SPLICE: f"not seen: {programs.blind_to_splice}" if programs.blind_to_splice else ""}
+    remarks = {SPLICE: f"not seen: {blind}" if blind else ""}
     if is_wrong:
         remarks |= dict.fromkeys(FIONREAD, f"not mended: {why_not}" if why_not else "mended")
     checks = [_remarked(check, remarks.get(check.name, "")) for check in checks]

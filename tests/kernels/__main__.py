@@ -19,8 +19,8 @@ from tests.kernels.suites import (
     FUZZ_PROGRAM,
     PROJECT,
     SUITES,
-    UNDER_LOCKDOWN,
     USUAL,
+    WITH_PARAMETERS,
     Failed,
     Outcome,
     Suite,
@@ -58,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def suites_on(kernel: images.Kernel, arguments: argparse.Namespace) -> list[Suite]:
-    """What is to run on one kernel. Under lockdown the self-test says all that differs; on one that
-    is too old, no program of the others loads."""
+    """What is to run on one kernel. With parameters the self-test says all that differs; on one
+    that is too old, no program of the others loads."""
     usual = page.SUITES if arguments.page or kernel.is_too_old else USUAL
-    wanted = arguments.suite or (UNDER_LOCKDOWN if kernel.is_locked_down else usual)
+    wanted = arguments.suite or (WITH_PARAMETERS if kernel.parameters else usual)
     return [SUITES[name] for name in wanted]
 
 

@@ -16,10 +16,10 @@ from tests.bed.apt import KEYRING, AptError, PrivateApt, debian_mirrors, os_rele
 from tests.kernels import modules
 
 # The newest package of each series: the floor, the long-lived ones, those in which FIONREAD on a
-# socket in a sockhash changed (6.17, 6.18), and the newest. And one as Secure Boot has it: it must
-# be one whose FIONREAD is wrong, for that is what lockdown decides about.
-LOCKED_DOWN = "-lockdown"  # ends the name of a series that is booted so
-SERIES = ("5.10", "6.1", f"6.1{LOCKED_DOWN}", "6.12", "6.17", "6.18", "7")
+# socket in a sockhash changed (6.17, 6.18), and the newest. And two that do not let FIONREAD be
+# mended: as Secure Boot has it, and with threads preempted anywhere in the kernel.
+SERIES = ("5.10", "6.1", "6.1-lockdown", "6.12", "6.12-preempt", "6.17", "6.18", "7")
+_PARAMETERS = {"": "", "lockdown": "lockdown=integrity", "preempt": "preempt=full"}
 _SUITES = ("bullseye", "bookworm", "trixie", "trixie-backports")
 _SECURITY_SUITES = ("bullseye-security", "bookworm-security", "trixie-security")
 
@@ -29,6 +29,11 @@ _NAME = re.compile(r"linux-(image|binary)-(?P<release>\d+\.\d+\.\d[\w.+~-]*-clou
 
 # QEMU 7.2 corrupts guests when it emulates cmpxchg16b.
 _OLDEST_QEMU = 8
+
+
+def plain(series: str) -> str:
+    """The series without what it is booted with."""
+    return series.partition("-")[0]
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,14 @@ class Kernel:
         return self.folder.name
 
     @property
-    def is_locked_down(self) -> bool:
-        return self.series.endswith(LOCKED_DOWN)
-
-    @property
     def is_too_old(self) -> bool:
         """Whether no process can be visited, so that the mode is `off`."""
-        version = self.series.removesuffix(LOCKED_DOWN).split(".")
-        return tuple(map(int, version)) < (6, 1)
+        return tuple(map(int, plain(self.series).split("."))) < (6, 1)
 
     @property
     def parameters(self) -> str:
         """What its command line has beside what every kernel's has."""
-        return "lockdown=integrity" if self.is_locked_down else ""
+        return _PARAMETERS[self.series.partition("-")[2]]
 
     @property
     def title(self) -> str:
@@ -115,9 +115,9 @@ def get_kernels(folder: Path, series: Sequence[str], mirror: str | None) -> list
 
     Raises AptError, also when the mirror has no kernel of a series.
     """
-    plain = [one.removesuffix(LOCKED_DOWN) for one in series]
-    found = {kernel.series: kernel for kernel in _get(folder, list(dict.fromkeys(plain)), mirror)}
-    return [replace(found[one], series=name) for one, name in zip(plain, series, strict=True)]
+    wanted = list(dict.fromkeys(map(plain, series)))
+    found = {kernel.series: kernel for kernel in _get(folder, wanted, mirror)}
+    return [replace(found[plain(name)], series=name) for name in series]
 
 
 def _get(folder: Path, series: Sequence[str], mirror: str | None) -> list[Kernel]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from cni_plugin import names
 from install.program.selftest import FIONREAD, SPLICE
-from tests.kernels.images import LOCKED_DOWN
+from tests.kernels import images
 from tests.kernels.machine import Run
-from tests.kernels.suites import PROJECT, UNDER_LOCKDOWN, Failed
+from tests.kernels.suites import PROJECT, WITH_PARAMETERS, Failed
 
 PATH = PROJECT / "docs/kernels.md"
 SUITES = ("selftest", "selftest-left", "probe")  # what a line is made of
@@ -60,7 +60,7 @@ def written(runs: Sequence[Run]) -> str:
 
 def _printed(run: Run) -> dict[str, dict[str, Any]]:
     """What the suites printed, by name."""
-    wanted = UNDER_LOCKDOWN if run.kernel.is_locked_down else SUITES
+    wanted = WITH_PARAMETERS if run.kernel.parameters else SUITES
     outcomes = {outcome.suite: outcome for outcome in run.outcomes}
     for name in wanted:
         if name not in outcomes:
@@ -89,7 +89,7 @@ def _line(run: Run) -> tuple[str, ...]:
     ends = printed.get("probe", {}).get("mptcp_joined", {})
     return (
         run.kernel.title,
-        SHIPPED_BY.get(run.kernel.series.removesuffix(LOCKED_DOWN), UNKNOWN),
+        SHIPPED_BY.get(images.plain(run.kernel.series), UNKNOWN),
         by_itself,
         mended,
         _YES_NO[_checks(found).get(SPLICE)],

@@ -296,4 +296,4 @@ _UNUSUAL = (
     *("ktls-joins", "churn", "mptcp", "leaving"),  # for docs/design/late-join.md
 )
 USUAL = [name for name in SUITES if name not in _UNUSUAL]
-UNDER_LOCKDOWN = ["selftest"]
+WITH_PARAMETERS = ["selftest"]
