@@ -156,23 +156,16 @@ int tb_sk_msg(struct sk_msg_md *msg)
 	return SK_PASS;
 }
 
-/* The context of an iterator over the open files of a process (kernel/bpf/task_iter.c). */
-struct bpf_iter_meta; /* its first member: the struct seq_file that is written to */
-struct task_struct;
-struct file;
-struct bpf_iter__task_file {
-	struct bpf_iter_meta *meta;
-	struct task_struct *task;
-	__u32 fd;
-	struct file *file;
-};
-
-/* Its output, each a __u32: the file numbers of readers that need a new edge (edge.h), and
- * TB_VISIT_AGAIN for each socket that needs another visit to leave. */
-int tb_visit_file(struct bpf_iter__task_file *context)
+/*
+ * An iterator over the open files of a process. Its context (struct bpf_iter__task_file,
+ * kernel/bpf/task_iter.c) has meta, the task, the file's number and the file. Meta begins with the
+ * struct seq_file to write to. Its output is a __u32 each: the number of a file whose reader needs
+ * a new edge (edge.h), or TB_VISIT_AGAIN for a socket that needs another visit to leave.
+ */
+int tb_visit_file(__u64 *context)
 {
-	void *file = context->file, *meta = context->meta, *socket;
-	__u32 fd = context->fd, again = TB_VISIT_AGAIN;
+	void *meta = (void *)context[0], *file = (void *)context[3], *socket;
+	__u32 fd = context[2], again = TB_VISIT_AGAIN;
 	int found;
 
 	tb_find_registers(); /* the loader runs one visit for this, before any socket is paired */
