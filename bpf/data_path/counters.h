@@ -34,12 +34,12 @@ static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outc
 static __always_inline void tb_refuse(struct tb_conn *conn, __u32 outcome)
 {
 	conn->refused = outcome;
-	tb_count_outcome(conn->me.pod_id, conn->hop, outcome);
+	tb_count_outcome(conn->me.pod_id, tb_hop(conn), outcome);
 }
 
 static __always_inline void tb_count_membership(const struct tb_conn *conn, int joins)
 {
-	struct tb_counters *c = tb_counters_of(conn->me.pod_id, conn->hop);
+	struct tb_counters *c = tb_counters_of(conn->me.pod_id, tb_hop(conn));
 
 	if (c && joins)
 		c->joined++;
@@ -55,7 +55,7 @@ static __always_inline void tb_flush_tally(struct tb_conn *conn)
 
 	if (!conn->tally.messages)
 		return;
-	c = tb_counters_of(conn->me.pod_id, conn->hop);
+	c = tb_counters_of(conn->me.pod_id, tb_hop(conn));
 	if (c) {
 		c->bypassed_messages += conn->tally.messages;
 		c->bypassed_bytes += conn->tally.bytes;
@@ -77,7 +77,7 @@ static __always_inline void tb_count_bypassed(struct tb_conn *conn, __u32 size, 
 /* `reason` is an enum tb_reason. */
 static __always_inline void tb_count_tcp(struct tb_conn *conn, __u32 reason, __u32 bytes)
 {
-	struct tb_counters *c = tb_counters_of(conn->me.pod_id, conn->hop);
+	struct tb_counters *c = tb_counters_of(conn->me.pod_id, tb_hop(conn));
 
 	if (!c || reason >= TB_REASONS)
 		return;

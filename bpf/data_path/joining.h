@@ -200,7 +200,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	if (sockhash.update(&id, socket)) {
 		conn->at.psock = 0;
 		tb_start_over(conn); /* the map is full, or memory short */
-		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_FULL);
+		tb_count_outcome(conn->me.pod_id, tb_hop(conn), TB_OUTCOME_FULL);
 		return;
 	}
 	tb_order_looks();

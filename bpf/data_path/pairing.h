@@ -150,8 +150,7 @@ static __always_inline void tb_find_client(struct bpf_sock_ops *skops, const str
 	half.server = conn->me;
 	halves.update(&conn->half, &half);
 	conn->peer = half.client;
-	conn->hop = tb_hop(&conn->peer, &conn->me);
-	tb_count_outcome(pod->id, conn->hop, TB_OUTCOME_PAIRED);
+	tb_count_outcome(pod->id, tb_hop(conn), TB_OUTCOME_PAIRED);
 }
 
 /* Has the pod opted out for the socket of this callback, which lies at `sk`? */
@@ -206,9 +205,8 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 	if (half->client.id != conn->me.id || !server.id)
 		return;
 	conn->peer = server;
-	conn->hop = tb_hop(&conn->me, &conn->peer);
 	if (!halves.delete(&conn->half))
-		tb_count_outcome(conn->me.pod_id, conn->hop, TB_OUTCOME_PAIRED);
+		tb_count_outcome(conn->me.pod_id, tb_hop(conn), TB_OUTCOME_PAIRED);
 }
 
 /* Is the peer's struct tb_conn still that of the peer? RULE (identity): the ends name each other.

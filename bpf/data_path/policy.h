@@ -101,11 +101,16 @@ static __always_inline int tb_is_in_netns_of(const struct tb_pod *pod, __u64 sk)
 	return !pod->netns || pod->netns == tb_read32(tb_netns_of(sk) + OFF_NET_NS_INODE);
 }
 
-static __always_inline __u32 tb_hop(const struct tb_end *client, const struct tb_end *server)
+static __always_inline __u32 tb_hop(const struct tb_conn *conn)
 {
-	if (client->pod_id != server->pod_id)
-		return client->is_proxy && server->is_proxy ? TB_HOP_SIDECARS : TB_HOP_DIRECT;
-	if (client->is_proxy == server->is_proxy)
+	const struct tb_end *me = &conn->me, *peer = &conn->peer;
+
+	if (!peer->id)
+		return TB_HOP_NONE;
+	if (me->pod_id != peer->pod_id)
+		return me->is_proxy && peer->is_proxy ? TB_HOP_SIDECARS : TB_HOP_DIRECT;
+	if (me->is_proxy == peer->is_proxy)
 		return TB_HOP_LOCAL;
-	return client->is_proxy ? TB_HOP_INBOUND : TB_HOP_OUTBOUND;
+	/* One end is a sidecar: the client, or the server? */
+	return me->is_proxy == me->is_client ? TB_HOP_INBOUND : TB_HOP_OUTBOUND;
 }

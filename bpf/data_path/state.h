@@ -98,7 +98,6 @@ struct tb_conn {
 	struct tb_half_key half; /* a client finds its server by it */
 	__u64 last_id;		 /* the newest id of this socket, kept over a disconnect */
 	__u64 token;		 /* of the SYN-ACK that a client got through a Service */
-	__u32 hop;
 	/* Whether it joins, and leaves: readers.h, joining.h */
 	__u32 refused;	 /* enum tb_outcome that keeps it out for good; 0: none */
 	__u32 state;	 /* enum tb_membership and the count of its changes */
