@@ -4,7 +4,7 @@
  *
  * RULE (edges). While bypassed and TCP bytes both lie unread, recv returns the bypassed ones only.
  * epoll(7) lets an edge-triggered reader take such a short read for the end, and no edge may
- * follow. So while a sender notes that its TCP bytes may lie behind bypassed ones (`is_behind`),
+ * follow. So while a sender notes that its TCP bytes may lie behind bypassed ones (TB_PATH_BEHIND),
  * passes visit the reader. Once it has read what was bypassed, the pass makes a new edge: it writes
  * SO_RCVLOWAT's own value back, which runs tcp_data_ready() (tcp_set_rcvlowat). That is done from
  * user space (install/program/passes.py). A packet of the reader could carry its new window past a
@@ -15,7 +15,7 @@
 static __always_inline int tb_may_be_behind(const struct tb_conn *conn)
 {
 	if (tb_has_peer(conn))
-		return TB_PEERS(__u32, conn, is_behind) != 0;
+		return TB_PEERS(__u32, conn, path) == TB_PATH_BEHIND;
 	return tb_membership(conn->state) != TB_OUT;
 }
 
@@ -40,7 +40,7 @@ static __always_inline int tb_find_edge(const struct tb_conn *conn, __u64 sk)
  * more. In the sockhash its sends find that out. */
 static __always_inline void tb_visit_sender(struct tb_conn *conn)
 {
-	if (conn->is_behind && tb_membership(conn->state) == TB_OUT && tb_has_peer(conn) &&
-	    tb_has_read_on(conn))
-		conn->is_behind = 0;
+	if (conn->path == TB_PATH_BEHIND && tb_membership(conn->state) == TB_OUT &&
+	    tb_has_peer(conn) && tb_has_read_on(conn))
+		conn->path = TB_PATH_TCP;
 }

@@ -19,9 +19,9 @@
  *   1. The first writes TB_LEAVING. Sends at both ends that begin from then on see it, and bypass
  *      no byte into an empty queue.
  *   2. The second notes how many sends have begun on the bypass, and then finds both ends at rest:
- *      none of their redirects is on its way. An end that is on TCP is: it came there when none
- *      was, unless `is_behind`. At one on the bypass no thread is inside a call: its psock has the
- *      sockhash's reference alone, and those of sleepers.
+ *      none of their redirects is on its way. An end with TB_PATH_TCP is: it came there when none
+ *      was. At any other no thread is inside a call: its psock has the sockhash's reference alone,
+ *      and those of sleepers.
  *   3. The third finds both queues empty, again both ends at rest, and then the same number.
  *      So no redirect is on its way, none has begun since 2, and none can begin. If the number
  *      has changed, 2 is next, else 3 again.
@@ -193,7 +193,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 			tb_refuse(conn, TB_OUTCOME_BUSY);
 		return;
 	}
-	conn->path = TB_PATH_TCP;
+	if (conn->path == TB_PATH_BYPASS) /* when it left: TB_PATH_BEHIND stays true */
+		conn->path = TB_PATH_TCP;
 	conn->credit = TB_FIRST_CREDIT;
 	conn->tcp_at = now;
 	conn->at.psock = TB_JOINING;
@@ -258,7 +259,7 @@ static __always_inline int tb_is_at_rest(__u64 conn, __u64 sk)
 #define TB_OF_END(type, member) TB_READ(type, conn + offsetof(struct tb_conn, member))
 	if (TB_OF_END(__u32, decided) != TB_OF_END(__u32, sent))
 		return 0;
-	if (TB_OF_END(__u32, path) == TB_PATH_TCP && !TB_OF_END(__u32, is_behind))
+	if (TB_OF_END(__u32, path) == TB_PATH_TCP)
 		return 1;
 	return tb_is_unused(sk, TB_OF_END(__u64, at.psock));
 }

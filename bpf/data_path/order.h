@@ -129,12 +129,14 @@ static __always_inline int tb_try_return(struct tb_conn *conn, __u32 wish, __u32
 	int is_alone = tb_is_alone(conn); /* first: a redirect may arrive between the looks */
 	int is_empty = tb_is_empty(conn->there.psock);
 
-	if (is_empty && is_alone)
+	if (is_empty && is_alone) {
+		conn->path = TB_PATH_TCP;
 		return 1;
+	}
 	if ((wish == TB_REASON_LEAVING && (is_empty || tb_is_gone(conn, state))) ||
 	    (wish == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id &&
 	     tb_is_held(conn->peer.sk))) {
-		conn->is_behind = 1;
+		conn->path = TB_PATH_BEHIND;
 		return 1;
 	}
 	return 0;
@@ -182,9 +184,9 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 {
 	__u32 reason;
 
-	if (conn->is_behind && tb_has_read_on(conn) && tb_is_empty(conn->there.psock) &&
-	    tb_is_alone(conn))
-		conn->is_behind = 0;
+	if (conn->path == TB_PATH_BEHIND && tb_has_read_on(conn) &&
+	    tb_is_empty(conn->there.psock) && tb_is_alone(conn))
+		conn->path = TB_PATH_TCP;
 	/* A reader that was inside recv when the peer joined looks into TCP's queue only. So one
 	 * more message goes by TCP, and must be consumed. */
 	if (tb_meet_peer(conn, state))
@@ -202,7 +204,6 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 		return reason;
 	conn->path = TB_PATH_BYPASS;
 	conn->tcp_seq = TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ);
-	conn->is_behind = 0;
 	return TB_REASON_NONE;
 }
 
@@ -216,17 +217,15 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 		return reason ? reason : TB_REASON_HALF_CLOSED;
 	/* A thread that was inside send before this socket joined has sent by TCP since. */
 	if (conn->tcp_seq != TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)) {
-		conn->is_behind = 1;
-		conn->path = TB_PATH_TCP;
+		conn->path = TB_PATH_BEHIND;
 		return TB_REASON_ORDER;
 	}
 	if (!reason || !tb_try_return(conn, reason, state)) {
 		reason = tb_check_room(conn, size);
 		if (!reason)
 			return TB_REASON_NONE;
-		conn->is_behind = 1; /* RULE (bound): at once */
+		conn->path = TB_PATH_BEHIND; /* RULE (bound): at once */
 	}
-	conn->path = TB_PATH_TCP;
 	return reason;
 }
 
@@ -240,7 +239,8 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 	}
 	tb_count_tcp(conn, reason, size);
 	/* A pass makes an edge, or takes the peer out. */
-	if (conn->is_behind || reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
+	if (conn->path == TB_PATH_BEHIND || reason == TB_REASON_BLOCKING ||
+	    reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->peer.pod_id);
 	if (reason == TB_REASON_INELIGIBLE || reason == TB_REASON_MEMORY)
 		tb_ring(conn->me.pod_id); /* it may be this end */
@@ -259,10 +259,10 @@ static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn,
 
 	tb_note_answers(conn, msg->size);
 	state = TB_PEERS(__u32, conn, state);
-	if (conn->path == TB_PATH_TCP)
-		reason = tb_go_to_bypass(conn, tp, msg->size, state, now);
-	else
+	if (conn->path == TB_PATH_BYPASS)
 		reason = tb_stay_on_bypass(conn, tp, msg->size, state, now);
+	else
+		reason = tb_go_to_bypass(conn, tp, msg->size, state, now);
 	/* RULE (identity), RULE (reads). The id is found only for the very same connection. */
 	if (!reason && sockhash.msg_redirect_hash(msg, &conn->peer.id, BPF_F_INGRESS) != SK_PASS) {
 		conn->path = TB_PATH_TCP;

@@ -5,8 +5,8 @@
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and
  * its sends, under its lock, and in visits, without. The peer reads `me.id`,
- * `peer.id`, `refused`, `state`, `path`, `sent`, `decided`, `begun`, `is_behind` and the members of
- * `at` of it, each one aligned word.
+ * `peer.id`, `refused`, `state`, `path`, `sent`, `decided`, `begun` and the members of `at` of it,
+ * each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
@@ -66,7 +66,11 @@ struct tb_dial {
 };
 
 /* Which way a direction's bytes go. */
-enum tb_path { TB_PATH_TCP, TB_PATH_BYPASS };
+enum tb_path {
+	TB_PATH_TCP,
+	TB_PATH_BYPASS,
+	TB_PATH_BEHIND, /* by TCP, and they may lie behind bypassed ones: edge.h */
+};
 
 /* Is a paired socket in the sockhash? In the low bits of tb_conn.state; above them a count of its
  * changes, so that a peer that has seen one state knows it again. */
@@ -114,7 +118,6 @@ struct tb_conn {
 	__u32 decided;	  /* of those, so many have their verdict */
 	__u32 begun;	  /* of those, begun while on the bypass */
 	__u32 tcp_seq;	  /* write_seq when it went to the bypass */
-	__u32 is_behind;  /* it went to TCP while bypassed bytes lay unread at the peer */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */
 	__u32 run;	  /* sent since the peer last sent, in bytes of tb_cost() */

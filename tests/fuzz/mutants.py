@@ -147,7 +147,10 @@ FRESH_EDGE = _mutant(
 )
 EDGE_UNASKED = _mutant(
     "edges: a sender does not ask for a pass",
-    (r"if \(conn->is_behind \|\| reason == TB_REASON_BLOCKING", "if (reason == TB_REASON_BLOCKING"),
+    (
+        r"if \(conn->path == TB_PATH_BEHIND \|\| reason == TB_REASON_BLOCKING",
+        "if (reason == TB_REASON_BLOCKING",
+    ),
 )
 EDGE_ONCE = _mutant(
     "edges: the pass does not ask for another one",
@@ -230,7 +233,7 @@ LEAVES_OWN = _mutant(
 )
 LEAVES_BEHIND = _mutant(
     "leaving: while a redirect of the peer's rests that TCP has overtaken",
-    (r" && !TB_OF_END\(__u32, is_behind\)", ""),
+    (r"TB_OF_END\(__u32, path\) == TB_PATH_TCP", "TB_OF_END(__u32, path) != TB_PATH_BYPASS"),
 )
 LEAVES_UNDECIDED = _mutant(
     "leaving: while a send of the peer's is being decided upon",
