@@ -83,8 +83,8 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
 	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
-	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) ||
-	    (TB_OWN(__u16, tp, OFF_SOCK_TSFLAGS) & TB_TSFLAGS) || tb_has_options(conn->peer.sk))
+	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) || TB_OWN(__u16, tp, OFF_SOCK_TSFLAGS) ||
+	    tb_has_options(conn->peer.sk))
 		return TB_REASON_INELIGIBLE;
 	if (tb_is_joiner_silent(now))
 		return TB_REASON_WAITING;

@@ -13,29 +13,12 @@
 #define TB_HELD 1024		  /* looks at a lock, some ten microseconds */
 #define TB_STACK_SIZE (64 * 1024) /* at least THREAD_SIZE: so much with pages of 64 KB */
 
-/* Why the kernel or TCP needs this socket out of a sockhash, as an enum tb_outcome; 0: it does not.
- * MPTCP subflows in a sockhash crashed kernels. kTLS (a ULP) would have plaintext redirected. For a
- * bypassed MSG_ZEROCOPY no completion comes. Block devices of the kernel (SOCK_MEMALLOC, as nbd
- * has) use what short sends leave of msg_iter. */
-static __always_inline __u32 tb_ineligibility(__u64 sk)
-{
-	__u64 unfit = 1ULL << BIT_SOCK_ZEROCOPY | 1ULL << BIT_SOCK_MEMALLOC;
-
-	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
-	    tb_read64(sk + OFF_ICSK_ULP_OPS) || (tb_read64(sk + OFF_SOCK_FLAGS) & unfit))
-		return TB_OUTCOME_INELIGIBLE;
-	return 0;
-}
-
-/* sk_tsflags has 16 bits before Linux 6.5, and the verifier lets a program load no more there. All
- * of SO_TIMESTAMPING but details are among them. */
-#define TB_TSFLAGS 0xffff
-
 /* Has the application set an option that changes what its reads return, or when? Time stamps come
- * with packets only. SO_RCVBUF makes the buffer one that cannot grow: RULE (bound). */
+ * with packets only. sk_tsflags has 16 bits before Linux 6.5: all of SO_TIMESTAMPING but details.
+ * SO_RCVBUF makes the buffer one that cannot grow: RULE (bound). */
 static __always_inline int tb_has_options(__u64 sk)
 {
-	return (tb_read32(sk + OFF_SOCK_TSFLAGS) & TB_TSFLAGS) ||
+	return TB_READ(__u16, sk + OFF_SOCK_TSFLAGS) ||
 	       (tb_read64(sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_RCVTSTAMP)) ||
 	       (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) > 1 ||
 	       (int)tb_read32(sk + OFF_SOCK_PEEK_OFF) >= 0 ||
@@ -47,14 +30,18 @@ static __always_inline int tb_is_nonblocking(__u64 file)
 	return (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) != 0;
 }
 
-/* Why this socket must stay out of the sockhash for good, as an enum tb_outcome; 0: it need not. */
+/* Why this socket must stay out of the sockhash for good, as an enum tb_outcome; 0: it need not.
+ * MPTCP subflows in a sockhash crashed kernels. kTLS (a ULP) would have plaintext redirected. For a
+ * bypassed MSG_ZEROCOPY no completion comes. Block devices of the kernel (SOCK_MEMALLOC, as nbd
+ * has) use what short sends leave of msg_iter. */
 static __always_inline __u32 tb_unfit(__u64 sk)
 {
+	__u64 flags = 1ULL << BIT_SOCK_ZEROCOPY | 1ULL << BIT_SOCK_MEMALLOC;
 	__u64 file = tb_file(sk);
-	__u32 outcome = tb_ineligibility(sk);
 
-	if (outcome)
-		return outcome;
+	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
+	    tb_read64(sk + OFF_ICSK_ULP_OPS) || (tb_read64(sk + OFF_SOCK_FLAGS) & flags))
+		return TB_OUTCOME_INELIGIBLE;
 	if (file && !tb_is_nonblocking(file))
 		return TB_OUTCOME_BLOCKING;
 	return tb_has_options(sk) ? TB_OUTCOME_OPTIONS : 0;

@@ -58,7 +58,7 @@ WAKE_UP = _mutant(
 )
 OPTIONS = _mutant(
     "readers: to the bypass although the peer has set options",
-    (r" \|\| tb_has_options\(conn->peer\.sk\)\)", ")"),
+    (r" \|\|\s+tb_has_options\(conn->peer\.sk\)\)", ")"),
 )
 RETURN = _mutant(
     "one queue: to TCP although bypassed bytes lie unread",
