@@ -131,8 +131,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         "NET_TCP_SHRINK_WINDOW": shrinks if btf.has_member(*shrinks) else None,
         "PSOCK_MSG_TOT_LEN": total if btf.has_member(*total) else None,
     }
-    memcg = _memcg_members(btf)
-    flags = _offsets(btf, _OFFSETS | optional | memcg)
+    flags = _offsets(btf, _OFFSETS | optional | _memcg_members(btf))
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
@@ -146,7 +145,6 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
         f"-DTB_STRICT={int(is_strict(platform.release()))}",
-        f"-DTB_VMSTATS_APART={int(memcg['MEMCG_VMSTATS_STATE'] is not None)}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DPAGE_SIZE={resource.getpagesize()}",  # bcc's ring buffers are made of pages, too
         f"-DBIT_SOCK_DONE={btf.enumerator('sock_flags', 'SOCK_DONE')}",
@@ -183,16 +181,14 @@ def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
     """Where a socket is charged to its process' memory cgroup, and what that has and may have;
     nowhere without CONFIG_MEMCG.
 
-    Its statistics are an array before Linux 5.13, a struct that begins with it, and later a pointer
-    to one; those of the pages of files stand in it where enum node_stat_item has them
-    (mm/memcontrol.c: memcg_node_stat_items begins alike).
+    Its statistics are behind a pointer since Linux 6.1; those of the pages of files stand there
+    where enum node_stat_item has them (mm/memcontrol.c: memcg_node_stat_items begins alike).
     """
-    has_stats = btf.has_member("mem_cgroup", "vmstats")
     is_apart = btf.has_struct("memcg_vmstats") and not btf.has_member("mem_cgroup", "vmstats.state")
     members: dict[str, _Place | None] = {
         "MEMCG_MEMORY": ("mem_cgroup", "memory"),
         # Without it no file cache counts as free.
-        "MEMCG_VMSTATS": ("mem_cgroup", "vmstats") if has_stats else None,
+        "MEMCG_VMSTATS": ("mem_cgroup", "vmstats") if is_apart else None,
         "MEMCG_VMSTATS_STATE": ("memcg_vmstats", "state") if is_apart else None,
         "PAGE_COUNTER_HIGH": ("page_counter", "high"),
         "PAGE_COUNTER_MAX": ("page_counter", "max"),

@@ -61,13 +61,12 @@ static __always_inline __u32 tb_bound(const struct tb_end *peer)
  * them count. */
 static __always_inline __u64 tb_cached(__u64 memcg)
 {
-	__u64 stats = memcg + OFF_MEMCG_VMSTATS;
+	__u64 stats;
 	__s64 pages;
 
 	if (!OFF_MEMCG_VMSTATS)
 		return 0;
-	if (TB_VMSTATS_APART)
-		stats = tb_read64(stats) + OFF_MEMCG_VMSTATS_STATE;
+	stats = tb_read64(memcg + OFF_MEMCG_VMSTATS) + OFF_MEMCG_VMSTATS_STATE;
 	pages = tb_read64(stats + sizeof(__u64) * TB_INACTIVE_FILE);
 	return pages > 0 ? (__u64)pages / 2 : 0;
 }

@@ -66,7 +66,7 @@ struct page_counter {
 /* A cgroup: what it is charged, in pages, and pages of files among that. */
 struct memcg {
 	struct page_counter memory;
-	__u64 cached;
+	__u64 vmstats, cached;
 };
 
 struct host_file {
@@ -97,7 +97,7 @@ struct poll_wqueues {
 #define OFF_FILE_FLAGS offsetof(struct host_file, flags)
 #define OFF_ICSK_ULP_OPS offsetof(struct host_sock, ulp)
 #define OFF_MEMCG_MEMORY offsetof(struct memcg, memory)
-#define OFF_MEMCG_VMSTATS offsetof(struct memcg, cached)
+#define OFF_MEMCG_VMSTATS offsetof(struct memcg, vmstats)
 #define OFF_MEMCG_VMSTATS_STATE 0
 #define OFF_BPF_MAP_ID 0
 #define OFF_NET_COOKIE 0
@@ -169,7 +169,6 @@ struct poll_wqueues {
 #define BIT_SOCK_MEMALLOC 5
 #define TB_INACTIVE_FILE 0
 #define PAGE_SIZE 4096
-#define TB_VMSTATS_APART 0
 
 #define bpf_htonl(x) __builtin_bswap32(x)
 #define bpf_ntohl(x) __builtin_bswap32(x)

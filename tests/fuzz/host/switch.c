@@ -362,5 +362,6 @@ void host_limit_memory(int of_pod, __u64 limit, __u64 usage, __u64 cached)
 
 	*(of_pod ? &memcg->memory.high : &memcg->memory.max) = limit; /* either stops it */
 	memcg->memory.usage = usage;
+	memcg->vmstats = (__u64)&memcg->cached;
 	memcg->cached = cached;
 }
