@@ -59,14 +59,11 @@ static __always_inline __u32 tb_current_call(void)
 	return tb_read32(tb_read64(task + OFF_TASK_STACK) + *at + OFF_PT_REGS_CALL);
 }
 
-static __always_inline int tb_reuses_msg_iter(__u32 call)
-{
-	return call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == SENDMMSG_X32 ||
-	       call == SOCKETCALL || call == IO_URING_ENTER || call == TB_UNKNOWN_CALL;
-}
-
 /* Would the current thread, which is inside a send, go on behind a hole? */
 static __always_inline int tb_ignores_short_sends(void)
 {
-	return tb_reuses_msg_iter(tb_current_call());
+	__u32 call = tb_current_call();
+
+	return call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == SENDMMSG_X32 ||
+	       call == SOCKETCALL || call == IO_URING_ENTER || call == TB_UNKNOWN_CALL;
 }
