@@ -14,16 +14,13 @@ static __always_inline struct tb_counters *tb_counters_of(__u64 pod_id, __u32 ho
 static __always_inline void tb_count_outcome(__u64 pod_id, __u32 hop, __u32 outcome)
 {
 	struct tb_counter_key key = {.pod_id = pod_id, .hop = hop};
-	struct tb_counters *c = counters.lookup(&key), *zeros;
-	__u64 index = outcome;
 	int zero = 0;
+	struct tb_counters *zeros = no_counters.lookup(&zero), *c;
+	__u64 index = outcome;
 
-	if (!c) {
-		zeros = no_counters.lookup(&zero);
-		if (zeros)
-			counters.insert(&key, zeros);
-		c = counters.lookup(&key);
-	}
+	if (zeros)
+		counters.insert(&key, zeros); /* unless there are some */
+	c = counters.lookup(&key);
 	/* The verifier of 6.1 follows the very register that was compared. */
 	TB_PIN(index);
 	if (c && index < TB_OUTCOMES)

@@ -9,14 +9,6 @@
 
 #define TB_EXCHANGE_BYTES 32768 /* so many bytes count as another exchange */
 
-static __always_inline void tb_expect_passes(__u64 pod_id)
-{
-	struct tb_due first = {.cost = TB_FIRST_COST};
-
-	if (!due.lookup(&pod_id))
-		due.insert(&pod_id, &first);
-}
-
 /* Tells the joiner at once. An event that finds no room is not lost: the joiner looks at `pending`
  * now and then. */
 static __always_inline void tb_ring(__u64 pod_id)

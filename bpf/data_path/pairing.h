@@ -59,9 +59,10 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 						   const struct tb_pod *pod, __u64 sk)
 {
 	int is_client = (skops->bpf_sock_ops_cb_flags & TB_CLIENT) != 0;
+	struct tb_due first = {.cost = TB_FIRST_COST};
 	struct bpf_sock *socket = skops->sk;
+	__u64 id, token, pod_id = pod->id;
 	struct tb_conn *conn;
-	__u64 id, token;
 
 	if (!socket)
 		return NULL;
@@ -78,7 +79,7 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	conn->me.id = id;
 	conn->me.sk = sk;
 	conn->me.conn = (__u64)conn;
-	conn->me.pod_id = pod->id;
+	conn->me.pod_id = pod_id;
 	conn->me.is_proxy = tb_is_proxy(sk, pod);
 	conn->me.is_client = is_client;
 	tb_number(&conn->half, sk, is_client);
@@ -86,7 +87,7 @@ static __always_inline struct tb_conn *tb_remember(struct bpf_sock_ops *skops,
 	conn->moved.received = skops->rcv_nxt;
 	conn->moved.sent = skops->snd_nxt;
 	conn->since = tb_tick_ns();
-	tb_expect_passes(pod->id);
+	due.insert(&pod_id, &first); /* for the pod's first connection */
 	return conn;
 }
 
@@ -153,23 +154,19 @@ static __always_inline void tb_find_client(struct bpf_sock_ops *skops, const str
 	tb_count_outcome(pod->id, tb_hop(conn), TB_OUTCOME_PAIRED);
 }
 
-/* Has the pod opted out for the socket of this callback, which lies at `sk`? */
-static __always_inline int tb_is_excluded(struct bpf_sock_ops *skops, const struct tb_pod *pod,
-					  __u64 sk)
-{
-	return tb_pod_excludes(pod, skops->local_port) ||
-	       tb_pod_excludes(pod, tb_remote_port(skops)) ||
-	       ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(sk, pod));
-}
-
 /* A connection is no longer young: its socket is remembered, or calls no more. */
 static __always_inline struct tb_conn *tb_meet(struct bpf_sock_ops *skops, const struct tb_pod *pod)
 {
 	__u64 sk = tb_context_sock(skops);
-	int is_excluded = tb_is_excluded(skops, pod, sk);
-	struct tb_conn *conn = is_excluded ? NULL : tb_remember(skops, pod, sk);
-	__u32 outcome = is_excluded ? TB_OUTCOME_EXCLUDED : TB_OUTCOME_FULL;
+	__u32 outcome = TB_OUTCOME_FULL;
+	struct tb_conn *conn = NULL;
 
+	if (tb_pod_excludes(pod, skops->local_port) ||
+	    tb_pod_excludes(pod, tb_remote_port(skops)) ||
+	    ((pod->flags & TB_POD_PROXY_ONLY) && !tb_is_proxy(sk, pod)))
+		outcome = TB_OUTCOME_EXCLUDED;
+	else
+		conn = tb_remember(skops, pod, sk);
 	if (!conn) {
 		tb_count_outcome(pod->id, TB_HOP_NONE, outcome);
 		tb_call(skops, TB_CALL_NEVER);
