@@ -81,19 +81,6 @@ enum tb_membership {
 	TB_MEMBERSHIPS = 4,
 };
 
-/* How far a connection's TCP was at its last exchange. */
-struct tb_moved {
-	__u32 received; /* rcv_nxt */
-	__u32 sent;	/* write_seq */
-};
-
-/* Bypassed messages that are not in the counters yet. */
-struct tb_tally {
-	__u64 messages;
-	__u64 bytes;
-	__u64 at;
-};
-
 /* A paired socket, in its sk_storage. Times are nanoseconds. */
 struct tb_conn {
 	/* The connection: pairing.h */
@@ -108,7 +95,10 @@ struct tb_conn {
 	__u32 exchanges; /* since it was met, or has left: bytes went there and back */
 	__u32 wanted;	 /* so many of those before each packet is looked at */
 	__u32 watched;	 /* and so many since then */
-	struct tb_moved moved;
+	struct {
+		__u32 received; /* rcv_nxt at its last exchange */
+		__u32 sent;	/* and write_seq */
+	} moved;
 	__u64 since; /* when it was born, or `state` changed */
 	struct tb_place at;
 	__u64 noted; /* tb_begun() at the second visit of leaving; 0: none */
@@ -125,8 +115,11 @@ struct tb_conn {
 	__u32 credit;	  /* so much may go by TCP before it leaves, in bytes of tb_cost() */
 	__u64 tcp_at;	  /* when a message last went by TCP */
 	struct tb_place there;
-	/* Not yet in the counters */
-	struct tb_tally tally;
+	struct { /* bypassed, and not in the counters yet */
+		__u64 messages;
+		__u64 bytes;
+		__u64 at;
+	} tally;
 };
 
 /* What only the kernel's own programs know. */
@@ -134,44 +127,28 @@ struct tb_secret {
 	__u64 key[2];
 };
 
-/*
- * map          key                     value
- * pods         cgroup (storage)        struct tb_pod, written by ADD
- * conns        socket (storage)        struct tb_conn
- * sockhash     tb_conn.me.id           the socket
- * halves       struct tb_half_key      struct tb_half, until both ends have found each other
- * dials        struct tb_dial          1, from SYN to SYN-ACK of a connect to a Service
- * secret       0                       drawn anew by each load
- * counters     struct tb_counter_key   struct tb_counters, on each CPU
- * no_counters  0                       zeros, which begin the counters of a pod and hop
- * control      0                       struct tb_control, written by the node program
- * beat         0                       nanoseconds: when the joiner last looked; 0: none has
- * paused_pods  pod id                  1
- * due          pod id                  struct tb_due: what its connections miss without a pass
- * bell         -                       ids of pods that are due for a pass
- * fionread     0                       struct tb_fionread
- * registers_at 0                       from the start of a thread's stack: short_sends.h
- * sockhash_id  0                       the kernel's ID of map sockhash
- * splicers     socket cookie           enum tb_splice, once splice(2) was called on it: splice.h
- * splicing     netns cookie            1, once splice(2) was called there
- */
-BPF_CGROUP_STORAGE(pods, struct tb_pod);
+BPF_CGROUP_STORAGE(pods, struct tb_pod); /* written by ADD */
 BPF_SK_STORAGE(conns, struct tb_conn);
-BPF_SOCKHASH(sockhash, __u64, TB_MAX_SOCKETS);
+BPF_SOCKHASH(sockhash, __u64, TB_MAX_SOCKETS); /* by tb_conn.me.id */
+/* Until both ends have found each other. */
 BPF_F_TABLE("lru_hash", struct tb_half_key, struct tb_half, halves, TB_MAX_PENDING, 0);
+/* 1, from SYN to SYN-ACK of a connect to a Service. */
 BPF_F_TABLE("lru_hash", struct tb_dial, __u32, dials, TB_MAX_PENDING, 0);
-BPF_ARRAY(secret, struct tb_secret, 1);
+BPF_ARRAY(secret, struct tb_secret, 1); /* drawn anew by each load */
 BPF_F_TABLE("percpu_hash", struct tb_counter_key, struct tb_counters, counters, TB_MAX_COUNTERS,
 	    BPF_F_NO_PREALLOC);
-BPF_ARRAY(no_counters, struct tb_counters, 1); /* too many for the stack */
-BPF_ARRAY(control, struct tb_control, 1);
-BPF_ARRAY(beat, __u64, 1);
+BPF_ARRAY(no_counters, struct tb_counters, 1); /* zeros: too many for the stack */
+BPF_ARRAY(control, struct tb_control, 1);      /* written by the node program */
+BPF_ARRAY(beat, __u64, 1); /* nanoseconds: when the joiner last looked; 0: none has */
+/* By pod id: tcpip_bypass.h. */
 BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
-BPF_RINGBUF_OUTPUT(bell, 1);
+BPF_RINGBUF_OUTPUT(bell, 1); /* ids of pods that are due for a pass */
 BPF_ARRAY(fionread, struct tb_fionread, 1);
-BPF_ARRAY(registers_at, __u64, 1);
-BPF_ARRAY(sockhash_id, __u32, 1);
+BPF_ARRAY(registers_at, __u64, 1); /* from the start of a thread's stack: short_sends.h */
+BPF_ARRAY(sockhash_id, __u32, 1);  /* the kernel's ID of map sockhash */
+/* By cookies of sockets: enum tb_splice, once splice(2) was called on it. By those of network
+ * namespaces: 1, once it was called there. */
 BPF_F_TABLE("lru_hash", __u64, __u32, splicers, TB_MAX_SPLICERS, 0);
 BPF_F_TABLE("lru_hash", __u64, __u32, splicing, TB_MAX_PODS, 0);
 
