@@ -73,7 +73,6 @@ enum tb_hop {
 	TB_HOP_SIDECARS, /* sidecar -> sidecar, between two pods */
 	TB_HOP_LOCAL,	 /* any other connection inside one pod */
 	TB_HOP_DIRECT,	 /* any other connection between two pods */
-	TB_HOPS,
 };
 
 /* Why a message went by TCP after all. */

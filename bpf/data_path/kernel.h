@@ -27,7 +27,6 @@ static __u64 (*tb_tick_ns)(void) = (void *)BPF_FUNC_ktime_get_coarse_ns;
 #define NS_PER_S 1000000000ULL
 #define AF_INET 2
 #define AF_INET6 10
-#define EBUSY 16
 #define O_NONBLOCK 04000
 
 /* A member of the socket that the program runs for, from its struct tcp_sock: a plain load. */

@@ -67,17 +67,14 @@ static __always_inline int tb_addr_select(__u32 family, __u32 v4, __u32 w0, __u3
 	return family == AF_INET || family == AF_INET6;
 }
 
-/* The address of one end, `local` or `remote`, of the socket that a callback is for. */
+/* The address of one end, `local` or `remote`, of the socket that a callback is for. Each load is
+ * kept where it stands, as by TB_PIN. */
 #define TB_ADDR(skops, end, addr)                                                                  \
 	({                                                                                         \
 		__u32 v4 = (skops)->end##_ip4;                                                     \
 		__u32 w0 = (skops)->end##_ip6[0], w1 = (skops)->end##_ip6[1];                      \
 		__u32 w2 = (skops)->end##_ip6[2], w3 = (skops)->end##_ip6[3];                      \
-		TB_PIN(v4);                                                                        \
-		TB_PIN(w0);                                                                        \
-		TB_PIN(w1);                                                                        \
-		TB_PIN(w2);                                                                        \
-		TB_PIN(w3);                                                                        \
+		asm volatile("" : "+r"(v4), "+r"(w0), "+r"(w1), "+r"(w2), "+r"(w3));               \
 		tb_addr_select((skops)->family, v4, w0, w1, w2, w3, addr);                         \
 	})
 

@@ -18,10 +18,7 @@ struct tb_option {
 };
 
 #define TB_OPTION_KIND 253
-#define TB_OPTION_ID                                                                               \
-	{                                                                                          \
-		't', 'b'                                                                           \
-	}
+#define TB_OPTION_ID 't', 'b'
 
 #define TB_ROTL(x, bits) ((x) << (bits) | (x) >> (64 - (bits)))
 
@@ -106,7 +103,7 @@ static __always_inline int tb_find_dial(struct bpf_sock_ops *skops, const struct
 
 static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const struct tb_pod *pod)
 {
-	struct tb_option option = {TB_OPTION_KIND, sizeof(option), TB_OPTION_ID};
+	struct tb_option option = {TB_OPTION_KIND, sizeof(option), {TB_OPTION_ID}};
 	struct tb_half_key key = {};
 	__u64 token;
 
@@ -125,7 +122,7 @@ static __always_inline void tb_write_option(struct bpf_sock_ops *skops, const st
 static __always_inline void tb_keep_token(struct bpf_sock_ops *skops)
 {
 	/* To search by kind and ID, the length is that of the two (bpf_helpers(7)). */
-	struct tb_option option = {TB_OPTION_KIND, 4, TB_OPTION_ID};
+	struct tb_option option = {TB_OPTION_KIND, 4, {TB_OPTION_ID}};
 	struct bpf_sock *sk = skops->sk;
 	struct tb_dial dial = {};
 	struct tb_conn *conn;
