@@ -29,7 +29,6 @@ struct tb_look {
 	__u64 flags;	/* sk_flags */
 	__u64 head;	/* the first bypassed message */
 	__u32 size;	/* what is left of it */
-	__u32 reserved;
 };
 
 /* Bytes of the message that is at `list` in a bypass queue. */
@@ -38,26 +37,19 @@ static __always_inline __u32 tb_size_of(__u64 list)
 	return tb_read32(list - OFF_SK_MSG_LIST + OFF_SK_MSG_SIZE);
 }
 
-/* Does TCP still hold the socket's spinlock, for a packet, after some hundred nanoseconds? */
-static __always_inline int tb_is_receiving(__u64 sk)
-{
-	int i;
-
-#pragma clang loop unroll(disable)
-	for (i = 0; i < TB_SPINS; i++) {
-		if (!tb_read32(sk + OFF_SOCK_SPINLOCK))
-			return 0;
-	}
-	return 1;
-}
-
-/* Looks at a socket. Returns 0 while a packet is being received: rcv_nxt may count a FIN that
- * SOCK_DONE does not show yet, and so is read before the spinlock, sk_flags after it. */
+/* Looks at a socket. Returns 0 if TCP holds the spinlock, for a packet, for more than some hundred
+ * nanoseconds. rcv_nxt may count a FIN that SOCK_DONE does not show yet: so it is read before the
+ * spinlock, sk_flags after it. */
 static __always_inline int tb_look_at(__u64 sk, __u64 queue, struct tb_look *look)
 {
+	int spins;
+
 	look->received = tb_read32(sk + OFF_TCP_SOCK_RCV_NXT);
-	if (tb_is_receiving(sk))
-		return 0;
+#pragma clang loop unroll(disable)
+	for (spins = 0; tb_read32(sk + OFF_SOCK_SPINLOCK); spins++) {
+		if (spins == TB_SPINS)
+			return 0;
+	}
 	look->flags = tb_read64(sk + OFF_SOCK_FLAGS);
 	look->copied = tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ);
 	look->head = queue ? tb_read64(queue) : 0;
