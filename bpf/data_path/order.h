@@ -33,22 +33,6 @@
 #define TB_MOST_CREDIT (2 << 20)
 #define TB_EXCHANGE_CREDIT 2048
 
-/* Is the connection at both ends neither closed nor about to be? */
-static __always_inline int tb_is_open(const struct tb_conn *conn, const void *tp)
-{
-	return TB_OWN(__u8, tp, OFF_SOCK_STATE) == BPF_TCP_ESTABLISHED &&
-	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED;
-}
-
-/* May this socket send at all? Not from its own FIN on, where TCP refuses the message (EPIPE), but
- * a redirect would carry it behind the end of the stream. */
-static __always_inline int tb_may_send(const void *tp)
-{
-	__u8 state = TB_OWN(__u8, tp, OFF_SOCK_STATE);
-
-	return state == BPF_TCP_ESTABLISHED || state == BPF_TCP_CLOSE_WAIT;
-}
-
 /* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
  * that it closes, or has a ULP. Its queue may be freed memory by now, so it is not waited for. */
 static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
@@ -74,7 +58,8 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 		return TB_REASON_BLOCKING; /* it leaves, paused or not */
 	if (tb_is_paused(conn))
 		return TB_REASON_PAUSED;
-	if (!tb_is_open(conn, tp))
+	if (TB_OWN(__u8, tp, OFF_SOCK_STATE) != BPF_TCP_ESTABLISHED ||
+	    tb_tcp_state(conn->peer.sk) != BPF_TCP_ESTABLISHED)
 		return TB_REASON_HALF_CLOSED;
 	/* An application's lock, RULE (lock). */
 	if (!conn->peer.is_proxy && tb_is_owned(conn->peer.sk))
@@ -166,18 +151,6 @@ static __always_inline void tb_note_answers(struct tb_conn *conn, __u32 size)
 		conn->credit = tb_min(conn->credit + TB_EXCHANGE_CREDIT, TB_MOST_CREDIT);
 }
 
-/* Has the peer joined since this direction last looked? Notes its place in the sockhash. */
-static __always_inline int tb_meet_peer(struct tb_conn *conn, __u32 state)
-{
-	if (state == conn->peer_state || tb_membership(state) != TB_MEMBER)
-		return 0;
-	conn->peer_state = state;
-	conn->there.psock = TB_PEERS(__u64, conn, at.psock);
-	conn->there.prot = TB_PEERS(__u64, conn, at.prot);
-	conn->there.file = TB_PEERS(__u64, conn, at.file);
-	return 1;
-}
-
 /* A direction on TCP: TB_REASON_NONE if it goes to the bypass with this message, or why not. */
 static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *tp, __u32 size,
 					     __u32 state, __u64 now)
@@ -187,10 +160,15 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 	if (conn->path == TB_PATH_BEHIND && tb_has_read_on(conn) &&
 	    tb_is_empty(conn->there.psock) && tb_is_alone(conn))
 		conn->path = TB_PATH_TCP;
-	/* A reader that was inside recv when the peer joined looks into TCP's queue only. So one
-	 * more message goes by TCP, and must be consumed. */
-	if (tb_meet_peer(conn, state))
+	/* The peer has joined. A reader that was inside recv then looks into TCP's queue only. So
+	 * one more message goes by TCP, and must be consumed. */
+	if (state != conn->peer_state && tb_membership(state) == TB_MEMBER) {
+		conn->peer_state = state;
+		conn->there.psock = TB_PEERS(__u64, conn, at.psock);
+		conn->there.prot = TB_PEERS(__u64, conn, at.prot);
+		conn->there.file = TB_PEERS(__u64, conn, at.file);
 		return TB_REASON_ORDER;
+	}
 	reason = tb_wish(conn, tp, state, now);
 	if (reason)
 		return reason;
@@ -212,8 +190,11 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 					       __u32 state, __u64 now)
 {
 	__u32 reason = tb_wish(conn, tp, state, now);
+	__u8 own = TB_OWN(__u8, tp, OFF_SOCK_STATE);
 
-	if (!tb_may_send(tp))
+	/* From its own FIN on TCP refuses the message (EPIPE), but a redirect would carry it behind
+	 * the end of the stream. */
+	if (own != BPF_TCP_ESTABLISHED && own != BPF_TCP_CLOSE_WAIT)
 		return reason ? reason : TB_REASON_HALF_CLOSED;
 	/* A thread that was inside send before this socket joined has sent by TCP since. */
 	if (conn->tcp_seq != TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)) {

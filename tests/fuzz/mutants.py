@@ -86,7 +86,7 @@ LOCK = _mutant(
 )
 HALF_CLOSED = _mutant(
     "half-closed: bypassed bytes after the first FIN",
-    (r"if \(!tb_is_open\(conn, tp\)\)", "if (0)"),
+    (r"if \(TB_OWN\(__u8, tp, OFF_SOCK_STATE\) != [^;]+ED\)\n", "if (0)\n"),
 )
 CONNTRACK = _mutant(
     "conntrack: no message goes by TCP",

@@ -18,6 +18,7 @@ import pytest
 from tests import light
 from tests.bed import APP_UID, PROXY_UID, netns
 from tests.fuzz import mutants
+from tests.fuzz.mutants import Edit
 from tests.integration import traffic_forgery, traffic_pods, traffic_twins
 from tests.integration.traffic_pods import (
     SEEKING,
@@ -489,12 +490,8 @@ def test_forgery_works_where_nothing_forbids_it() -> None:
 def careless_joining(source: str) -> str:
     """Sockets join that have exchanged nothing, as a forger's. Nor need it get the messages that go
     by TCP."""
-    first = "if (tb_meet_peer(conn, state))\n\t\treturn TB_REASON_ORDER;"
-    assert source.count(first) == 1
-    source = source.replace(first, "tb_meet_peer(conn, state);")
-    for rule in ("conn->watched + more >= TB_MIN_EXCHANGES &&",):
-        assert source.count(rule) == 1
-        source = source.replace(rule, "")
+    source = Edit(r"at\.file\);\n\t\treturn TB_REASON_ORDER;", "at.file);").apply(source)
+    source = Edit(r"conn->watched \+ more >= TB_MIN_EXCHANGES &&", "").apply(source)
     return mutants.ORDER.edit(source)
 
 
