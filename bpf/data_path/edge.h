@@ -35,12 +35,3 @@ static __always_inline int tb_find_edge(const struct tb_conn *conn, __u64 sk)
 		tb_ring(conn->me.pod_id);
 	return is_empty && has_more && !is_owned;
 }
-
-/* A visit to a sender that has left: its peer has read on, so no byte lies behind others any
- * more. In the sockhash its sends find that out. */
-static __always_inline void tb_visit_sender(struct tb_conn *conn)
-{
-	if (conn->path == TB_PATH_BEHIND && tb_membership(conn->state) == TB_OUT &&
-	    tb_has_peer(conn) && tb_has_read_on(conn))
-		conn->path = TB_PATH_TCP;
-}

@@ -230,14 +230,16 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		tb_ring(conn->peer.pod_id);
 }
 
-/* Past the kernel's last mark a send of a member gets EAGAIN, and no new edge follows when there is
- * memory again: a socket in a sockhash is not told, one of TCP is (tcp_sendmsg_locked). */
-static __always_inline int tb_gains_nothing(const struct tb_conn *conn, __u64 now)
+/* Must a member leave, or does it gain nothing? Past the kernel's last mark for TCP's memory a send
+ * of a member gets EAGAIN, and no new edge follows when there is memory again: a socket in a
+ * sockhash is not told, one of TCP is (tcp_sendmsg_locked). */
+static __always_inline int tb_is_to_leave(const struct tb_conn *conn, __u64 now)
 {
 	int is_lone =
 		!tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
 
-	return !conn->credit || tb_is_under_pressure(conn->at.prot) ||
+	return conn->refused || !conn->credit || (tb_control_flags() & TB_CONTROL_LEAVE) ||
+	       tb_is_under_pressure(conn->at.prot) ||
 	       (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
@@ -286,11 +288,6 @@ static __always_inline __u64 tb_begun(const struct tb_conn *conn)
 	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + peers);
 }
 
-static __always_inline int tb_has_sleepers(const struct tb_conn *conn)
-{
-	return tb_sleepers(conn->me.sk) || tb_sleepers(conn->peer.sk);
-}
-
 /* RULE (leaving), the second visit or the third. Returns 1 if it may leave now. The sends are
  * counted before the first look in the second, and after the last look in the third. */
 static __always_inline int tb_try_leave(struct tb_conn *conn)
@@ -334,7 +331,7 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64 now)
 {
 	__u32 outcome = conn->refused ? 0 : tb_reason_to_refuse(conn, sk);
-	int is_leaving = tb_membership(conn->state) == TB_LEAVING;
+	int is_first = tb_membership(conn->state) != TB_LEAVING;
 
 	if (outcome)
 		tb_refuse(conn, outcome);
@@ -344,20 +341,18 @@ static __always_inline int tb_visit_member(struct tb_conn *conn, __u64 sk, __u64
 		tb_set_membership(conn, TB_OUT, now);
 		return 0;
 	}
-	if (is_leaving) {
-		if (tb_try_leave(conn)) {
-			tb_leave(conn, now);
-			return 0;
-		}
-	} else {
-		if (!conn->refused && !tb_gains_nothing(conn, now) &&
-		    !(tb_control_flags() & TB_CONTROL_LEAVE))
-			return 0;
+	if (is_first && !tb_is_to_leave(conn, now))
+		return 0;
+	if (is_first) {
 		conn->noted = 0;
 		tb_set_membership(conn, TB_LEAVING, now);
+	} else if (tb_try_leave(conn)) {
+		tb_leave(conn, now);
+		return 0;
 	}
 	tb_ring(conn->me.pod_id); /* for the next step, if it does not */
-	return (!is_leaving || conn->noted) && !tb_has_sleepers(conn);
+	return (is_first || conn->noted) && !tb_sleepers(conn->me.sk) &&
+	       !tb_sleepers(conn->peer.sk);
 }
 
 /* `socket` lies at `sk`. */
@@ -366,6 +361,9 @@ static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket
 {
 	__u32 outcome;
 
+	/* The peer has read on: no byte lies behind others any more. A member's sends see that. */
+	if (conn->path == TB_PATH_BEHIND && tb_has_peer(conn) && tb_has_read_on(conn))
+		conn->path = TB_PATH_TCP;
 	tb_seek(conn);
 	if (conn->refused || !tb_may_join(conn, sk, now))
 		return;
@@ -390,7 +388,6 @@ static __always_inline int tb_visit(void *socket, __u64 sk)
 	if (!conn || !id)
 		return 0;
 	may_be_behind = tb_may_be_behind(conn); /* as a member it may still know */
-	tb_visit_sender(conn);
 	if (tb_membership(conn->state) == TB_OUT)
 		tb_visit_outsider(conn, socket, sk, id, now);
 	else if (tb_visit_member(conn, sk, now))
