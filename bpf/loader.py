@@ -15,7 +15,7 @@ import platform
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +49,7 @@ _MODULE = "vmlinux__"
 
 _Place = tuple[str, str]  # a struct, and the path of a member of it
 
+# OFF_NAME in the programs; 0 for None, which this kernel has not.
 _OFFSETS: dict[str, _Place | None] = {
     "BPF_MAP_ID": ("bpf_map", "id"),
     "FILE_FLAGS": ("file", "f_flags"),
@@ -131,7 +132,11 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         "NET_TCP_SHRINK_WINDOW": shrinks if btf.has_member(*shrinks) else None,
         "PSOCK_MSG_TOT_LEN": total if btf.has_member(*total) else None,
     }
-    flags = _offsets(btf, _OFFSETS | optional | _memcg_members(btf))
+    members = _OFFSETS | optional | _memcg_members(btf)
+    flags = [
+        f"-DOFF_{name}={btf.member(*place).offset if place else 0}"
+        for name, place in sorted(members.items())
+    ]
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
     is_mptcp = btf.member("tcp_sock", "is_mptcp") if has_mptcp else Member(0, 0)
@@ -154,14 +159,6 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DBIT_SOCK_ZEROCOPY={btf.enumerator('sock_flags', 'SOCK_ZEROCOPY')}",
     ]
     return flags
-
-
-def _offsets(btf: KernelBTF, members: Mapping[str, _Place | None]) -> list[str]:
-    """OFF_NAME for each name of a struct's member; 0 for None, which this kernel has not."""
-    return [
-        f"-DOFF_{name}={btf.member(*place).offset if place else 0}"
-        for name, place in sorted(members.items())
-    ]
 
 
 def _version(release: str) -> tuple[int, ...]:
@@ -330,8 +327,9 @@ class Programs:
         except Exception as error:  # bcc raises bare Exception
             raise LoadError(f"bcc could not build the programs for this kernel: {error}") from error
         self.fds |= {name: self._map_fd(name) for name in MAP_PINS}
-        self._draw_secret()
-        self._tell_sockhash_id()
+        bpfsys.map_update(self._map_fd("secret"), bytes(4), os.urandom(16))
+        own_id = bpfsys.map_info(self.fds[pins.SOCKHASH]).id
+        bpfsys.map_update(self._map_fd("sockhash_id"), bytes(4), own_id.to_bytes(4, sys.byteorder))
         self._find_registers()
         self._attach_sk_msg()
         self.blind_to_splice = self._refuse_splice()
@@ -442,14 +440,6 @@ class Programs:
         if fd < 0:
             raise LoadError(f"bcc made no map {name}")
         return fd
-
-    def _draw_secret(self) -> None:
-        """Fills map ``secret`` (struct tb_secret, 16 bytes): only the programs ever read it."""
-        bpfsys.map_update(self._map_fd("secret"), bytes(4), os.urandom(16))
-
-    def _tell_sockhash_id(self) -> None:
-        raw = bpfsys.map_info(self.fds[pins.SOCKHASH]).id.to_bytes(4, sys.byteorder)
-        bpfsys.map_update(self._map_fd("sockhash_id"), bytes(4), raw)
 
     def _find_registers(self) -> None:
         """A visit notes where a thread's registers lie (bpf/data_path/short_sends.h)."""
