@@ -130,13 +130,11 @@ def backpressure() -> Found:
     return {"queued": sent, "stopped by": stopped_by, "lost": sent - received}
 
 
-def heard_by_edges(
-    edges: select.epoll, reader: socket.socket, size: int, timeout_s: float = TIMEOUT_S
-) -> int:
+def heard_by_edges(edges: select.epoll, reader: socket.socket, size: int) -> int:
     """Reads so many bytes, edge-triggered; a short read is taken for the end of what is there, as
     epoll(7) allows. Returns how many bytes it has heard, fewer when no event comes in time."""
     count = 0
-    while count < size and edges.poll(timeout_s):
+    while count < size and edges.poll(TIMEOUT_S):
         got = PART
         with contextlib.suppress(BlockingIOError):
             while got == PART:

@@ -19,10 +19,6 @@ WHY_NOT = "docs/operating.md#why-is-my-pod-not-accelerated"
 CHECKS = "docs/operating.md#is-it-well"
 SWITCH = "docs/deploy.md#turn-it-off-everywhere"
 MEND = "docs/security.md#what-the-mend-of-fionread-writes"
-LINKS = (
-    *(NEEDS, KERNEL_TRIED, OUR_ENTRY, THE_PROGRAM, THE_POD, INSTALLING),
-    *(WHY_NOT, CHECKS, SWITCH, MEND),
-)
 
 
 @dataclass(frozen=True)
