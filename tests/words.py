@@ -34,7 +34,6 @@ PRONOUNS = re.compile(
 )
 PER = 1000
 SHORTEST = 4  # words of a sentence; less is a title, a name, a number
-DIRECTIVE = re.compile(r"# (SPDX|type:|noqa|fmt:)")
 LONGEST = 0.9  # the share of sentences that are no longer
 
 

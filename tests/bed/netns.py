@@ -8,7 +8,6 @@ calling thread enters the namespace itself, which costs nothing and forks nothin
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
@@ -19,8 +18,7 @@ from pathlib import Path
 import pyroute2
 import pyroute2.netns
 
-CLONE_NEWNET = 0x40000000  # linux/sched.h; os.setns came with Python 3.12
-_libc = ctypes.CDLL(None, use_errno=True)
+from tests.bed.enter import CLONE_NEWNET, libc, must
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class NetNamespace:
         with _returning_home():
             away = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                _must(_libc.setns(away, CLONE_NEWNET), f"setns to {self.path}")
+                must(libc.setns(away, CLONE_NEWNET), f"setns to {self.path}")
             finally:
                 os.close(away)
             yield
@@ -101,15 +99,8 @@ def _returning_home() -> Iterator[None]:
     try:
         yield
     finally:
-        _must(_libc.setns(home, CLONE_NEWNET), "setns back")
+        must(libc.setns(home, CLONE_NEWNET), "setns back")
         os.close(home)
-
-
-def _must(result: int, what: str) -> None:
-    """Raise OSError with errno and what was tried, unless a libc call returned 0."""
-    if result != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
 @contextmanager
@@ -117,7 +108,7 @@ def created(name: str) -> Iterator[NetNamespace]:
     """A new network namespace with its loopback interface up, removed on leaving."""
     try:
         with _returning_home():
-            _must(_libc.unshare(CLONE_NEWNET), "unshare(CLONE_NEWNET)")
+            must(libc.unshare(CLONE_NEWNET), "unshare(CLONE_NEWNET)")
             pyroute2.netns.attach(name, "thread-self")  # reads /proc/<pid>/ns/net
             with pyroute2.IPRoute() as route:
                 route.link("set", index=1, state="up")

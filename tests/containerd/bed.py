@@ -85,6 +85,12 @@ class Pod:
         return node.within(netns, cgroup, argv, str(APP_UID))
 
 
+def run(pods: Sequence[Pod], attempt: int = 0) -> list[str]:
+    """A sandbox for each, all at once."""
+    with ThreadPoolExecutor(len(pods)) as pool:
+        return list(pool.map(lambda pod: pod.run_sandbox(attempt), pods))
+
+
 @dataclass(frozen=True)
 class RuntimeBed:
     """A node, its runtime, and what was on it when it counted as fresh."""

@@ -35,7 +35,7 @@ from tests.bed.cni import Json
 from tests.bed.pod import MESH
 from tests.containerd import containerd, traffic
 from tests.containerd.agent import Agent, Release
-from tests.containerd.bed import PLAIN, Pod, RuntimeBed, open_bare_bed
+from tests.containerd.bed import PLAIN, Pod, RuntimeBed, open_bare_bed, run
 from tests.containerd.cri import Wishes
 from tests.containerd.inventory import attached
 from tests.containerd.traffic import Report, Traffic
@@ -99,12 +99,6 @@ def made(
             for each in bed.cri.sandboxes():
                 if each.pod_uid in uids:
                     pods[uids.index(each.pod_uid)].end_sandbox(each.id)
-
-
-def run(pods: list[Pod], attempt: int = 0) -> list[str]:
-    """A sandbox for each, all at once."""
-    with ThreadPoolExecutor(len(pods)) as pool:
-        return list(pool.map(lambda pod: pod.run_sandbox(attempt), pods))
 
 
 def accelerated(pods: list[Pod]) -> list[bool]:

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from bpf import pins
-from tests.containerd.bed import Pod, RuntimeBed
+from tests.containerd.bed import Pod, RuntimeBed, run
 from tests.containerd.cri import CriError
 from tests.containerd.inventory import attached
 
@@ -25,7 +25,7 @@ Calls = list[Callable[[], object]]
 
 def test_pods_outlive_containerd(bed: RuntimeBed) -> None:
     with made(bed, "survivor") as pods:
-        sandboxes = run_all(pods)
+        sandboxes = run(pods)
         bed.containerd.kill()
         bed.containerd.start()
         for pod, sandbox in zip(pods, sandboxes):
@@ -44,7 +44,7 @@ def test_killed_while_sandboxes_are_being_made(bed: RuntimeBed) -> None:
 
 def test_killed_while_sandboxes_are_being_ended(bed: RuntimeBed) -> None:
     def ends(pods: list[Pod]) -> Calls:
-        return [partial(pod.end_sandbox, sandbox) for pod, sandbox in zip(pods, run_all(pods))]
+        return [partial(pod.end_sandbox, sandbox) for pod, sandbox in zip(pods, run(pods))]
 
     kill_again_and_again(bed, ends)
 
@@ -65,7 +65,7 @@ def kill_again_and_again(bed: RuntimeBed, calls_of: Callable[[list[Pod]], Calls]
             assert [attached(pod.cgroup) for pod in pods] == [[]] * PODS
             assert owners_of_records(bed) == set()
             bed.remove_what_containerd_forgot()
-            run_all(pods, attempt=1)
+            run(pods, attempt=1)
             assert [attached(pod.cgroup) for pod in pods] == [[pins.SOCK_OPS_NAME]] * PODS
             bed.end_all_sandboxes()
         left = bed.leftovers()
@@ -78,12 +78,6 @@ def made(bed: RuntimeBed, name: str) -> Iterator[list[Pod]]:
     """PODS pods, with no sandboxes yet."""
     with ExitStack() as stack:
         yield [stack.enter_context(bed.pod(f"{name}-{number}")) for number in range(PODS)]
-
-
-def run_all(pods: list[Pod], attempt: int = 0) -> list[str]:
-    """A sandbox for every pod, all at once."""
-    with ThreadPoolExecutor(len(pods)) as pool:
-        return list(pool.map(lambda pod: pod.run_sandbox(attempt), pods))
 
 
 def time_of(calls: Calls) -> float:

@@ -19,13 +19,13 @@ import pytest
 from bpf import abi
 from install.program import commands, freshness, selftest
 from install.program.generations import Generations
-from install.program.node import Node
 from install.program.selftest import Check, Verdict
 from tests.bed import cgroups, open_bed
 from tests.bed.bed import Bed
 from tests.bed.node import PROGRAM
 from tests.integration import plugin_calls
 from tests.integration.plugin_calls import Sandbox
+from tests.integration.reach import in_process
 
 
 @pytest.fixture
@@ -43,10 +43,6 @@ def pod(bed: Bed) -> Iterator[Sandbox]:
 def must(pod: Sandbox, command: str) -> None:
     answer = pod.call(command)
     assert answer.exit == 0, answer
-
-
-def in_process(bed: Bed) -> Node:
-    return Node(bed.node.bpffs, bed.node.state_dir)
 
 
 @pytest.mark.parametrize(("old", "new"), [("aaa-old", "zzz-new"), ("zzz-old", "aaa-new")])

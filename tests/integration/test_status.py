@@ -26,12 +26,12 @@ from bpf import bpfsys, pins
 from cni_plugin import names
 from cni_plugin.state import Key, State
 from install.program.agent.metrics import Metrics
-from install.program.node import Node
 from tests.bed import Pod, cgroups, open_bed
 from tests.bed.bed import Bed
 from tests.bed.cni import DUAL_STACK
 from tests.bed.node import PROGRAM
 from tests.integration import plugin_calls
+from tests.integration.reach import in_process
 
 ACCELERATED = {names.ENABLED: "true"}
 SIZE = 1000  # bytes of a message
@@ -76,10 +76,6 @@ def talk(pod: Pod, exchanges: int) -> int:
     """One connection inside the pod; the bytes that were sent."""
     pod.run(["/usr/bin/python3", "-c", TRAFFIC, str(exchanges)])
     return 2 * SIZE * exchanges
-
-
-def in_process(bed: Bed) -> Node:
-    return Node(bed.node.bpffs, bed.node.state_dir)
 
 
 def of_pod(report: dict[str, Any], name: str) -> dict[str, Any]:

@@ -82,7 +82,6 @@ struct proto {
 };
 
 struct request {
-	__u64 listener;
 	__u32 rcv_isn, snt_isn;
 };
 
@@ -116,7 +115,6 @@ struct poll_wqueues {
 #endif
 #define OFF_PSOCK_LINK offsetof(struct psock, link)
 #define OFF_PSOCK_REFCNT offsetof(struct psock, refcnt)
-#define OFF_REQUEST_SOCK_LISTENER offsetof(struct request, listener)
 #define OFF_SK_MSG_LIST offsetof(struct host_message, list)
 #define OFF_SK_MSG_SIZE offsetof(struct host_message, size)
 #define OFF_SK_PSOCK_LINK_MAP offsetof(struct link, map)
