@@ -12,7 +12,6 @@ from cni_plugin.protocol import InvalidNetns
 from cni_plugin.state import Attachment, Key, State
 
 if TYPE_CHECKING:
-    from cni_plugin.attachment import Generation
     from cni_plugin.netconf import NetConf
     from cni_plugin.policy import Plan, Pod
     from cni_plugin.protocol import Json, Request
@@ -141,7 +140,9 @@ def _attach(draft: Attachment, state: State, bpffs: str) -> None:
         log.say(f"not accelerated: interface {sibling} of the same pod is")
         return
     generation = attachment.current_generation(bpffs)
-    record = draft._replace(prog_id=_program_id(generation), generation=generation.name)
+    with bpfsys.closing(generation.open(pins.SOCK_OPS)) as program_fd:
+        program_id = bpfsys.prog_info(program_fd).id
+    record = draft._replace(prog_id=program_id, generation=generation.name)
     key = Key(record.container_id, record.ifname)
     before = state.read(key)
     if before is not None and before.inode != record.inode:
@@ -153,11 +154,6 @@ def _attach(draft: Attachment, state: State, bpffs: str) -> None:
     except BaseException:
         attachment.undo(state, bpffs, key, record)
         raise
-
-
-def _program_id(generation: Generation) -> int:
-    with bpfsys.closing(generation.open(pins.SOCK_OPS)) as program_fd:
-        return bpfsys.prog_info(program_fd).id
 
 
 def _sibling(draft: Attachment, state: State) -> str | None:

@@ -13,7 +13,6 @@ import ctypes
 import errno
 import ipaddress
 import os
-import resource
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -181,14 +180,7 @@ def put(attachment: Attachment, generation: Generation) -> None:
                 errno.ENOENT, "the pod's cgroup is gone again", attachment.cgroup
             )
         with attached(cgroup_fd, attachment.inode) as before:
-            _lift_memory_limit()
             move(cgroup_fd, attachment.inode, before, generation, record_of(attachment))
-
-
-def _lift_memory_limit() -> None:
-    # Before 5.11 a pod's record is charged against RLIMIT_MEMLOCK, with every map of root's.
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
 def move(

@@ -26,7 +26,7 @@ from tests.bed.bed import Bed
 from tests.integration import plugin_calls
 from tests.integration.plugin_calls import Answer, Sandbox
 
-CALLS = "bpf,flock,getdents64,mkdir,newfstatat,openat,prlimit64,readlink,rename,unlink,write"
+CALLS = "bpf,flock,getdents64,mkdir,newfstatat,openat,readlink,rename,unlink,write"
 # What the kernel would say of: a full disk, a security module, something in use.
 ERRORS = ("ENOSPC", "EPERM", "EBUSY")
 KILL = "SIGKILL"

@@ -31,7 +31,7 @@ _LINKS = ("bin", "lib", "lib64", "sbin", "var/run")
 _CONFIGURATION = ("group", "hosts", "ld.so.cache", "nsswitch.conf", "passwd", "protocols")
 _TOOLS = (
     *("cat", "conntrack", "env", "ip", "iptables", "iptables-restore", "ldconfig", "mount"),
-    *("prlimit", "setpriv", "sh", "sleep", "ss", "umount"),
+    *("sh", "sleep", "ss", "umount"),
     *("haproxy", "java", "nginx", "node", "openssl"),  # tests/kernels/apps.py
 )
 _MOUNT_POINTS = ("dev", "proc", "run", "sys", "tmp")

@@ -145,12 +145,6 @@ def _ktls(printed: dict[str, Any]) -> Finding:
     return Finding(summary, frozenset({OFF} if problems else names.MODES), tuple(problems))
 
 
-def _memlock(printed: dict[str, Any]) -> Finding:
-    problems = () if printed["with"] else ("load fails with the agent's capabilities",)
-    needed = "needed" if not printed["without"] else "not needed"
-    return Finding(f"CAP_SYS_RESOURCE {needed}", frozenset(names.MODES), problems)
-
-
 def _memory(printed: list[dict[str, Any]]) -> Finding:
     """Whatever the container holds, nothing is killed, nothing lost and nothing forgotten. Where
     there is room, or only cache in its place, bytes bypass; else about as much lies unread as over
@@ -271,7 +265,6 @@ _ALL = (
     Suite("churn", (*_PASSES, "churn", "240"), _passes, 900),
     Suite("mptcp", (*_PASSES, "mptcp", "60"), _passes, 600),
     Suite("leaving", (*_PASSES, "leaving", "500"), _passes, 900),
-    Suite("memlock", (f"{_BIN}/python", "-m", "tests.kernels.memlock"), _memlock, 300),
     Suite(
         "semantics",
         (f"{_BIN}/python", "-m", "tests.semantics", "--json", "--jobs", "12"),
@@ -290,9 +283,9 @@ _ALL = (
     ),
 )
 SUITES = {suite.name: suite for suite in _ALL}
-# A run without --suite leaves these out. They try the joiner, for minutes; memlock tries no socket.
+# A run without --suite leaves these out. They try the joiner, for minutes.
 _UNUSUAL = (
-    *("mend-life", "memlock", "transfers"),
+    *("mend-life", "transfers"),
     *("ktls-joins", "churn", "mptcp", "leaving"),  # for docs/design/late-join.md
 )
 USUAL = [name for name in SUITES if name not in _UNUSUAL]
