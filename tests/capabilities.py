@@ -19,7 +19,7 @@ def numbers() -> dict[str, int]:
 
 @cache
 def of_this_machine() -> frozenset[str]:
-    """Those that root can have here; virtual machines of CI may lack CAP_SYS_RESOURCE."""
+    """Those that root can have here; a virtual machine of CI may lack some."""
     status = Path("/proc/self/status").read_text()
     bounding = int(status.partition("CapBnd:")[2].split()[0], 16)
     return frozenset(name for name, number in numbers().items() if bounding >> number & 1)

@@ -23,7 +23,6 @@ from tests.bed.node import PROGRAM, is_report
 GRANTED = manifests.capabilities(manifests.documents(manifests.DAEMONSET))
 Argv = list[str | Path]
 NOBODY = 65534
-MEMLOCK = 65_536  # bytes, as low as container runtimes have it
 CONFLIST = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}]}
 
 
@@ -111,13 +110,6 @@ def install(scratch: Scratch, names: frozenset[str]) -> Done:
     return answer
 
 
-def lock_memory(scratch: Scratch, names: frozenset[str]) -> Done:
-    """A higher RLIMIT_MEMLOCK, under which all maps were counted before Linux 5.11."""
-    code = "import resource as r; r.setrlimit(r.RLIMIT_MEMLOCK, (r.RLIM_INFINITY,) * 2)"
-    prlimit = ["prlimit", f"--memlock={MEMLOCK}:{MEMLOCK}", "--"]
-    return scratch.call(names, *prlimit, sys.executable, "-c", code)
-
-
 Work = Callable[[Scratch, frozenset[str]], Done]
 
 # Each capability: what cannot be done without it, and what is then said.
@@ -128,7 +120,6 @@ NEEDED = {
     "SYS_ADMIN": (load, "Operation not permitted"),
     "SYS_CHROOT": (mount_bpffs, "Operation not permitted"),
     "SYS_PTRACE": (mount_bpffs, "Permission denied"),
-    "SYS_RESOURCE": (lock_memory, "not allowed to raise maximum limit"),
 }
 
 
