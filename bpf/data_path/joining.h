@@ -67,7 +67,6 @@ static __always_inline void tb_start_over(struct tb_conn *conn)
 	conn->watched = 0;
 }
 
-/* Another time, after so many times as many exchanges as the last time. */
 static __always_inline void tb_back_off(struct tb_conn *conn)
 {
 	tb_start_over(conn);

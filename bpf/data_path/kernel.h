@@ -53,7 +53,6 @@ static const void *(*tb_rdonly_cast)(__u64 address, __u32 type) = (void *)TB_RDO
 #define tb_read32(address) TB_READ(__u32, address)
 #define tb_read8(address) TB_READ(__u8, address)
 
-/* Have so many nanoseconds passed between two times? */
 static __always_inline int tb_has_passed(__u64 ns, __u64 since, __u64 now)
 {
 	return (__s64)(now - since) >= (__s64)ns;

@@ -49,8 +49,7 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 {
 	if (!conn->there.psock)
 		return TB_REASON_WAITING; /* the peer has never joined */
-	/* Before all others: for no other reason does tb_try_return() give up a peer that has gone.
-	 * Another sk_prot: the peer has a ULP, or closes. */
+	/* First: for no other reason does tb_try_return() give up a peer that has gone. */
 	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
 	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
 		return TB_REASON_LEAVING;

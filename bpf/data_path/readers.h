@@ -3,9 +3,9 @@
  * Which sockets may be in the sockhash.
  *
  * RULE (readers). recv(2) of a socket in a sockhash waits once: a wake-up without data ends it
- * with EAGAIN (tcp_bpf_recvmsg). And splice(2) never sees bypassed bytes. So a socket is
- * not in the sockhash if its reader may sleep in recv, or splices. Its file is O_NONBLOCK at each
- * packet of the exchanges that are watched before it joins, and at each message bypassed to it.
+ * with EAGAIN (tcp_bpf_recvmsg). So a socket is not in the sockhash if its reader may sleep in
+ * recv. Its file is O_NONBLOCK at each packet of the exchanges that are watched before it joins,
+ * and at each message bypassed to it.
  */
 
 #define TB_MAX_WAITERS 8
