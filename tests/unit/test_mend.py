@@ -8,10 +8,11 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bpf import pins
+from bpf import pins, preemption
 from bpf.loader import PINS
 from cni_plugin import names
 from install.program import cli as program
@@ -114,3 +115,28 @@ def test_why_the_mode_is_less_in_an_operators_words(failed: list[str], said: lis
     faults = selftest.decide(checks).faults
     assert len(faults) == len(said)
     assert all(words in fault for words, fault in zip(said, faults, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("version", "debugfs", "model", "is_within"),
+    [
+        ("#1 SMP PREEMPT_DYNAMIC Debian 6.1", "none (voluntary) full\n", "voluntary", False),
+        ("#1 SMP PREEMPT_DYNAMIC Debian 6.12", "none voluntary (full)\n", "full", True),
+        ("#1 SMP PREEMPT_DYNAMIC Debian 7.3", "full (lazy)\n", "lazy", True),
+        ("#1 SMP PREEMPT_DYNAMIC @0", "", "", True),
+        ("#1 SMP PREEMPT Debian", "", "full", True),
+        ("#1 SMP PREEMPT_RT Debian", "", "full", True),
+        ("#1 SMP Debian", "", "voluntary", False),
+    ],
+)
+def test_what_a_kernel_says_of_preemption(
+    monkeypatch: pytest.MonkeyPatch, version: str, debugfs: str, model: str, is_within: bool
+) -> None:
+    monkeypatch.setattr("bpf.preemption.os.uname", lambda: SimpleNamespace(version=version))
+    monkeypatch.setattr(preemption, "_read_debugfs", lambda _: debugfs)
+    assert preemption.model() == model
+    assert preemption.is_within_programs(model) is is_within
+
+
+def test_a_kernel_without_debugfs_says_nothing() -> None:
+    assert preemption._read_debugfs("no/such/file") == ""
