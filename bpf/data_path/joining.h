@@ -238,7 +238,7 @@ static __always_inline int tb_is_to_leave(const struct tb_conn *conn, __u64 now)
 		!tb_has_peer(conn) || tb_membership(TB_PEERS(__u32, conn, state)) != TB_MEMBER;
 
 	return conn->refused || !conn->credit || (tb_control_flags() & TB_CONTROL_LEAVE) ||
-	       tb_is_under_pressure(conn->at.prot) ||
+	       tb_is_under_pressure(conn->at.prot) || tb_tcp_state(conn->me.sk) == BPF_TCP_CLOSE ||
 	       (is_lone && tb_has_passed(TB_LONELY, conn->since, now));
 }
 
@@ -321,7 +321,10 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 	sockhash.delete(&id);
 	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
 	conn->moved.sent = tb_sent(conn->me.sk);
-	tb_back_off(conn);
+	if (tb_is_under_pressure(conn->at.prot))
+		tb_start_over(conn); /* not for what it did itself */
+	else
+		tb_back_off(conn);
 	tb_set_membership(conn, TB_OUT, now);
 	tb_count_membership(conn, 0);
 }

@@ -222,7 +222,7 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 	if (conn->path == TB_PATH_BEHIND || reason == TB_REASON_BLOCKING ||
 	    reason == TB_REASON_INELIGIBLE)
 		tb_ring(conn->peer.pod_id);
-	if (reason == TB_REASON_INELIGIBLE || reason == TB_REASON_MEMORY)
+	if (reason == TB_REASON_INELIGIBLE || tb_is_under_pressure(conn->at.prot))
 		tb_ring(conn->me.pod_id); /* it may be this end */
 	if (reason == TB_REASON_PAUSED)
 		return;

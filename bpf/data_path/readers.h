@@ -10,7 +10,8 @@
 
 #define TB_MAX_WAITERS 8
 #define TB_MANY_SLEEPERS 0x10000
-#define TB_HELD 1024		  /* looks at a lock, some ten microseconds */
+#define TB_HELD 50000 /* nanoseconds: not by a look, a packet in between, or a copy */
+#define TB_LOOKS 2048
 #define TB_STACK_SIZE (64 * 1024) /* at least THREAD_SIZE: so much with pages of 64 KB */
 
 /* Has the application set an option that changes what its reads return, or when? Time stamps come
@@ -109,10 +110,15 @@ static __always_inline int tb_is_owned(__u64 sk)
 /* And for longer than a call takes that looks at what is unread, and leaves it (MSG_PEEK)? */
 static __always_inline int tb_is_held(__u64 sk)
 {
+	__u64 began = bpf_ktime_get_ns();
 	int i;
 
 #pragma clang loop unroll(disable)
-	for (i = 0; i < TB_HELD && tb_is_owned(sk); i++)
-		;
-	return i == TB_HELD;
+	for (i = 0; i < TB_LOOKS; i++) {
+		if (!tb_is_owned(sk))
+			return 0;
+		if (bpf_ktime_get_ns() - began > TB_HELD)
+			return 1;
+	}
+	return 1;
 }
