@@ -14,16 +14,19 @@ import os
 import re
 from pathlib import Path
 
-_DEBUGFS = Path("/sys/kernel/debug")
+_DEBUGFS = "/sys/kernel/debug"
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000  # linux/sched.h, linux/mount.h
 _CHOSEN = re.compile(r"\((\w+)\)")
+_COMMAND_LINE, _ASKED = Path("/proc/cmdline"), re.compile(r"\bpreempt=(\w+)")
 
 
 def model() -> str:
     """One of the above; empty when it cannot be found out."""
     version = os.uname().version
     if "PREEMPT_DYNAMIC" in version:
-        chosen = _CHOSEN.search(_read_debugfs("sched/preempt"))
+        chosen = _CHOSEN.search(_read_debugfs("sched/preempt")) or _ASKED.search(
+            _COMMAND_LINE.read_text()
+        )
         return chosen[1] if chosen else ""
     return "full" if "PREEMPT" in version else "voluntary"
 
@@ -35,10 +38,11 @@ def _read_debugfs(name: str) -> str:
     if not child:
         try:
             libc = ctypes.CDLL(None)
-            libc.unshare(_CLONE_NEWNS)
-            libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
-            libc.mount(b"debugfs", os.fsencode(_DEBUGFS), b"debugfs", 0, None)
-            os.write(theirs, (_DEBUGFS / name).read_bytes())
+            # One after the other: what is mounted otherwise would be the node's.
+            is_alone = not libc.unshare(_CLONE_NEWNS)
+            is_alone = is_alone and not libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+            if is_alone and not libc.mount(b"debugfs", _DEBUGFS.encode(), b"debugfs", 0, None):
+                os.write(theirs, Path(_DEBUGFS, name).read_bytes())
         finally:
             os._exit(0)
     os.close(theirs)
