@@ -36,6 +36,7 @@ from tests.light import (
 CONNECTIONS = 24
 LIMIT = 64 << 20  # bytes; a 16th of it is nobody's but the container's
 WRITE = 16 << 10
+GREETINGS, GREETING_S = 20, 0.02
 REST_S = 3
 TIMEOUT_S = 60
 PATTERN = bytes(range(251)) * (WRITE // 251 + 2)
@@ -44,13 +45,11 @@ DISK = Path("/dev/loop0")
 
 @dataclass(frozen=True)
 class Situation:
-    """How much of its limit the container has free, or whether file cache has taken that; and
-    whether it accepts its connections only when it has rested."""
+    """How much of its limit the container has free, or whether file cache has taken that."""
 
     name: str
     free: int = 0  # bytes
     is_cached: bool = False
-    is_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ SITUATIONS = (
     Situation("tight", 8 << 20),
     Situation("full", 4 << 20),
     Situation("cached", is_cached=True),
-    Situation("late", 48 << 20, is_late=True),
 )
 
 
@@ -104,7 +102,6 @@ def take_in(connections: Sequence[socket.socket]) -> tuple[int, int]:
     """Reads all to the end: bytes, and how many connections said anything wrong."""
     received = wrong = 0
     for connection in connections:
-        connection.settimeout(TIMEOUT_S)
         so_far, right = 0, True
         while data := connection.recv(WRITE):
             right &= data == expected(so_far, len(data))
@@ -117,23 +114,34 @@ def take_in(connections: Sequence[socket.socket]) -> tuple[int, int]:
 def rest(container: Path, situation: Situation, pipe: Connection) -> None:
     """The receiver: fills its container, reads nothing until it is told to, then everything."""
     (container / "cgroup.procs").write_text("0")
-    connections: list[socket.socket] = []
-
-    def accept() -> None:
-        connections.extend(listener.accept()[0] for _ in range(CONNECTIONS))
-
     with socket.create_server((SERVER_IP, 8080), backlog=CONNECTIONS) as listener:
         pipe.send("listening")
-        if not situation.is_late:
-            accept()
-        filling = fill(container, situation)
-        pipe.send("resting")
-        pipe.recv()
-        if situation.is_late:
-            accept()
+        connections = [listener.accept()[0] for _ in range(CONNECTIONS)]
+    for each in connections:
+        each.settimeout(TIMEOUT_S)
+    for _ in range(GREETINGS):
+        for each in connections:
+            each.sendall(each.recv(1))
+    filling = fill(container, situation)
+    pipe.send("resting")
+    pipe.recv()
     del filling
     pipe.send(take_in(connections))
     pipe.recv()
+
+
+def greet(pod: LightPod, connections: Sequence[socket.socket]) -> None:
+    """Says so much that both ends of each have joined."""
+    for _ in range(GREETINGS):
+        for each in connections:
+            each.sendall(b"a")
+            each.recv(1)
+        time.sleep(GREETING_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while pod.members() < 2 * CONNECTIONS and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for each in connections:
+        each.setblocking(False)
 
 
 def press(connections: Sequence[socket.socket]) -> tuple[list[int], list[str]]:
@@ -159,7 +167,6 @@ def connect(stack: ExitStack) -> list[socket.socket]:
         for _ in range(CONNECTIONS):
             address = (SERVER_IP, 8080)
             made = socket.create_connection(address, TIMEOUT_S, (CLIENT_IP, 0))
-            made.setblocking(False)
             connections.append(stack.enter_context(made))
     return connections
 
@@ -191,6 +198,7 @@ def try_it(pod: LightPod, situation: Situation) -> Found:
         theirs.close()
         ours.recv()
         connections = connect(stack)
+        greet(pod, connections)
         ours.recv()
         sent, errors = press(connections)
         charged = number(app, "memory.stat", "sock")
