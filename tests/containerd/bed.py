@@ -77,9 +77,11 @@ class Pod:
         """The sandbox' IP."""
         return self._cri.sandbox_status(sandbox_id).ip
 
-    def entering(self, sandbox_id: str, argv: Sequence[str | Path]) -> list[str | Path]:
+    def entering(
+        self, sandbox_id: str, argv: Sequence[str | Path], container: str = "app"
+    ) -> list[str | Path]:
         """The command line that runs argv as a container of this pod would run it."""
-        cgroup = self.cgroup / "app"
+        cgroup = self.cgroup / container
         cgroup.mkdir(exist_ok=True)
         netns = Path(f"/proc/{self._cri.sandbox_status(sandbox_id).pid}/ns/net")
         return node.within(netns, cgroup, argv, str(APP_UID))

@@ -635,11 +635,11 @@ def test_what_the_runtime_forgot_is_collected(agent: Agent) -> None:
 
 
 def test_a_joiner_that_hangs_is_not_waited_for(agent: Agent) -> None:
-    (joiner,) = [
-        int(each.name)
-        for each in Path("/proc").glob("[0-9]*")
-        if f"--parent\0{agent.pid}\0" in (each / "cmdline").read_text()
-    ]
+    children = Path("/proc", str(agent.pid), "task", str(agent.pid), "children")
+    commands = {
+        int(pid): Path("/proc", pid, "cmdline").read_bytes() for pid in children.read_text().split()
+    }
+    (joiner,) = [pid for pid, command in commands.items() if b"\0join\0" in command]
     os.kill(joiner, signal.SIGSTOP)
     assert agent.end() == 0
     assert not Path("/proc", str(joiner)).exists()

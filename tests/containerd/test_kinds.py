@@ -169,6 +169,19 @@ def test_a_pod_that_is_frozen_for_a_while(bed: RuntimeBed, frozen: str) -> None:
             assert_whole(load.end())
 
 
+def test_a_container_that_comes_later(bed: RuntimeBed) -> None:
+    """An ephemeral one, or an init container that is started again: another cgroup of the pod."""
+    with made(bed, Kind()) as (client, server), joining(bed):
+        ask = talker("ask", server.address)
+        with exchanging(server.talking("serve"), client.talking("ask", server.address)) as load:
+            wait_for_more(bed, {"client": 0, "server": 0})
+            later = client.pod.entering(client.sandbox, ask, container="debugger")
+            with traffic.started(later) as process:
+                assert_whole(load.end())
+                wait_for_more(bed, bypassed(bed))
+                assert_whole(Traffic(process).end())
+
+
 @pytest.fixture
 def bed_with_users(request: pytest.FixtureRequest) -> Iterator[RuntimeBed]:
     """containerd makes user namespaces from 2 on. Debian 12's runc, 1.1.5, is good enough."""
