@@ -111,8 +111,9 @@ def _accelerated(node: Node) -> list[Attachment]:
 def switch(node: Node) -> Iterator[Callable[[bool], None]]:
     """Pauses and resumes the node; it is resumed on leaving, also after a signal.
 
-    A pause of an operator or of the cluster's switch that comes meanwhile stays, and ends this:
-    what is yielded raises NodeError then.
+    What is yielded raises NodeError once an operator has paused or resumed the node meanwhile, and
+    their pause stays. One that comes while the node is paused here cannot be told from ours. A
+    pause of the cluster's switch always stays.
     """
     is_paused = False  # by us
     told: list[int] = []

@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from bpf import pins
 from cni_plugin import names
 from install.program import ROOT
 
@@ -36,12 +37,20 @@ def version() -> str:
 
 def mark(node: Node, generation: Generation) -> dict[str, Any]:
     """What a load that has come to its end leaves in node.json."""
+    return {**_setting(node, generation), "optional_pins": _optional_pins(generation)}
+
+
+def _setting(node: Node, generation: Generation) -> dict[str, Any]:
     return {
         "programs": version(),
         "generation": generation.folder.name,
         "mends_fionread": node.mends_fionread,
-        "refuses_splice": generation.refuses_splice(),
     }
+
+
+def _optional_pins(generation: Generation) -> list[str]:
+    """Those that are there; this kernel may not allow all."""
+    return [pin for pin in (*pins.TRACES, pins.SPLICERS) if (generation.folder / pin).exists()]
 
 
 def reason_to_load(node: Node) -> str | None:
@@ -61,11 +70,15 @@ def reason_to_try(node: Node) -> str | None:
 
 
 def _lost(found: dict[str, object], current: Generation) -> str:
-    """What this generation did when it was loaded, and does not do any more."""
+    """What this generation had when it was loaded, and has not any more."""
     if found.get("mended") and not current.is_mended():
-        return "FIONREAD is mended"
-    if found.get("refuses_splice") and not current.refuses_splice():
-        return "splice(2) is refused"
+        return f"FIONREAD is mended no more: pins in {current.folder} are gone"
+    optional = found.get("optional_pins")
+    if current.is_retired():
+        return f"the sockets of {current.folder.name} were told to leave"
+    before = set(optional) if isinstance(optional, list) else set()
+    if gone := before - set(_optional_pins(current)):
+        return f"pins in {current.folder} are gone: {', '.join(sorted(gone))}"
     return ""
 
 
@@ -81,8 +94,8 @@ def reason_to_publish(node: Node) -> str | None:
     try:
         found = json.loads(path.read_bytes())
         if lost := _lost(found, current):
-            return f"{lost} no more: pins in {current.folder} are gone"
-        if mark(node, current).items() <= found.items():
+            return lost
+        if _setting(node, current).items() <= found.items():
             return None
     except (OSError, ValueError, AttributeError) as error:
         return f"{path} cannot be read: {error}"

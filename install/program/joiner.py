@@ -189,9 +189,12 @@ def is_hung(state_dir: Path, current: Generation | None) -> bool:
         silent_s = math.inf
     try:
         told_s = current.joiner_silent_s() if current else 0.0
+        if current and told_s is None:
+            told_s = time.time() - current.folder.stat().st_ctime  # since it was loaded
     except OSError:
         return False
-    return silent_s > HUNG_S and (told_s is None or told_s > HUNG_S)
+    # Less than nothing: the clock was set back.
+    return not 0 <= silent_s <= HUNG_S and told_s is not None and told_s > HUNG_S
 
 
 @dataclass
@@ -289,9 +292,7 @@ class Joiner:
     def _serve(self) -> float:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
         self._earn()
-        for each in self._opened:
-            if self.runner.left() < MOST_LEFT:
-                each.show_life()
+        self._show_life()
         due = [
             (waiting, each, pod_id)
             for each in (self._opened if self._credit_ns > 0 else ())  # a look costs, too
@@ -319,6 +320,12 @@ class Joiner:
         if self._credit_ns > 0:
             return wait_s
         return min(wait_s, (LEAST_CREDIT_NS - self._credit_ns) / 1e9 / SHARE)
+
+    def _show_life(self) -> None:
+        """Not while it makes no passes: then no reader gets a new edge."""
+        if self.runner.left() < MOST_LEFT:
+            for each in self._opened:
+                each.show_life()
 
     def _last_pass(self, due: tuple[abi.Due, Opened, int]) -> float:
         """When it may have had one, so that every pod has its turn."""
@@ -373,6 +380,7 @@ class Joiner:
         folder = self._folder(pod_id)
         if folder is None:
             return True
+        self._show_life()  # the ones before may have taken long
         cost = self._costs.get(pod_id, abi.FIRST_COST)
         opened.begin(pod_id, cost)
         try:

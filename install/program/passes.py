@@ -72,8 +72,8 @@ def visit_process(visit: int, pid: int) -> bool:
 
 
 def wake_reader(pid: int, fd: int) -> None:
-    """Give a socket's reader a new edge: SO_RCVLOWAT's usual value, written again, runs the
-    kernel's tcp_data_ready() (tcp_set_rcvlowat). With another one the socket leaves.
+    """Give a socket's reader a new edge: SO_RCVLOWAT's own value, written back, runs the kernel's
+    tcp_data_ready() (tcp_set_rcvlowat).
 
     ``fd`` is the socket's number in process ``pid``. Raises OSError, PermissionError where the
     kernel does not let this process have another's files (pidfd_getfd(2)).
@@ -88,10 +88,8 @@ def wake_reader(pid: int, fd: int) -> None:
         os.close(copy)
         raise
     with reader:
-        # A value that the application writes between these two is overwritten: never by a larger
-        # one, for which its reader would wait.
-        if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        lowat = reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
 
 
 def _processes(folder: Path) -> Iterator[int]:

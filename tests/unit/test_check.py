@@ -542,17 +542,20 @@ class Joined(Generation):
 
 
 @pytest.mark.parametrize(
-    ("retired", "silent_s", "says"),
+    ("retired", "silent_s", "stuck", "says"),
     [
-        (False, 1.0, ""),
-        (False, None, report.NO_JOINER),
-        (False, 70.0, f"{report.NO_JOINER}; the last one fell silent 70 s ago"),
-        (True, 1.0, report.RETIRED),
+        (False, 1.0, 0, ""),
+        (False, None, 0, report.NO_JOINER),
+        (False, 70.0, 0, f"{report.NO_JOINER}; the last one fell silent 70 s ago"),
+        (False, 70.0, 4, report.STUCK),
+        (True, 1.0, 0, report.RETIRED),
     ],
 )
-def test_why_no_connection_joins(*, retired: bool, silent_s: float | None, says: str) -> None:
+def test_why_no_connection_joins(
+    *, retired: bool, silent_s: float | None, stuck: int, says: str
+) -> None:
     current = Joined(GENERATION.folder, retired, silent_s)
-    assert report._joining_problem([current], current) == says
+    assert report._joining_problem([current], current, stuck) == says
     assert report._joining_problem([], current) == ""
     status = replace(WELL, joining_problem=says).exit_status
     assert status == (exits.LESS if says else exits.WELL)
@@ -562,7 +565,9 @@ def test_why_no_connection_joins(*, retired: bool, silent_s: float | None, says:
     ("file_s", "told_s", "is_hung"),
     [
         (3600, 3600.0, True),
-        (None, None, True),
+        (None, 3600.0, True),
+        (-3600, 3600.0, True),  # the clock was set back
+        (None, None, False),  # a load has just made the generation
         (3600, 1.0, False),  # its file is on a full disk
         (1, 3600.0, False),  # too many passes have not ended
     ],
@@ -574,5 +579,46 @@ def test_whether_a_joiner_hangs(
         Passes().write(tmp_path)
         long_ago = time.time() - file_s
         os.utime(tmp_path / names.JOINER_JSON, (long_ago, long_ago))
-    current = Joined(GENERATION.folder, silent_s=told_s)
+    current = Joined(tmp_path, silent_s=told_s)
     assert joiner.is_hung(tmp_path, current) == is_hung
+
+
+class Process:
+    """A joiner's, that does nothing until it is killed."""
+
+    pid = 7
+
+    def __init__(self) -> None:
+        self.killed = False
+
+    def poll(self) -> None:
+        return None
+
+    def kill(self) -> None:
+        self.killed = True
+
+    def wait(self, _timeout_s: float) -> int:
+        return -9
+
+
+def test_a_joiner_that_hangs_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    node.bpffs.mkdir()
+    (node.bpffs / "current").symlink_to("gen-1")
+    settings = Settings(PLACES, Entry({}, {}), [], [], [], (), None, None, once=False)
+    hung: Any = Process()
+    other: Any = Process()
+    agent = Agent(node, settings, Metrics(node), Health())
+    monkeypatch.setattr("install.program.agent.agent.subprocess.Popen", lambda *_, **__: other)
+    is_hung = False
+    monkeypatch.setattr(joiner, "is_hung", lambda *_: is_hung)
+    agent._joiner, agent._joiner_began = hung, -joiner.HUNG_S
+    assert agent._keep_joiner()
+    is_hung = True
+    assert not agent._keep_joiner()
+    assert hung.killed
+    assert agent._joiner == other
+    assert agent._keep_joiner()  # it has only just been started
+    assert not other.killed

@@ -19,19 +19,23 @@ from install.program.agent.http import Health
 from install.program.agent.metrics import Metrics
 from install.program.conflist import Entry
 from install.program.freshness import reason_to_load
+from install.program.generations import Generation
 from install.program.host import OWN_PROC
 from install.program.installer import Places
 from install.program.node import Node
 from install.program.selftest import Check, Verdict
 
+OPTIONAL = (pins.SPLICE_REFUSAL, pins.SPLICE_REFUSAL + pins.AGAIN, pins.SPLICERS)
+
 
 @pytest.fixture
-def node(tmp_path: Path) -> Node:
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     """What a load that went well has left, but for the kernel."""
+    monkeypatch.setattr(Generation, "is_retired", lambda _: False)
     made = Node(tmp_path / "bpffs", tmp_path / "state")
     folder = made.bpffs / "gen-3"
     folder.mkdir(parents=True)
-    for pin in (*PINS, pins.SPLICE_REFUSAL, pins.SPLICERS):
+    for pin in (*PINS, *OPTIONAL):
         (folder / pin).touch()
     (made.bpffs / pins.CURRENT).symlink_to(folder.name)
     made.state_dir.mkdir()
@@ -49,12 +53,18 @@ def test_programs_that_are_current_stay(node: Node) -> None:
     assert reason_to_load(node) is None
 
 
+def test_sockets_that_were_told_to_leave(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a load that was broken off, or a canary that has recovered since and forgotten it."""
+    monkeypatch.setattr(Generation, "is_retired", lambda _: True)
+    assert "told to leave" in (reason_to_load(node) or "")
+
+
 def test_no_programs_are_loaded(node: Node) -> None:
     (node.bpffs / pins.CURRENT).unlink()
     assert reason_to_load(node) == "nothing is loaded"
 
 
-@pytest.mark.parametrize("pin", [*PINS, pins.SPLICE_REFUSAL, pins.SPLICERS])
+@pytest.mark.parametrize("pin", [*PINS, *OPTIONAL])
 def test_a_pin_is_lost(node: Node, pin: str) -> None:
     (node.bpffs / "gen-3" / pin).unlink()
     assert "pins" in (reason_to_load(node) or "")
