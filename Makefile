@@ -30,7 +30,8 @@ $(PLUGIN): .venv/.ready $(PLUGIN_SOURCES)
 	.venv/bin/pyinstaller --noconfirm --clean --log-level WARN --distpath dist --workpath build/pyinstaller build.spec
 
 # Plain TCP against the bypass, in the mode that `auto` decides and, if that is less, in `full`;
-# `DEMO=--mode=full`: that one.
+# `DEMO=--mode=full`: that one. `.venv/bin/python -m tests.demo.reach` has round trips of IPv6, plain
+# pods, ClusterIPs and TPROXY.
 demo: build
 	$(PY) -m tests.demo $(DEMO)
 

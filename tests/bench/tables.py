@@ -188,9 +188,7 @@ CHAPTERS = {
     "mesh": Chapter(
         "The whole mesh",
         "Load generator, Envoy, Envoy, nginx, all on one CPU; all their CPU time counts. At a "
-        "fixed rate the CPU rests between requests and finds its caches cold. A small request then "
-        "takes about twice the CPU, and what the hops save is a smaller part.\n\n"
-        "The limit is measured, too: AF_UNIX in the place of each hop's TCP connection.",
+        "fixed rate the CPU rests between requests and finds its caches cold.",
         (
             Table(
                 "So many connections, each asks again when it is answered (wrk; HTTP/2: h2load)",
@@ -244,7 +242,7 @@ CHAPTERS = {
         "Connections that cannot gain",
         "out, in: between an accelerated pod and a pod beyond the node's bridge that is not. "
         "stranger: two pods outside the mesh, with our programs loaded and an accelerated pod next "
-        "to them, against a node with neither. The aim is a ratio of 1.",
+        "to them, against a node with neither.",
         (
             Table(
                 "",
@@ -264,8 +262,7 @@ CHAPTERS = {
         "(VERSION is the plugin's start alone), and a round trip of 64 bytes from a sidecar to "
         "its application, once its connection has joined. A pass visits all open files of a pod, "
         "also those of the silent connections. Kernel memory: slab, per-CPU and vmalloc, from "
-        "/proc/meminfo. What grows in an ADD is the kernel's walk to a sysctl of the pod's "
-        "namespace among those of all others.",
+        "/proc/meminfo.",
         (
             Table(
                 "Pods",

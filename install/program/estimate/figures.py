@@ -24,9 +24,9 @@ class RoundTrip:
 
 
 ROUND_TRIPS = {
-    "inbound": RoundTrip(7.79, 5.11),
-    "outbound": RoundTrip(8.27, 5.08),
-    "sidecars": RoundTrip(9.82, 5.14),
+    "inbound": RoundTrip(15.5, 9.30),
+    "outbound": RoundTrip(16.3, 9.20),
+    "sidecars": RoundTrip(19.4, 9.37),
 }
 # Hops without a sidecar were not measured by themselves: inside a pod as towards the application,
 # between two as between sidecars.
