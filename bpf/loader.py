@@ -332,6 +332,7 @@ class Programs:
         bpfsys.map_update(self._map_fd("sockhash_id"), bytes(4), own_id.to_bytes(4, sys.byteorder))
         self._find_registers()
         self._attach_sk_msg()
+        self.preemption = preemption.model()
         self.blind_to_splice = self._refuse_splice()
 
     def _build(self, flags: list[str], cast: KernelFunction | None) -> None:
@@ -404,7 +405,7 @@ class Programs:
         Twice, as two programs, where a thread may be preempted inside one.
         """
         wanted = list(traces)
-        if preemption.is_within_programs(preemption.model()):
+        if preemption.is_within_programs(self.preemption):
             wanted += [replace(each, pin=each.pin + pins.AGAIN) for each in traces]
         for trace in wanted:
             if why := self._attach(trace):

@@ -159,8 +159,9 @@ int tb_sk_msg(struct sk_msg_md *msg)
 /*
  * An iterator over the open files of a process. Its context (struct bpf_iter__task_file,
  * kernel/bpf/task_iter.c) has meta, the task, the file's number and the file. Meta begins with the
- * struct seq_file to write to. Its output is a __u32 each: the number of a file whose reader needs
- * a new edge (edge.h), or TB_VISIT_AGAIN for a socket that needs another visit to leave.
+ * struct seq_file to write to. The program writes a __u32 for each file whose reader needs a new
+ * edge (edge.h): the file's number. For each socket that needs another visit to leave, it writes
+ * TB_VISIT_AGAIN.
  */
 int tb_visit_file(__u64 *context)
 {

@@ -183,6 +183,11 @@ class State:
                     keys.add(Key(container_id, rest[: -len(suffix)]))
         return sorted(keys)
 
+    def all(self) -> list[Attachment]:
+        """Every attachment with a readable record."""
+        records = [self.read(key) for key in self.keys()]
+        return [record for record in records if record is not None]
+
     def node_mode(self) -> tuple[str, str]:
         """The node's mode and the reason for it, as ``tcpip-bypass-node load`` found them."""
         path = self.folder / names.NODE_JSON

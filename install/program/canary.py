@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import socket
 import sys
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from bpf import abi, bpfsys, pins
 from cni_plugin.state import State
 from install.program import log
-from install.program.generations import Generation, Generations
+from install.program.generations import Generation, Generations, kept_open
 from install.program.probes import unread_bytes
 
 LOOK_S = 1.0  # between two looks
@@ -85,15 +86,12 @@ class Canary:
         if not traces:
             return None
         with contextlib.ExitStack() as stack:
-
-            def opened(pin: str) -> int:
-                fd = bpfsys.obj_get(str(generation.folder / pin))
-                stack.callback(os.close, fd)
-                return fd
-
-            traced = {pin: opened(pin) for pin in traces}
-            control, sockhash = opened(pins.CONTROL), opened(pins.SOCKHASH)
-            splicers = opened(pins.SPLICERS) if generation.refuses_splice() else None
+            kept = functools.partial(kept_open, stack)
+            traced = {pin: kept(generation.folder / pin) for pin in traces}
+            control = kept(generation.folder / pins.CONTROL)
+            sockhash = kept(generation.folder / pins.SOCKHASH)
+            refuses = generation.refuses_splice()
+            splicers = kept(generation.folder / pins.SPLICERS) if refuses else None
             sockets = [stack.enter_context(each) for each in _sockets()]
             with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.CONNS))) as conns:
                 for each in sockets:

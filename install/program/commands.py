@@ -224,8 +224,8 @@ def unload(node: Node) -> None:
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            written = (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON, *names.AGENT_LOGS)
-            for file in (*written, *names.JOINER_LOGS):
+            written = (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON)
+            for file in (*written, *names.AGENT_LOGS, *names.JOINER_LOGS):
                 (node.state_dir / file).unlink(missing_ok=True)
             node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it

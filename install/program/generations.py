@@ -35,6 +35,13 @@ def opened(pin: Path) -> AbstractContextManager[int]:
     return bpfsys.closing(bpfsys.obj_get(str(pin)))
 
 
+def kept_open(stack: contextlib.ExitStack, pin: Path) -> int:
+    """The same until the stack closes it; for good once the stack has let go (pop_all)."""
+    fd = bpfsys.obj_get(str(pin))
+    stack.callback(os.close, fd)
+    return fd
+
+
 @dataclass(frozen=True)
 class Generation:
     """One set of pins, `gen-<N>`."""

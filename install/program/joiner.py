@@ -10,23 +10,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
-import json
 import math
 import os
 import select
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bpf import abi, bpfsys, pins
 from cni_plugin import names
 from cni_plugin.state import State
-from install.program import canary, log, whole_file
+from install.program import canary, log
 from install.program.canary import Canary
-from install.program.generations import Generation, Generations
-from install.program.passes import MOST_LEFT, PassTimeout, Runner
+from install.program.generations import Generation, Generations, kept_open, opened
+from install.program.passes import MOST_LEFT, Passes, PassTimeout, Runner
 from install.program.pods import attached_cgroups
 
 SHARE = 0.02  # of a CPU, for all passes
@@ -85,14 +84,11 @@ class Opened:
     @staticmethod
     def of(generation: Generation) -> Opened:
         with contextlib.ExitStack() as stack:
-
-            def opened(pin: str) -> int:
-                fd = bpfsys.obj_get(str(generation.folder / pin))
-                stack.callback(os.close, fd)
-                return fd
-
-            visit, due, beat = opened(pins.VISIT), opened(pins.DUE), opened(pins.BEAT)
-            with bpfsys.closing(bpfsys.obj_get(str(generation.folder / pins.BELL))) as ring:
+            visit, due, beat = (
+                kept_open(stack, generation.folder / pin)
+                for pin in (pins.VISIT, pins.DUE, pins.BEAT)
+            )
+            with opened(generation.folder / pins.BELL) as ring:
                 bell = Bell(ring)
             stack.callback(bell.close)
             canary = Canary.of(generation)
@@ -155,28 +151,6 @@ class Opened:
             os.close(fd)
 
 
-@dataclass(frozen=True)
-class Passes:
-    """What the joiner has done since it began, as it leaves it in the state folder."""
-
-    passes: int = 0
-    cpu_ns: int = 0
-    failed: int = 0
-    left: int = 0  # passes that were left to themselves and have not ended
-
-    @staticmethod
-    def read(state_dir: Path) -> Passes:
-        """Zeros when no joiner has run, or its file cannot be read."""
-        try:
-            return Passes(**json.loads((state_dir / names.JOINER_JSON).read_bytes()))
-        except (OSError, ValueError, TypeError):
-            return Passes()
-
-    def write(self, state_dir: Path) -> None:
-        with contextlib.suppress(OSError):  # a full disk is no reason not to join
-            whole_file.write(state_dir / names.JOINER_JSON, json.dumps(asdict(self)))
-
-
 def is_hung(state_dir: Path, current: Generation | None) -> bool:
     """Whether a joiner that was started HUNG_S ago, or earlier, does nothing any more.
 
@@ -187,14 +161,16 @@ def is_hung(state_dir: Path, current: Generation | None) -> bool:
         silent_s = time.time() - (state_dir / names.JOINER_JSON).stat().st_mtime
     except FileNotFoundError:
         silent_s = math.inf
+    if current is None:
+        return False
     try:
-        told_s = current.joiner_silent_s() if current else 0.0
-        if current and told_s is None:
+        told_s = current.joiner_silent_s()
+        if told_s is None:
             told_s = time.time() - current.folder.stat().st_ctime  # since it was loaded
     except OSError:
         return False
     # Less than nothing: the clock was set back.
-    return not 0 <= silent_s <= HUNG_S and told_s is not None and told_s > HUNG_S
+    return not 0 <= silent_s <= HUNG_S and told_s > HUNG_S
 
 
 @dataclass
@@ -227,7 +203,7 @@ class Joiner:
     bpffs: Path
     state_dir: Path
     runner: Runner
-    done: Passes = Passes()
+    done: Passes = field(default_factory=Passes)
     _opened: list[Opened] = field(default_factory=list)
     _folders: dict[int, Path] = field(default_factory=dict)
     _steps: dict[tuple[int, int], Step] = field(default_factory=dict)  # by `due` and pod
@@ -406,12 +382,9 @@ class Joiner:
 
     def _named(self, pod_id: int) -> dict[str, str]:
         """The fields that say which pod it is; none when its record cannot be read."""
-        state = State(str(self.state_dir))
         with contextlib.suppress(OSError):
-            for key in state.keys():  # noqa: SIM118 - not a dict
-                record = state.read(key)
-                if record and record.pod_id == pod_id:
-                    return log.of(record)
+            records = State(str(self.state_dir)).all()
+            return log.of(next((each for each in records if each.pod_id == pod_id), None))
         return {}
 
     def _folder(self, pod_id: int) -> Path | None:

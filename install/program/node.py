@@ -78,6 +78,4 @@ class Node:
 
     def attachments(self) -> list[Attachment]:
         """Every attachment with a readable record."""
-        state = self.state
-        records = [state.read(key) for key in state.keys()]  # noqa: SIM118 - not a dict
-        return [record for record in records if record is not None]
+        return self.state.all()

@@ -21,12 +21,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bpf import abi, bpfsys
-from cni_plugin import cgroup
-from install.program import lock
+from cni_plugin import cgroup, names
+from install.program import lock, whole_file
 
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
 MOST_VISITS = 4  # of a process in one pass: leaving takes three
@@ -124,6 +124,28 @@ def repeated(
     finally:
         ended.set()
         thread.join()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the joiner has done since it began, as it leaves it in the state folder."""
+
+    passes: int = 0
+    cpu_ns: int = 0
+    failed: int = 0
+    left: int = 0  # passes that were left to themselves and have not ended
+
+    @staticmethod
+    def read(state_dir: Path) -> Passes:
+        """Zeros when no joiner has run, or its file cannot be read."""
+        try:
+            return Passes(**json.loads((state_dir / names.JOINER_JSON).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return Passes()
+
+    def write(self, state_dir: Path) -> None:
+        with contextlib.suppress(OSError):  # a full disk is no reason not to join
+            whole_file.write(state_dir / names.JOINER_JSON, json.dumps(asdict(self)))
 
 
 class PassTimeout(Exception):

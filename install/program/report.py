@@ -20,8 +20,7 @@ from install.program import VERSION, exits, in_force, pauses
 from install.program import switch as switches
 from install.program.conf_dir import ConfDir
 from install.program.generations import Generation, opened
-from install.program.joiner import Passes
-from install.program.passes import MOST_LEFT
+from install.program.passes import MOST_LEFT, Passes
 from install.program.pods import has_cgroup, programs_of
 from install.program.switch import Kept
 

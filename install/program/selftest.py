@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bpf import abi, bpfsys, pins, preemption, stats
+from bpf import abi, bpfsys, pins, stats
 from bpf.loader import VISIT, Limits, LoadError, Programs
 from cni_plugin import cgroup, names
 from install.program import ROOT, lock, passes
@@ -138,10 +138,10 @@ class _Found:
 
 def _behaviour(mends: bool) -> _Found:
     plain = _probe(None)
-    is_preempted = preemption.model() == "full"
     why_not = "the configuration says leave"
     with _scratch_cgroup() as folder:
         programs = Programs(LIMITS)
+        is_preempted = programs.preemption == "full"
         with _accelerated(programs, folder):
             bypassed = _probe(folder)
             is_wrong = any(bypassed[name] != plain[name] for name in FIONREAD)

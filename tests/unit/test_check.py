@@ -33,8 +33,8 @@ from install.program.generations import Generation
 from install.program.host import OWN_PROC
 from install.program.in_force import in_force
 from install.program.installer import Places
-from install.program.joiner import Passes
 from install.program.node import Node
+from install.program.passes import Passes
 from install.program.report import Facts, Failure
 from install.program.switch import Kept, Switch, keep
 from tests.unit.cases import ROOT
@@ -529,7 +529,7 @@ def test_the_joiner_is_missed() -> None:
 
 @dataclass(frozen=True)
 class Joined(Generation):
-    """One whose control map and beat are these."""
+    """A generation that needs no kernel: its flag and its joiner's silence are given."""
 
     retired: bool = False
     silent_s: float | None = 1.0

@@ -34,8 +34,8 @@ from bpf.stats import HopCounters
 from cni_plugin import names
 from install.program import VERSION, freshness, log, report
 from install.program.generations import Generation, opened
-from install.program.joiner import Passes
 from install.program.node import Node
+from install.program.passes import Passes
 from install.program.report import Facts, Growth, Hops
 
 REPAIRS = ("conflist", "plugin", "pins", "sandbox", "attachment")
