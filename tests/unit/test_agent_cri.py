@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -160,10 +162,8 @@ def test_what_a_killed_runtime_leaves_goes_when_it_is_no_longer_young(
     collect(node, "pods", [SANDBOX], tally)
     assert (old.exists(), young.exists(), known.exists()) == (False, True, True)
     assert 0.2 * YOUNG_S < tally.young_s <= 0.3 * YOUNG_S + 1
-    places = Places(tmp_path, tmp_path, tmp_path, OWN_PROC)
-    settings = Settings(places, Entry({}, {}), [], [], [], (), None, None, once=True)
-    agent = Agent(node, settings, Metrics(node), Health())
-    agent._runtime = (tmp_path, 1)
+    agent = agent_of(node, tmp_path)
+    agent._runtime = (tmp_path, 1, 0)
     monkeypatch.setattr(ConfDir, "ours", lambda _: Ours(CONFLIST, "pods", "1.0.0", {}))
     monkeypatch.setattr(agent, "_child", lambda *_: json.dumps(asdict(tally)))
     task, now = agent._sandboxes, time.monotonic()
@@ -178,6 +178,27 @@ def test_what_a_killed_runtime_leaves_goes_when_it_is_no_longer_young(
     assert (young.exists(), known.exists()) == (False, True)
     task.run(lambda: now)
     assert task.due - now == pytest.approx(task.every_s)
+
+
+def agent_of(node: Node, folder: Path, *cri_sockets: Path) -> Agent:
+    places = Places(folder, folder, folder, OWN_PROC)
+    settings = Settings(places, Entry({}, {}), [], [], [], cri_sockets, None, None, once=True)
+    return Agent(node, settings, Metrics(node), Health())
+
+
+def test_a_runtime_that_was_started_again_is_asked_at_once(tmp_path: Path) -> None:
+    """Its new socket may have the old one's inode, as ext4 gives it."""
+    path = tmp_path / "cri.sock"
+    agent = agent_of(Node(tmp_path / "bpffs", tmp_path / "state"), tmp_path, path)
+    for is_new in (True, False, True):
+        if is_new:
+            path.unlink(missing_ok=True)
+            time.sleep(0.02)  # the kernel's clock for files ticks
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
+        agent._sandboxes.due = math.inf
+        agent._look_at_runtime()
+        assert (agent._sandboxes.due < math.inf) == is_new
 
 
 def test_a_record_of_the_clocks_future_is_young_for_so_long_and_no_longer(tmp_path: Path) -> None:

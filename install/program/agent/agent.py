@@ -80,7 +80,7 @@ class Agent:
         self._was_loaded = False
         self._second_look = False
         self._conf_problems: set[str] = set()
-        self._runtime: tuple[Path, int] | None = None
+        self._runtime: tuple[Path, int, int] | None = None
         self._joiner: subprocess.Popen[bytes] | None = None
         self._joiner_began = 0.0
         self._switch = Task("switch", self._keep_switch, LOOK_S, 1.0, 10.0)
@@ -409,7 +409,7 @@ class Agent:
             raise Waiting(f"no container runtime: none of {names} is there")
         if ConfDir(self._settings.places.conf_dir).ours() is None:
             raise Waiting("our entry is in no network configuration yet")
-        socket, _ = self._runtime
+        socket, *_ = self._runtime
         options = ["--adopt", "--json", "--cri-socket", str(socket), *self._settings.gc_options]
         done = json.loads(self._child("gc", options, GC_S))
         log.info("sandboxes_checked", "compared attachments with the runtime's sandboxes", **done)
@@ -461,11 +461,14 @@ class Agent:
         log.info("left", "nothing of ours is in use on this node any more")
 
 
-def _identity(socket: Path) -> tuple[Path, int] | None:
-    """The socket and its inode; None when it is not there."""
+def _identity(socket: Path) -> tuple[Path, int, int] | None:
+    """The socket, its inode and when it was made; None when it is not there.
+
+    A file system that is no tmpfs gives the next file the inode of the one just removed.
+    """
     with contextlib.suppress(OSError):
         if socket.is_socket():
-            return socket, socket.stat().st_ino
+            return socket, socket.stat().st_ino, socket.stat().st_mtime_ns
     return None
 
 
