@@ -26,6 +26,7 @@ def bed(shared_bed: RuntimeBed) -> Iterator[RuntimeBed]:
     yield bed
     left = bed.leftovers()
     if any(left.values()):
+        bed.remove_torn_results()  # or no sandbox can be ended, and each later test fails too
         bed.end_all_sandboxes()
         bed.remove_what_containerd_forgot()
     assert not any(left.values()), left

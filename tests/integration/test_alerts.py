@@ -14,7 +14,7 @@ import pytest
 
 from bpf import bpfsys
 from cni_plugin import names
-from install.program import whole_file
+from install.program import report, whole_file
 from install.program.agent import agent as of_agent
 from install.program.agent.agent import Agent, Settings
 from install.program.agent.http import Health
@@ -49,7 +49,9 @@ def pod(bed: Bed) -> Iterator[Pod]:
 
 @pytest.fixture
 def metrics(bed: Bed, pod: Pod) -> Metrics:  # noqa: ARG001 - it is what they tell of
-    return Metrics(Node(bed.node.bpffs, bed.node.state_dir))
+    node = Node(bed.node.bpffs, bed.node.state_dir)
+    assert eventually(lambda: not report.facts(node).joining_problem, 30)  # its joiner starts
+    return Metrics(node)
 
 
 def firing(metrics: Metrics) -> set[str]:
