@@ -184,7 +184,11 @@ class RuntimeBed:
             try:
                 json.loads(path.read_bytes())
             except ValueError:
-                path.unlink()
+                self._remove_result(path.name)
+
+    def _remove_result(self, name: str) -> None:
+        """Through the node's overlay: an overlay still shows what was unlinked below it."""
+        Path(f"/proc/{self.node.holder}/root/var/lib/cni/results", name).unlink()
 
     def remove_what_containerd_forgot(self) -> None:
         """Remove what a containerd that was killed has lost sight of; no sandbox may be left.
@@ -203,7 +207,7 @@ class RuntimeBed:
         for name in left["network namespaces"]:
             (self.node.outside(inventory.NAMESPACES) / name).unlink()
         for name in left["CNI results"]:
-            (self.node.folder / inventory.CNI_RESULTS / name).unlink()
+            self._remove_result(name)
         for name in left["host-local leases"]:
             (self.node.folder / "ipam" / name).unlink()
 

@@ -56,8 +56,11 @@ class Node:
         """Names of the processes on this node, those in pods included, by pid."""
         found = {}
         for folder in folders_in(self.cgroup):
-            with suppress(OSError):  # the cgroup or the process has gone since we saw it
-                for pid in (folder / "cgroup.procs").read_text().split():
+            pids = ""
+            with suppress(OSError):  # the cgroup has gone since we saw it
+                pids = (folder / "cgroup.procs").read_text()
+            for pid in pids.split():
+                with suppress(OSError):  # that process has gone
                     found[int(pid)] = Path("/proc", pid, "comm").read_text().strip()
         return found
 

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import pytest
+
 from bpf import pins
 from tests.containerd.bed import Pod, RuntimeBed, run
 from tests.containerd.cri import CriError
@@ -17,7 +19,8 @@ from tests.containerd.inventory import attached
 PODS = 8
 KILLS = 4  # spread over the time that PODS calls at once take
 
-PLUGINS = {"bridge", "host-local", "loopback", "tcpip-bypass"}
+# Ours begins as its loader, and each as a fork of the runtime.
+PLUGINS = {"bridge", "host-local", "loopback", "tcpip-bypass", "ld-glibc.so.2", "containerd"}
 PLUGIN_TIMEOUT_S = 30
 
 Calls = list[Callable[[], object]]
@@ -33,6 +36,18 @@ def test_pods_outlive_containerd(bed: RuntimeBed) -> None:
             assert attached(pod.cgroup) == [pins.SOCK_OPS_NAME]
             pod.end_sandbox(sandbox)
             assert attached(pod.cgroup) == []
+
+
+def test_what_the_bed_does_about_a_torn_result(bed: RuntimeBed) -> None:
+    """Until it does, no later test could end its sandboxes."""
+    with made(bed, "torn") as pods:
+        run(pods)
+        torn = next(name for name in bed.added()["CNI results"] if name.endswith("eth0"))
+        bed.node.run(["truncate", "--size=0", f"/var/lib/cni/results/{torn}"])
+        with pytest.raises(CriError, match="unexpected end of JSON"):
+            bed.end_all_sandboxes()
+        bed.remove_torn_results()
+        bed.end_all_sandboxes()
 
 
 def test_killed_while_sandboxes_are_being_made(bed: RuntimeBed) -> None:
