@@ -106,7 +106,7 @@ class Due(ctypes.Structure):
         ("missed", c_uint64),
         ("cost", c_uint64),
         ("pending", c_uint32),
-        ("reserved", c_uint32),
+        ("edge", c_uint32),
     ]
 
 

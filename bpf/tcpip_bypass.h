@@ -112,13 +112,13 @@ enum tb_outcome {
 
 /*
  * Map "due" (BPF_MAP_TYPE_HASH, by __u64 pod ID): when a pass over a pod's processes is worth
- * its cost. Ring buffer "bell" gets the pod ID when `pending` is set.
+ * its cost. Ring buffer "bell" gets `edge` when it or `pending` is set.
  */
 struct tb_due {
 	__u64 missed; /* exchanges that waiting connections have made by TCP since the last pass */
 	__u64 cost;   /* what a pass costs there, in exchanges; the joiner measures it */
 	__u32 pending;
-	__u32 reserved;
+	__u32 edge; /* a reader may need a new edge (edge.h): this pass goes first */
 };
 
 /* Map "fionread" (BPF_MAP_TYPE_ARRAY, one element): how the mend of FIONREAD fares. */

@@ -32,6 +32,6 @@ static __always_inline int tb_find_edge(const struct tb_conn *conn, __u64 sk)
 	int is_owned = tb_is_owned(sk);
 
 	if (!is_empty || may_come || (has_more && is_owned))
-		tb_ring(conn->me.pod_id);
+		tb_ring_for_edge(conn->me.pod_id);
 	return is_empty && has_more && !is_owned;
 }

@@ -218,10 +218,10 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 		reason = TB_REASON_INELIGIBLE;
 	}
 	tb_count_tcp(conn, reason, size);
-	/* A pass makes an edge, or takes the peer out. */
-	if (conn->path == TB_PATH_BEHIND || reason == TB_REASON_BLOCKING ||
-	    reason == TB_REASON_INELIGIBLE)
-		tb_ring(conn->peer.pod_id);
+	if (conn->path == TB_PATH_BEHIND)
+		tb_ring_for_edge(conn->peer.pod_id);
+	else if (reason == TB_REASON_BLOCKING || reason == TB_REASON_INELIGIBLE)
+		tb_ring(conn->peer.pod_id); /* a pass takes the peer out */
 	if (reason == TB_REASON_INELIGIBLE || tb_is_under_pressure(conn->at.prot))
 		tb_ring(conn->me.pod_id); /* it may be this end */
 	if (reason == TB_REASON_PAUSED)

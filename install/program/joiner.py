@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The joiner: begins a pass over a pod when what its connections miss is what a pass costs.
 
-Without it everything goes on; only new connections stay on TCP. All passes together take at most a
-fiftieth of a CPU. docs/architecture.md has the reasons.
+Without it everything goes on; only new connections stay on TCP. Joins and leaves together take at
+most a fiftieth of a CPU, and so do passes for edges. docs/architecture.md has the reasons.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from install.program.generations import Generation, Generations, kept_open, open
 from install.program.passes import MOST_LEFT, Passes, PassTimeout, Runner
 from install.program.pods import attached_cgroups
 
-SHARE = 0.02  # of a CPU, for all passes
+SHARE = 0.02  # of a CPU, for all passes but those for edges, which have as much
 BURST_NS = 50_000_000
-# In debt it rests until it has earned so much: many times what it takes itself between two rests.
+# A spent budget rests until it has earned so much: many times what the joiner takes meanwhile.
 LEAST_CREDIT_NS = 5_000_000
 EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 LEAST_COST = 50
@@ -57,17 +57,45 @@ class Bell:
         ]
         for name in ("ring_buffer__consume", "ring_buffer__epoll_fd", "ring_buffer__free"):
             getattr(self._lib, name).argtypes = [ctypes.c_void_p]
-        self._callback = _CALLBACK(lambda _context, _data, _size: 0)  # `due` has the rest
+        self._callback = _CALLBACK(self._hear)
+        self._has_edge = False
         self._ring = self._lib.ring_buffer__new(map_fd, self._callback, None, None)
         if not self._ring:
             raise OSError("libbpf could not open the ring buffer")
         self.fd: int = self._lib.ring_buffer__epoll_fd(self._ring)
+
+    def _hear(self, _context: int, data: int, _size: int) -> int:
+        self._has_edge |= bool(ctypes.c_uint32.from_address(data).value)
+        return 0  # `due` has the rest
+
+    def take_edge(self) -> bool:
+        """Whether an edge has been asked for since the last call."""
+        taken, self._has_edge = self._has_edge, False
+        return taken
 
     def drain(self) -> None:
         self._lib.ring_buffer__consume(self._ring)
 
     def close(self) -> None:
         self._lib.ring_buffer__free(self._ring)
+
+
+@dataclass
+class Budget:
+    """The CPU time that passes of one kind may take: SHARE of what passes, BURST_NS at once."""
+
+    credit_ns: float = BURST_NS
+
+    @property
+    def is_spent(self) -> bool:
+        return self.credit_ns <= 0
+
+    def earn(self, elapsed_s: float) -> None:
+        self.credit_ns = min(self.credit_ns + elapsed_s * 1e9 * SHARE, BURST_NS)
+
+    def rest_s(self) -> float:
+        """How long it earns until the next pass."""
+        return (LEAST_CREDIT_NS - self.credit_ns) / 1e9 / SHARE if self.is_spent else 0.0
 
 
 @dataclass
@@ -135,9 +163,12 @@ class Opened:
         return found
 
     def begin(self, pod_id: int, cost: int, pending: int = 0) -> None:
-        """Nothing missed, nothing pending: before a pass, so that what comes meanwhile counts."""
+        """Nothing missed, nothing pending: before a pass, so that what comes meanwhile counts.
+
+        A pass that did not come may have been for an edge.
+        """
         key = pod_id.to_bytes(8, sys.byteorder)
-        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, pending, 0)))
+        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, pending, edge=pending)))
 
     def forget(self, pod_id: int) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -207,12 +238,14 @@ class Joiner:
     _opened: list[Opened] = field(default_factory=list)
     _folders: dict[int, Path] = field(default_factory=dict)
     _steps: dict[tuple[int, int], Step] = field(default_factory=dict)  # by `due` and pod
+    _joins: Budget = field(default_factory=Budget)  # and leaves, and what the joiner takes itself
+    _edges: Budget = field(default_factory=Budget)
+    _is_edge_late: bool = False  # a pass for one is due and has not been made
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = 0.0
     _written_at: float = -math.inf
     _retiring: Step = field(default_factory=Step)
     _retired_at: dict[int, float] = field(default_factory=dict)  # by pod: not always the same ones
-    _credit_ns: float = BURST_NS
     _counted_at: float = field(default_factory=time.monotonic)
     _own_ns: int = field(default_factory=time.process_time_ns)
     _forgot_at: float = field(default_factory=time.monotonic)
@@ -231,8 +264,7 @@ class Joiner:
                 if self.done != before or is_silent:
                     self.done.write(self.state_dir)
                     self._written_at = time.monotonic()
-                # With nothing to spend, what rings must wait: a look at all pods is not free.
-                fds = [each.bell.fd for each in self._opened if self._credit_ns > 0]
+                fds = [each.bell.fd for each in self._opened]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
                 for each in self._opened:
                     each.bell.drain()
@@ -271,37 +303,41 @@ class Joiner:
         self._show_life()
         due = [
             (waiting, each, pod_id)
-            for each in (self._opened if self._credit_ns > 0 else ())  # a look costs, too
+            for each in (self._opened if self._is_worth_a_look() else ())
             for pod_id, waiting in each.pending().items()
         ]
+        self._is_edge_late = False
         has_canary = any(each.canary for each in self._opened)
         wait_s = canary.LOOK_S if has_canary else LOOK_S
         for waiting, each, pod_id in sorted(due, key=self._last_pass):
-            if self._credit_ns <= 0:
-                break
+            budget = self._edges if waiting.edge else self._joins
             step = self._steps.setdefault((each.due, pod_id), Step())
             is_step = waiting.missed < waiting.cost or step.held
-            left_s = step.left_s()
-            if is_step and left_s > 0:
+            left_s = budget.rest_s() or (step.left_s() if is_step else 0.0)
+            if left_s > 0:
                 wait_s = min(wait_s, left_s)
+                self._is_edge_late |= bool(waiting.edge)
                 continue
             step.take(again=is_step)
-            step.held = not self._pass(each, pod_id)
+            step.held = not self._pass(each, pod_id, budget)
             if step.held:
                 step.hold()
             else:
                 step.held_s = FIRST_HELD_S
         self._retire()
         self._forget_gone()
-        if self._credit_ns > 0:
-            return wait_s
-        return min(wait_s, (LEAST_CREDIT_NS - self._credit_ns) / 1e9 / SHARE)
+        return min(wait_s, self._joins.rest_s() or wait_s)
 
     def _show_life(self) -> None:
         """Not while it makes no passes: then no reader gets a new edge."""
         if self.runner.left() < MOST_LEFT:
             for each in self._opened:
                 each.show_life()
+
+    def _is_worth_a_look(self) -> bool:
+        """At all pods, which costs, too: not while nothing that may be due can be paid."""
+        has_edge = [each.bell.take_edge() for each in self._opened]
+        return not self._joins.is_spent or self._is_edge_late or any(has_edge)
 
     def _last_pass(self, due: tuple[abi.Due, Opened, int]) -> float:
         """When it may have had one, so that every pod has its turn."""
@@ -311,8 +347,9 @@ class Joiner:
     def _earn(self) -> None:
         """What this process itself takes is paid like the passes."""
         now, own_ns = time.monotonic(), time.process_time_ns()
-        self._credit_ns += (now - self._counted_at) * 1e9 * SHARE - (own_ns - self._own_ns)
-        self._credit_ns = min(self._credit_ns, BURST_NS)
+        self._joins.credit_ns -= own_ns - self._own_ns
+        for budget in (self._joins, self._edges):
+            budget.earn(now - self._counted_at)
         self._counted_at, self._own_ns = now, own_ns
 
     def _forget_gone(self) -> None:
@@ -347,11 +384,11 @@ class Joiner:
         self._scan()
         for each in old:
             for pod_id in sorted(self._folders, key=lambda one: self._retired_at.get(one, 0.0)):
-                if self._credit_ns > 0:
+                if not self._joins.is_spent:
                     self._retired_at[pod_id] = time.monotonic()
-                    self._pass(each, pod_id)
+                    self._pass(each, pod_id, self._joins)
 
-    def _pass(self, opened: Opened, pod_id: int) -> bool:
+    def _pass(self, opened: Opened, pod_id: int, budget: Budget) -> bool:
         """Whether it ended in time."""
         folder = self._folder(pod_id)
         if folder is None:
@@ -363,6 +400,7 @@ class Joiner:
             spent_ns = self.runner.run(opened.visit, folder)
         except BlockingIOError:  # a load is at it: its passes are of another generation
             opened.begin(pod_id, cost, pending=1)
+            self._is_edge_late = True  # perhaps: the visits have not told
             return True
         except (PassTimeout, EOFError, OSError) as error:
             if pod_id not in self._troubled:
@@ -370,10 +408,11 @@ class Joiner:
                 log.warning("pass_failed", self._troubled[pod_id], **self._named(pod_id))
             self.done = replace(self.done, failed=self.done.failed + 1)
             opened.begin(pod_id, cost, pending=1)
+            self._is_edge_late = True
             return False
         if problem := self._troubled.pop(pod_id, ""):
             log.info("pass_recovered", f"this is over: {problem}", **self._named(pod_id))
-        self._credit_ns -= spent_ns
+        budget.credit_ns -= spent_ns
         self.done = replace(
             self.done, passes=self.done.passes + 1, cpu_ns=self.done.cpu_ns + spent_ns
         )

@@ -148,13 +148,14 @@ FRESH_EDGE = _mutant(
 EDGE_UNASKED = _mutant(
     "edges: a sender does not ask for a pass",
     (
-        r"if \(conn->path == TB_PATH_BEHIND \|\| reason == TB_REASON_BLOCKING",
-        "if (reason == TB_REASON_BLOCKING",
+        r"if \(conn->path == TB_PATH_BEHIND\)\n"
+        r"\t\ttb_ring_for_edge\(conn->peer\.pod_id\);\n\telse if",
+        "if",
     ),
 )
 EDGE_ONCE = _mutant(
     "edges: the pass does not ask for another one",
-    (r"\ttb_ring\(conn->me\.pod_id\);\n\treturn is_empty", "\t\t;\n\treturn is_empty"),
+    (r"\ttb_ring_for_edge\(conn->me\.pod_id\);\n\treturn is_empty", "\t\t;\n\treturn is_empty"),
 )
 EDGE_TOO_EARLY = _mutant(
     "edges: nor while a redirect is on its way",

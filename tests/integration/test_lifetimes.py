@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import pytest
 from bpf import abi, bpfsys, pins
 from bpf.stats import HopCounters
 from install.program.generations import Generation
+from install.program.joiner import Bell
 from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import ENTER
 from tests.integration import reach, traffic_pods
@@ -476,6 +477,25 @@ def test_small_messages_to_a_stalled_reader_take_no_memory(
         ours.close()
         assert read_to_end(theirs) == b"x" * sent
     assert eventually(lambda: bypassed(*pods) > 100)
+
+
+def test_bytes_behind_others_ring_for_an_edge(
+    node: LightNode, pods: tuple[LightPod, LightPod]
+) -> None:
+    """The joiner makes no pass in debt, but for those: tests/unit/test_joiner.py."""
+    bell = Bell(node.programs.fds[pins.BELL])
+    with closing(bell), connected(*pods) as (ours, theirs):
+        bell.drain()
+        bell.take_edge()  # of earlier tests
+        exchange(ours, theirs)
+        bell.drain()
+        assert not bell.take_edge()
+        ours.setblocking(False)
+        with suppress(BlockingIOError):
+            for _ in range(MB // 1000):
+                ours.send(bytes(1000))
+        bell.drain()
+        assert bell.take_edge()
 
 
 @pytest.mark.parametrize("size", [50_000, 150_000, 300_000])

@@ -24,6 +24,7 @@ class Opened:
     canary = None
     pinned = True
     due = 0
+    bell = SimpleNamespace(take_edge=lambda: False)
     is_well = True
 
     def __init__(self, *pods: int) -> None:
@@ -87,7 +88,7 @@ def test_what_the_joiner_takes_itself_is_paid(made: Joiner) -> None:
     made._earn()
     earned_ns = (made._counted_at - began_at) * 1e9 * SHARE
     assert made._own_ns - own_ns >= 20_000_000
-    assert made._credit_ns == pytest.approx(BURST_NS + earned_ns - (made._own_ns - own_ns))
+    assert made._joins.credit_ns == pytest.approx(BURST_NS + earned_ns - (made._own_ns - own_ns))
 
 
 def test_a_pod_that_another_process_visits_has_its_turn_later(
@@ -98,7 +99,7 @@ def test_a_pod_that_another_process_visits_has_its_turn_later(
 
     monkeypatch.setattr(made.runner, "run", run)
     opened: Any = Opened(1)
-    assert made._pass(opened, 1)
+    assert made._pass(opened, 1, made._joins)
     assert (opened.rung, made.done.failed) == ([1], 0)
 
 
@@ -167,7 +168,7 @@ def test_a_pass_that_fails_is_said_once_and_said_to_be_over(
         monkeypatch.setattr(log, level, lambda event, *_text, **_about: said.append(event))
     monkeypatch.setattr(made.runner, "run", run)
     opened: Any = Opened(1)
-    assert [made._pass(opened, 1) for _ in range(4)] == [False, False, True, True]
+    assert [made._pass(opened, 1, made._joins) for _ in range(4)] == [False, False, True, True]
     assert said == ["pass_failed", "pass_recovered"]
 
 
@@ -194,11 +195,55 @@ def test_a_joiner_in_debt_comes_to_its_passes(
 
     opened.pending = pending
     made._opened.append(opened)
-    made._credit_ns = -1_000_000.0
+    made._joins.credit_ns = -1_000_000.0
     for _ in range(20):
         own_ns += 1_000_000
         now_s += made._serve()
     assert len(passes) > 5
+
+
+@pytest.mark.parametrize("spent", ["", "joins", "edges"])
+def test_edges_and_joins_wait_for_their_own_budget(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch, spent: str
+) -> None:
+    passes = []
+
+    def run(_visit: int, folder: Path) -> int:
+        passes.append(int(folder.name))
+        return 1_000_000
+
+    now_s, own_ns = made._counted_at, made._own_ns
+    monkeypatch.setattr("install.program.joiner.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("install.program.joiner.time.process_time_ns", lambda: own_ns)
+    monkeypatch.setattr(made.runner, "run", run)
+    folders = {pod_id: made.state_dir / str(pod_id) for pod_id in range(1, 5)}
+    monkeypatch.setattr(made, "_folder", folders.get)
+    opened: Any = Opened(*folders)
+    waiting = {pod_id: abi.Due(1_000, 100, pending=1, edge=pod_id == 3) for pod_id in folders}
+    opened.pending = lambda: waiting
+    heard = [True, False]
+    opened.bell = SimpleNamespace(take_edge=heard.pop)
+    made._opened.append(opened)
+    if spent:
+        getattr(made, f"_{spent}").credit_ns = -BURST_NS
+    made._serve()
+    assert passes == {"": [1, 2, 3, 4], "joins": [], "edges": [1, 2, 4]}[spent]
+    wait_s = made._serve()  # now an edge has been asked for
+    assert passes[-1] == {"": 4, "joins": 3, "edges": 4}[spent]
+    assert (made._is_edge_late, wait_s > 1) == (spent == "edges", False)
+
+
+def test_a_pass_for_an_edge_that_did_not_come_is_tried_again_in_debt(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_visit: int, _folder: Path) -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(made.runner, "run", run)
+    made._joins.credit_ns = -BURST_NS
+    assert not made._is_worth_a_look()
+    made._pass(Opened(1), 1, made._edges)  # type: ignore[arg-type]
+    assert made._is_worth_a_look()
 
 
 def test_a_generation_that_is_removed_meanwhile_has_no_sockets(tmp_path: Path) -> None:
