@@ -23,7 +23,7 @@ from tests.bed.pairs import Bytes, Kind, Pair
 Mode = Literal["full", "auto"]
 # A network per mode: which pods are accelerated how is up to its plugin's configuration.
 SUBNETS: dict[Mode, str] = {"full": "10.245.0.0/16", "auto": "10.246.0.0/16"}
-BYPASS_WITHIN_S = 20
+BYPASS_WITHIN_S = 60
 MESH = ("outbound", "sidecars", "inbound")  # the hops of a way through two sidecars
 
 

@@ -38,7 +38,7 @@ def nodes() -> Iterator[dict[Mode, AppNode]]:
         yield made
 
 
-@pytest.mark.timeout(180, func_only=True)
+@pytest.mark.timeout(300, func_only=True)
 @pytest.mark.parametrize(("mode", "name", "hop"), CASES)
 def test_every_byte_is_right(
     nodes: dict[Mode, AppNode], mode: Mode, name: str, hop: HopName

@@ -29,7 +29,7 @@ from tests.bed.pod import PROXY, PROXY_UID, Pod
 
 Json = dict[str, Any]
 TYPES = "type.googleapis.com/envoy.extensions"
-READY_TIMEOUT_S = 20
+READY_TIMEOUT_S = 120
 
 
 @cache

@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.bed.pingpong import APP_PORT
 from tests.bed.pod import APP, Pod
 
-READY_TIMEOUT_S = 10
+READY_TIMEOUT_S = 60
 
 # keepalive_requests: Envoy's pooled connections are to live as long as the run.
 # sendfile: with it, header and body are two sends and wake Envoy twice, which costs more than

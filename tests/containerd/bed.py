@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from tests.containerd.releases import Release
 OWN_PLUGINS = Path(__file__).with_name("plugins")
 RECORDED = "recorded"
 SECOND = ("10.245.0.0/16",)  # of the second network
-SETTLE_S = 5
+SETTLE_S = 30
 AT_ONCE = 8
 
 # Runtime handlers: chains that one containerd has at the same time.
@@ -200,7 +200,8 @@ class RuntimeBed:
         """
         for pid, name in self.node.processes().items():
             if name == "containerd-shim":
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         left = self.added()
         for mount in left["mounts"]:
             self.node.run(["umount", mount])

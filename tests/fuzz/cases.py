@@ -340,7 +340,7 @@ def two_writers(pod: LightPod) -> bool:
         pod.pause()
     page.resolve()
     for thread in threads:
-        thread.join(5)
+        thread.join(20)
     data = b"".join(parts)
     data += heard(server, 200 - len(data))
     return data in {b"A" * 100 + b"B" * 100, b"B" * 100 + b"A" * 100}

@@ -550,7 +550,7 @@ def test_a_receiver_that_holds_its_socket_does_not_hold_its_sender(
         time.sleep(0.1)
         sending = threading.Thread(target=ours.sendall, args=(b"second",), daemon=True)
         sending.start()
-        sending.join(timeout=2)
+        sending.join(timeout=20)
         held_up = sending.is_alive()
         zero_page(fd, start)
         reading.join()

@@ -112,9 +112,11 @@ def test_pooled_connections_bypass_all_the_time(pods: Pods) -> None:
         change = after[hop].since(before[hop])
         by_tcp = change.tcp_messages
         assert change.bypassed_messages > fetchers * times, (hop, change)
-        # A message that meets its receiver inside a system call goes by TCP: one in hundreds.
         others = sum(by_tcp.values()) - by_tcp["waiting"] - by_tcp.get("refresh", 0)
-        assert others < change.bypassed_messages / 100, (hop, change)
+        # A message that meets its receiver inside a system call goes by TCP ("busy"): one in
+        # hundreds, more where other programs take the receiver's CPU meanwhile.
+        assert others - by_tcp.get("busy", 0) < change.bypassed_messages / 100, (hop, change)
+        assert others < change.bypassed_messages / 10, (hop, change)
         if hop == "sidecars":  # handshakes and ARP besides; two packets and more for a message
             assert veth.packets < 4 * sum(by_tcp.values()) + 100
 

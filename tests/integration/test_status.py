@@ -102,7 +102,7 @@ def sent_locally(found: dict[str, float]) -> float:
 
 
 def test_status_of_a_pod_that_talks(bed: Bed, pod: Pod) -> None:
-    sent = talk(pod, 20_000)
+    sent = talk(pod, 200_000)
     report = bed.node.status()
     assert (report["loaded"], report["paused"], report["failures"]) == (True, False, [])
     found = of_pod(report, "talker")
@@ -244,11 +244,11 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
         name = f"talker-{turn}"
         with bed.pod(name, interception=None, annotations=ACCELERATED) as pod:
             check()
-            sent += count(pod, 50 * (3 - turn))
+            sent += count(pod, 2_000 * (3 - turn))
             check()
             bed.node.load()
             check()
-            sent += count(pod, 40)
+            sent += count(pod, 1_500)
             check()
             assert any(f"pod={name}" in each for each in seen[-1])
         check()
@@ -260,7 +260,7 @@ def test_sums_go_on_over_loads_and_pods(bed: Bed) -> None:
     assert seen[-1]["tcpip_bypass_loaded{}"] == 0
     bed.node.load()
     with bed.pod("last", interception=None, annotations=ACCELERATED) as pod:
-        sent += count(pod, 40)
+        sent += count(pod, 1_500)
         check()
 
 
@@ -285,7 +285,7 @@ def wait_for_sockets(metrics: Metrics, count: int) -> None:
 
 def test_metrics_of_a_node_whose_state_cannot_be_read(bed: Bed, pod: Pod) -> None:
     metrics = Metrics(in_process(bed))
-    talk(pod, 50)
+    talk(pod, 1_500)
     attachments = bed.node.state_dir / names.ATTACHMENTS
     elsewhere = bed.folder / "attachments"
     sent = sent_locally(samples(metrics))

@@ -525,7 +525,7 @@ def read_to_end(sock: socket.socket) -> bytes:
     return data
 
 
-def eventually(predicate: Callable[[], bool], patience_s: float = 5.0) -> bool:
+def eventually(predicate: Callable[[], bool], patience_s: float = 30.0) -> bool:
     """Whether it becomes true in time: counters follow within a jiffy, closing sockets sooner."""
     deadline = time.monotonic() + patience_s
     while not predicate():

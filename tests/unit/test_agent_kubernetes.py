@@ -26,7 +26,7 @@ UNAUTHORIZED: Answer = (401, {"kind": "Status", "message": "Unauthorized"})
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     monkeypatch.setattr(kubernetes, "SERVICE_ACCOUNT", tmp_path / "account")
-    monkeypatch.setattr(kubernetes, "REFUSED_S", 0.5)
+    monkeypatch.setattr(kubernetes, "REFUSED_S", 3)
     monkeypatch.setattr(kubernetes, "TIMEOUT_S", 2)
     with apiserver.running(tmp_path) as running:
         running.write_service_account(tmp_path / "account")

@@ -248,11 +248,11 @@ def test_uninstall_waits_for_executions(node: Node) -> None:
     program = node.places.files.link.resolve()
     program.unlink()
     shutil.copy("/bin/busybox", program)  # its /proc/PID/exe is itself, not a shell
+    began = time.monotonic()
     sleeper = subprocess.Popen(["sleep", "1.5"], executable=program)
     reaper = threading.Thread(target=sleeper.wait)
     reaper.start()
     try:
-        began = time.monotonic()
         assert node.uninstall().still_running == []
         assert time.monotonic() - began > 1
         assert sleeper.poll() == 0
