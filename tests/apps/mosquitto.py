@@ -14,7 +14,7 @@ from tests.apps.programs.contract import compare, pattern
 from tests.apps.tools import PATIENCE_S
 
 RETAINED = (1, 65_537, 2_000_000)
-MESSAGES = 1000
+MESSAGES = 10_000
 SUBSCRIBERS = 2
 READY = "ready"
 
