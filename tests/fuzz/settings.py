@@ -155,12 +155,7 @@ class Loopback:
         self.routes = {LOOPBACK: Route(CLIENT_IP, SERVER_IP, ports, SERVER_IP, ports)}
 
     def spawn(self, name: str, argv: list[str], *, serves: bool) -> subprocess.Popen[str]:  # noqa: ARG002
-        return subprocess.Popen(
-            argv,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=self._pod.enter,  # noqa: PLW1509 - writes one file, takes no lock
-        )
+        return subprocess.Popen(self._pod.entering(argv), stdout=subprocess.PIPE, text=True)
 
     def pause(self, paused: bool, pod: str | None = None) -> None:  # noqa: ARG002
         self._set(abi.CONTROL_PAUSED, paused)

@@ -78,12 +78,7 @@ def main(seconds: float = 60, *arguments: str) -> dict[str, Any]:
     program, before, passes = compiled(), sockstat(), 0
     with kernel_complaints() as problems, accelerated(passes=False) as pod:
         command = [str(program), str(THREADS), str(int(seconds)), *arguments]
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            preexec_fn=pod.enter,  # noqa: PLW1509
-        ) as process:
+        with subprocess.Popen(pod.entering(command), stdout=subprocess.PIPE, text=True) as process:
             while process.poll() is None:
                 if passes % FLIP == 0:
                     pod.control(abi.CONTROL_LEAVE if passes % (2 * FLIP) else 0)
