@@ -196,10 +196,12 @@ def _headline(results: Results, known: list[Application]) -> Iterator[str]:
 
 
 def _summary(results: Results, known: list[Application]) -> Iterator[str]:
-    yield from _header(["application", "reader", *HOPS, "CPU per request", "advice"])
-    for each in known:
+    cells = {hop: [_hop_cell(results.sections[each.name], hop) for each in known] for hop in HOPS}
+    hops = [hop for hop in HOPS if any(cell != DASH for cell in cells[hop])]
+    yield from _header(["application", "reader", *hops, "CPU per request", "advice"])
+    for number, each in enumerate(known):
         section = results.sections[each.name]
-        ratios = [_hop_cell(section, hop) for hop in HOPS]
+        ratios = [cells[hop][number] for hop in hops]
         cpu = _number(median_ratio(section, "*", CPU))
         faults = ", ".join(_faults(section))
         advice = f"not in `full` here: this kernel fails {faults}" if faults else each.advice

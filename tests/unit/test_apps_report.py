@@ -73,8 +73,9 @@ def test_the_page_has_each_application_and_its_reader(results: Results, tmp_path
     assert "(img/applications.png)" in text
     assert "event loop: 1 applications, 1 rows, median **1.50**" in text
     redis, gunicorn = APPLICATIONS["redis"], APPLICATIONS["gunicorn"]
-    assert f"| {redis.title} | event loop | 1.50 | – | – | – | 0.70 |  |" in text  # noqa: RUF001
-    cells = f"| {gunicorn.title} | blocking | – | – | **failed** | 0.96 | 1.00 |"  # noqa: RUF001
+    assert "| reader | outbound | direct | mesh |" in text  # no row has the hop inbound
+    assert f"| {redis.title} | event loop | 1.50 | – | – | 0.70 |  |" in text  # noqa: RUF001
+    cells = f"| {gunicorn.title} | blocking | – | **failed** | 0.96 | 1.00 |"  # noqa: RUF001
     assert f"{cells} {gunicorn.advice} |" in text
     assert f"**{gunicorn.title} failed on direct: AssertionError: wrong**" in text
     assert report.is_incomplete(results, "gunicorn")
