@@ -13,6 +13,7 @@ import json
 import os
 import select
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -467,8 +468,9 @@ def _identity(socket: Path) -> tuple[Path, int, int] | None:
     A file system that is no tmpfs gives the next file the inode of the one just removed.
     """
     with contextlib.suppress(OSError):
-        if socket.is_socket():
-            return socket, socket.stat().st_ino, socket.stat().st_mtime_ns
+        found = socket.stat()
+        if stat.S_ISSOCK(found.st_mode):
+            return socket, found.st_ino, found.st_mtime_ns
     return None
 
 
