@@ -118,7 +118,7 @@ struct tb_due {
 	__u64 missed; /* exchanges that waiting connections have made by TCP since the last pass */
 	__u64 cost;   /* what a pass costs there, in exchanges; the joiner measures it */
 	__u32 pending;
-	__u32 edge; /* a reader may need a new edge (edge.h): this pass goes first */
+	__u32 edge; /* a reader may need a new edge (edge.h): a budget of its own pays the pass */
 };
 
 /* Map "fionread" (BPF_MAP_TYPE_ARRAY, one element): how the mend of FIONREAD fares. */

@@ -163,9 +163,9 @@ class Opened:
         return found
 
     def begin(self, pod_id: int, cost: int, pending: int = 0) -> None:
-        """Nothing missed, nothing pending: before a pass, so that what comes meanwhile counts.
+        """Nothing missed: before a pass, so that what comes meanwhile counts.
 
-        A pass that did not come may have been for an edge.
+        pending: one that did not come is due again, and may have been for an edge.
         """
         key = pod_id.to_bytes(8, sys.byteorder)
         bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, pending, edge=pending)))
@@ -399,16 +399,14 @@ class Joiner:
         try:
             spent_ns = self.runner.run(opened.visit, folder)
         except BlockingIOError:  # a load is at it: its passes are of another generation
-            opened.begin(pod_id, cost, pending=1)
-            self._is_edge_late = True  # perhaps: the visits have not told
+            self._put_off(opened, pod_id, cost)
             return True
         except (PassTimeout, EOFError, OSError) as error:
             if pod_id not in self._troubled:
                 self._troubled[pod_id] = f"{folder}: {error}"
                 log.warning("pass_failed", self._troubled[pod_id], **self._named(pod_id))
             self.done = replace(self.done, failed=self.done.failed + 1)
-            opened.begin(pod_id, cost, pending=1)
-            self._is_edge_late = True
+            self._put_off(opened, pod_id, cost)
             return False
         if problem := self._troubled.pop(pod_id, ""):
             log.info("pass_recovered", f"this is over: {problem}", **self._named(pod_id))
@@ -418,6 +416,11 @@ class Joiner:
         )
         self._costs[pod_id] = max(LEAST_COST, (3 * cost + spent_ns // EXCHANGE_NS) // 4)
         return True
+
+    def _put_off(self, opened: Opened, pod_id: int, cost: int) -> None:
+        """A pass that did not come is due again. It may be for an edge: the visits did not tell."""
+        opened.begin(pod_id, cost, pending=1)
+        self._is_edge_late = True
 
     def _named(self, pod_id: int) -> dict[str, str]:
         """The fields that say which pod it is; none when its record cannot be read."""

@@ -70,6 +70,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Joiner:
     return Joiner(tmp_path, tmp_path, Runner())
 
 
+def visited_by_another(_visit: int, _folder: Path) -> int:
+    """A pass over a pod that another process is at."""
+    raise BlockingIOError
+
+
 def test_pods_that_are_no_more_are_forgotten(made: Joiner) -> None:
     opened = Opened(1, 2, 3)
     made._opened.append(opened)  # type: ignore[arg-type]
@@ -95,10 +100,7 @@ def test_what_the_joiner_takes_itself_is_paid(made: Joiner) -> None:
 def test_a_pod_that_another_process_visits_has_its_turn_later(
     made: Joiner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(_visit: int, _folder: Path) -> int:
-        raise BlockingIOError
-
-    monkeypatch.setattr(made.runner, "run", run)
+    monkeypatch.setattr(made.runner, "run", visited_by_another)
     opened: Any = Opened(1)
     assert made._pass(opened, 1, made._joins)
     assert (opened.rung, made.done.failed) == ([1], 0)
@@ -237,10 +239,7 @@ def test_edges_and_joins_wait_for_their_own_budget(
 def test_a_pass_for_an_edge_that_did_not_come_is_tried_again_in_debt(
     made: Joiner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(_visit: int, _folder: Path) -> int:
-        raise BlockingIOError
-
-    monkeypatch.setattr(made.runner, "run", run)
+    monkeypatch.setattr(made.runner, "run", visited_by_another)
     made._joins.credit_ns = -BURST_NS
     assert not made._is_worth_a_look()
     made._pass(Opened(1), 1, made._edges)  # type: ignore[arg-type]
