@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from bpf.loader import Limits, Programs
 from cni_plugin import cgroup, names
 from install.program.passes import repeated, visit_pod
 
-ENTER = Path(__file__).with_name("bed") / "enter.py"
 CLIENT_IP = "127.0.0.6"
 SERVER_IP = "127.0.0.1"
 # With these limits the two ends find each other and may join within so many exchanges.
@@ -67,14 +65,6 @@ class LightPod:
     def enter(self) -> None:
         """Puts the calling process into the pod."""
         (self.folder / "cgroup.procs").write_text(str(os.getpid()))
-
-    def entering(self, argv: Sequence[str]) -> list[str]:
-        """The command line that runs argv in the pod.
-
-        No `preexec_fn`: grpc's threads, where a test has used it, may end such a child before
-        its exec, and nothing would tell.
-        """
-        return [sys.executable, "-I", "-S", str(ENTER), "-", str(self.folder), "-", "-", *argv]
 
     def pause(self, paused: bool = True) -> None:
         """From the next message on every byte goes by TCP, or may go by bypass again."""

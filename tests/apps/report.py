@@ -199,9 +199,8 @@ def _summary(results: Results, known: list[Application]) -> Iterator[str]:
     cells = {hop: [_hop_cell(results.sections[each.name], hop) for each in known] for hop in HOPS}
     hops = [hop for hop in HOPS if any(cell != DASH for cell in cells[hop])]
     yield from _header(["application", "reader", *hops, "CPU per request", "advice"])
-    for number, each in enumerate(known):
+    for each, *ratios in zip(known, *(cells[hop] for hop in hops)):
         section = results.sections[each.name]
-        ratios = [cells[hop][number] for hop in hops]
         cpu = _number(median_ratio(section, "*", CPU))
         faults = ", ".join(_faults(section))
         advice = f"not in `full` here: this kernel fails {faults}" if faults else each.advice

@@ -26,7 +26,23 @@ HELPER = "helper"  # another container of the pod's owner
 PROXY = "istio-proxy"
 MESH = {"sidecar.istio.io/status": '{"containers":["istio-proxy"],"revision":"default"}'}
 OPTED_OUT = {"tcpip-bypass/enabled": "false"}
-ENTER = Path(__file__).with_name("enter.py")
+
+
+def within(
+    argv: Sequence[str | Path],
+    *,
+    netns: str | Path = "-",
+    cgroup: str | Path = "-",
+    user: str = "-",
+    cpus: str = "-",
+) -> list[str | Path]:
+    """The command line that runs argv there, as tests/bed/enter.py has it; "-": as the caller.
+
+    Not by `preexec_fn`: grpc's threads, where a test has used it, may end such a child before its
+    exec, and nothing would tell.
+    """
+    enter = Path(__file__).with_name("enter.py")
+    return [sys.executable, "-I", "-S", enter, netns, cgroup, user, cpus, *argv]
 
 
 @dataclass(eq=False)
@@ -100,10 +116,10 @@ class Pod:
         """
         user = ":".join(map(str, self.user_of(container) if uid is None else (uid, uid)))
         log_path = self.folder / f"{container}-{next(self._numbers)}-{Path(argv[0]).name}.log"
-        place = (self.netns.path, self.container_cgroup(container), user, cpus)
+        cgroup = self.container_cgroup(container)
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", ENTER, *place, *argv],
+                within(argv, netns=self.netns.path, cgroup=cgroup, user=user, cpus=cpus),
                 stdin=stdin,
                 stdout=log if stdout is None else stdout,
                 stderr=log if stderr is None else stderr,

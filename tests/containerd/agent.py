@@ -76,7 +76,7 @@ class Agent:
     @property
     def bpffs(self) -> Path:
         """The folder of the node's pins, as seen from outside of the node."""
-        return Path(f"/proc/{self.bed.node.holder}/root{names.BPFFS}")
+        return self.bed.node.inside(Path(names.BPFFS))
 
     @property
     def pid(self) -> int:

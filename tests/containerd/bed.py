@@ -20,7 +20,7 @@ from tests.bed import cgroups, cni
 from tests.bed.bed import FROZEN_PLUGIN
 from tests.bed.cni import Json
 from tests.bed.node import PROGRAM
-from tests.bed.pod import APP_UID, MESH
+from tests.bed.pod import APP_UID, MESH, within
 from tests.containerd import containerd, inventory, node, releases
 from tests.containerd.containerd import NETWORK, Containerd
 from tests.containerd.cri import USUAL, Cri, PodIdentity, Wishes
@@ -84,7 +84,7 @@ class Pod:
         cgroup = self.cgroup / container
         cgroup.mkdir(exist_ok=True)
         netns = Path(f"/proc/{self._cri.sandbox_status(sandbox_id).pid}/ns/net")
-        return node.within(netns, cgroup, argv, str(APP_UID))
+        return within(argv, netns=netns, cgroup=cgroup, user=str(APP_UID))
 
 
 def run(pods: Sequence[Pod], attempt: int = 0) -> list[str]:
@@ -188,7 +188,7 @@ class RuntimeBed:
 
     def _remove_result(self, name: str) -> None:
         """Through the node's overlay: an overlay still shows what was unlinked below it."""
-        Path(f"/proc/{self.node.holder}/root/var/lib/cni/results", name).unlink()
+        (self.node.inside(inventory.SEEN_RESULTS) / name).unlink()
 
     def remove_what_containerd_forgot(self) -> None:
         """Remove what a containerd that was killed has lost sight of; no sandbox may be left.

@@ -17,7 +17,8 @@ from tests.containerd.node import Node, folders_in
 
 Inventory = dict[str, list[str]]
 NAMESPACES = Path("/run/netns")
-CNI_RESULTS = "var/new/cni/results"  # /var/lib/cni/results, in the node's folder
+SEEN_RESULTS = Path("/var/lib/cni/results")  # as the node's mounts have it
+CNI_RESULTS = "var/new/cni/results"  # the same in the node's folder
 
 
 def of(node: Node, cri: Cri) -> Inventory:
@@ -67,7 +68,7 @@ def _program_name(program_id: int) -> str:
 
 def _counters(node: Node) -> list[str]:
     """The generations of our programs that still count for some pod."""
-    bpffs = Path(f"/proc/{node.holder}/root{names.BPFFS}")
+    bpffs = node.inside(Path(names.BPFFS))
     found = []
     for pin in bpffs.glob(f"gen-*/{pins.COUNTERS}"):
         with bpfsys.closing(bpfsys.obj_get(str(pin))) as fd:

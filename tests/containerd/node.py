@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from tests.bed import cgroups, netns, sweep
 from tests.bed.netns import NetNamespace
 from tests.bed.node import is_report
-from tests.bed.pod import ENTER
+from tests.bed.pod import within
 
 HOLD_NAMESPACE = Path(__file__).with_name("node.sh")
 PREFIX = "tbc-"
@@ -52,6 +51,10 @@ class Node:
         """Where the rest of the machine finds a path in this node's /run; mounts do not show."""
         return self.folder / "run" / path.relative_to("/run")
 
+    def inside(self, path: Path) -> Path:
+        """Where the rest of the machine finds a path as this node's mounts have it."""
+        return Path(f"/proc/{self.holder}/root{path}")
+
     def processes(self) -> dict[int, str]:
         """Names of the processes on this node, those in pods included, by pid."""
         found = {}
@@ -67,7 +70,8 @@ class Node:
     def entering(self, argv: Sequence[str | Path]) -> list[str | Path]:
         """The command line that runs argv in this node's namespaces and system cgroup."""
         mounts = f"--mount=/proc/{self.holder}/ns/mnt"
-        return within(self.host.path, self.system, ["nsenter", mounts, "--", *argv])
+        command = ["nsenter", mounts, "--", *argv]
+        return within(command, netns=self.host.path, cgroup=self.system)
 
     def run(self, argv: Sequence[str | Path], stdin: str = "", *, reporting: str = "") -> str:
         """Run a program on this node to its end and return what it printed.
@@ -117,7 +121,7 @@ def _held(folder: Path, cgroup: Path, host: NetNamespace) -> Iterator[int]:
     """A mount namespace for the node; the pid of a process in it."""
     unshare = ["unshare", "--mount", "--propagation", "private"]
     holder = subprocess.Popen(
-        within(host.path, cgroup / "system", [*unshare, HOLD_NAMESPACE, folder]),
+        within([*unshare, HOLD_NAMESPACE, folder], netns=host.path, cgroup=cgroup / "system"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -160,10 +164,3 @@ def remove_v1_cgroups(path: str) -> None:
 def folders_in(folder: Path) -> list[Path]:
     """A folder and all below it, children first; what vanishes meanwhile is passed over."""
     return [Path(each) for each, _, _ in os.walk(folder, topdown=False)]
-
-
-def within(
-    netns: Path, cgroup: Path, argv: Sequence[str | Path], uid: str = "-"
-) -> list[str | Path]:
-    """The command line that runs argv in a network namespace and a cgroup."""
-    return [sys.executable, "-I", "-S", ENTER, netns, cgroup, uid, "-", *argv]

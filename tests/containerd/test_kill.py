@@ -14,7 +14,7 @@ import pytest
 from bpf import pins
 from tests.containerd.bed import Pod, RuntimeBed, run
 from tests.containerd.cri import CriError
-from tests.containerd.inventory import attached
+from tests.containerd.inventory import SEEN_RESULTS, attached
 
 PODS = 8
 KILLS = 4  # spread over the time that PODS calls at once take
@@ -43,7 +43,7 @@ def test_what_the_bed_does_about_a_torn_result(bed: RuntimeBed) -> None:
     with made(bed, "torn") as pods:
         run(pods)
         torn = next(name for name in bed.added()["CNI results"] if name.endswith("eth0"))
-        bed.node.run(["truncate", "--size=0", f"/var/lib/cni/results/{torn}"])
+        bed.node.run(["truncate", "--size=0", SEEN_RESULTS / torn])
         with pytest.raises(CriError, match="unexpected end of JSON"):
             bed.end_all_sandboxes()
         bed.remove_torn_results()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bed.pod import PROXY_UID
-from tests.containerd import node, releases, traffic
+from tests.bed.pod import PROXY_UID, within
+from tests.containerd import releases, traffic
 from tests.containerd.bed import BYPASS, HOST_PORT, IPV6, TWO_NETWORKS, Pod, RuntimeBed, open_bed
 from tests.containerd.cri import USUAL, Wishes
 from tests.containerd.test_agent import assert_whole
@@ -76,7 +76,7 @@ class End:
         source = Path(traffic.__file__).read_text()
         enter = ["nsenter", f"--user={namespaces}/user", *user, "--"]
         argv: list[str | Path] = [*enter, PYTHON, "-I", "-c", source, *arguments]
-        return node.within(namespaces / "net", self.pod.cgroup / "app", argv)
+        return within(argv, netns=namespaces / "net", cgroup=self.pod.cgroup / "app")
 
 
 def talker(*arguments: str) -> list[str | Path]:

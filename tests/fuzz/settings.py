@@ -28,6 +28,7 @@ from tests.bed.addresses import Family
 from tests.bed.cni import DUAL_STACK
 from tests.bed.istio import Interception
 from tests.bed.pingpong import Hop, HopName
+from tests.bed.pod import within
 from tests.light import CLIENT_IP, LIMITS, SERVER_IP, LightPod, accelerated
 
 SOURCE = Path(__file__).with_name("stream.c")
@@ -155,7 +156,8 @@ class Loopback:
         self.routes = {LOOPBACK: Route(CLIENT_IP, SERVER_IP, ports, SERVER_IP, ports)}
 
     def spawn(self, name: str, argv: list[str], *, serves: bool) -> subprocess.Popen[str]:  # noqa: ARG002
-        return subprocess.Popen(self._pod.entering(argv), stdout=subprocess.PIPE, text=True)
+        command = within(argv, cgroup=self._pod.folder)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def pause(self, paused: bool, pod: str | None = None) -> None:  # noqa: ARG002
         self._set(abi.CONTROL_PAUSED, paused)

@@ -50,7 +50,7 @@ def pod(bed: Bed) -> Iterator[Pod]:
 @pytest.fixture
 def metrics(bed: Bed, pod: Pod) -> Metrics:  # noqa: ARG001 - it is what they tell of
     node = Node(bed.node.bpffs, bed.node.state_dir)
-    assert eventually(lambda: not report.facts(node).joining_problem, 30)  # its joiner starts
+    assert eventually(lambda: not report.facts(node).joining_problem)  # its joiner starts
     return Metrics(node)
 
 
@@ -75,7 +75,7 @@ def test_unloaded(bed: Bed, metrics: Metrics) -> None:
     bed.node.call("unload")
     assert firing(metrics) == {"TcpipBypassNotLoaded"}
     bed.node.load()
-    assert eventually(lambda: firing(metrics) == set(), 30)  # the joiner looks once a second
+    assert eventually(lambda: firing(metrics) == set())  # the joiner looks once a second
 
 
 def test_a_generation_whose_sockets_must_leave(bed: Bed, metrics: Metrics) -> None:

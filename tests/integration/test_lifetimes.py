@@ -29,7 +29,7 @@ from bpf.stats import HopCounters
 from install.program.generations import Generation
 from install.program.joiner import Bell
 from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
-from tests.bed.pod import ENTER
+from tests.bed.pod import within
 from tests.integration import reach, traffic_pods
 from tests.integration.traffic_pods import (
     FIRST_BYTES,
@@ -336,10 +336,11 @@ def test_a_socket_passed_to_a_process_of_another_pod(
         exchange(ours, theirs)
         before = bypassed(server)
         here, there = socket.socketpair()
-        place = [sys.executable, "-I", "-S", str(ENTER), str(elsewhere.netns.path)]
-        place += [str(elsewhere.cgroup), str(APP_UID), "-", sys.executable, "-c", GUEST]
+        guest = [sys.executable, "-c", GUEST]
+        space, cgroup = elsewhere.netns.path, elsewhere.cgroup
         with here, there:
-            child = subprocess.Popen(place, stdin=there.fileno())
+            command = within(guest, netns=space, cgroup=cgroup, user=str(APP_UID))
+            child = subprocess.Popen(command, stdin=there.fileno())
             socket.send_fds(here, [b"x"], [theirs.fileno()])
             theirs.close()
             for number in range(50):

@@ -32,7 +32,7 @@ from bpf.loader import VISIT, Limits, Programs
 from install.program import passes
 from tests.bed import APP_UID, PROXY_UID, cgroups, netns
 from tests.bed.netns import NetNamespace
-from tests.bed.pod import ENTER
+from tests.bed.pod import within
 from tests.integration import traffic
 from tests.light import ACQUAINTANCE, LIMITS
 
@@ -164,9 +164,8 @@ class LightPod:
 
     def popen(self, argv: Sequence[str | Path], *, uid: int = APP_UID) -> subprocess.Popen[bytes]:
         """A process in this pod, with pipes for stdin and stdout."""
-        place = (self.netns.path, self.cgroup, str(uid), "-")
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", ENTER, *place, *argv],
+            within(argv, netns=self.netns.path, cgroup=self.cgroup, user=str(uid)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

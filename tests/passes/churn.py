@@ -16,6 +16,7 @@ from typing import Any
 
 from bpf import abi, bpfsys, pins
 from tests.bed import cc
+from tests.bed.pod import within
 from tests.light import LightPod, accelerated
 
 SOURCE = Path(__file__).with_suffix(".c")
@@ -77,8 +78,9 @@ def members(pod: LightPod) -> int:
 def main(seconds: float = 60, *arguments: str) -> dict[str, Any]:
     program, before, passes = compiled(), sockstat(), 0
     with kernel_complaints() as problems, accelerated(passes=False) as pod:
-        command = [str(program), str(THREADS), str(int(seconds)), *arguments]
-        with subprocess.Popen(pod.entering(command), stdout=subprocess.PIPE, text=True) as process:
+        traffic = [str(program), str(THREADS), str(int(seconds)), *arguments]
+        command = within(traffic, cgroup=pod.folder)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             while process.poll() is None:
                 if passes % FLIP == 0:
                     pod.control(abi.CONTROL_LEAVE if passes % (2 * FLIP) else 0)
