@@ -118,7 +118,7 @@ class Limits:
     sockets: int = 262_144  # sockhash: two per connection; 16 bytes each are taken at once
     pending: int = 32_768  # LRU: ends that look for each other; about 200 bytes each, at once
     counters: int = 16_384  # pods times hops; taken as needed
-    segments: int = 8  # so many a socket has received before it is looked at
+    segments: int = 32  # so many a socket has received before it is looked at
     exchanges: int = 8  # so many a connection makes, with each packet looked at, before it may join
     age_ms: int = 50  # and so old it is
 

@@ -17,8 +17,8 @@
 #define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
 /* So many exchanges it makes until each of its packets is looked at. */
 #define TB_FIRST_WANTED 4
-/* So many exchanges an end looks for the other one. */
-#define TB_SEEKING 16
+/* So many exchanges an end looks for the other one, which may receive fewer segments in each. */
+#define TB_SEEKING (TB_MIN_SEGMENTS + 16)
 
 /*
  * The id of this connection's end. Not the socket's cookie alone: a socket that disconnects

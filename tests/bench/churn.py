@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short connections: connect, one request of 64 bytes, one answer, close.
 
-A connection is looked at after 8 segments, so these stay on TCP: what they pay for the programs is
+A connection is looked at after 32 segments, so these stay on TCP: what they pay for the programs is
 measured.
 """
 

@@ -215,7 +215,7 @@ CHAPTERS = {
     "churn": Chapter(
         "Short connections",
         "Connect, one request of 64 bytes, one answer, close; one after the other, both ends on "
-        "one CPU. A connection is looked at after 8 segments, so these stay on TCP, and the "
+        "one CPU. A connection is looked at after 32 segments, so these stay on TCP, and the "
         "ratio is what the programs cost.",
         (
             Table(
