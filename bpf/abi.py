@@ -51,12 +51,13 @@ OUTCOMES = (
     "blocking",
     "options",
     "splice",
+    "stream",
     "busy",
     "full",
 )
 # Those of connections that were never paired, counted under no hop; and those of paired ones.
 UNPAIRED = ("no_peer", "mismatch", "excluded", "full")
-PAIRED = ("paired", "ineligible", "blocking", "options", "splice", "busy", "full")
+PAIRED = ("paired", "ineligible", "blocking", "options", "splice", "stream", "busy", "full")
 
 
 class Addr(ctypes.Structure):

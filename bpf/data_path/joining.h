@@ -33,9 +33,10 @@
 #define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
 /* An exchange of such a weight, 512 KB, goes by TCP for the most part: TB_STREAM. A socket that
- * makes no others would join and leave again. So it backs off when the first that is watched is
- * one. */
+ * makes many would join and leave again. So one while it is watched makes it back off. Once it
+ * wants more exchanges than this, it stays on TCP: its calls would cost more than it can gain. */
 #define TB_LARGE_EXCHANGE 16
+#define TB_MOST_WANTED_OF_LARGE (TB_BACK_OFF * TB_FIRST_WANTED)
 
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
@@ -149,10 +150,13 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	if (sent == first)
 		return;
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
-	if (weight > TB_LARGE_EXCHANGE && !conn->watched && tb_has_peer(conn))
-		tb_back_off(conn);
-	conn->watched += weight && weight <= TB_LARGE_EXCHANGE;
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
+	if (weight > TB_LARGE_EXCHANGE && !outcome && conn->wanted > TB_MOST_WANTED_OF_LARGE)
+		outcome = TB_OUTCOME_STREAM;
+	else if (weight > TB_LARGE_EXCHANGE)
+		tb_back_off(conn);
+	else
+		conn->watched += weight != 0;
 	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
 	 * So the current thread is the sender, or a reader that acknowledges. */
 	if (!outcome && tb_is_owned(sk) && tb_ignores_short_sends())

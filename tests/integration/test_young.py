@@ -57,22 +57,29 @@ def test_an_older_one_joins_with_its_next_exchanges(pod: LightPod) -> None:
     assert pod.total().connections == {"paired": 2}
 
 
+def ask_for_a_large_answer(ends: Ends, pool: ThreadPoolExecutor) -> None:
+    """One exchange of 1 MB."""
+    ends.client.send(b"ping")
+    assert heard(ends.server, 4) == b"ping"
+    answer = pool.submit(heard, ends.client, ANSWER)
+    sent = 0
+    while sent < ANSWER:
+        select.select([], [ends.server], [], 5)
+        sent += ends.server.send(bytes(ANSWER - sent))
+    assert len(answer.result()) == ANSWER
+
+
 def test_large_answers_go_by_tcp_until_there_are_small_ones(pod: LightPod) -> None:
     """Most of such an answer would go by TCP from within the sockhash, where that costs more."""
 
     def ask(pod: LightPod) -> bool:
         ends = Ends(pod, joins=False)
         with ThreadPoolExecutor(1) as pool:
-            until = time.monotonic() + 3 * YOUNG_MS / 1000
-            while time.monotonic() < until:
-                ends.client.send(b"ping")
-                assert heard(ends.server, 4) == b"ping"
-                answer = pool.submit(heard, ends.client, ANSWER)
-                sent = 0
-                while sent < ANSWER:
-                    select.select([], [ends.server], [], 5)
-                    sent += ends.server.send(bytes(ANSWER - sent))
-                assert len(answer.result()) == ANSWER
+            for _ in range(3):  # both ends are looked at
+                ask_for_a_large_answer(ends, pool)
+            time.sleep(1.5 * YOUNG_MS / 1000)
+            for _ in range(12):
+                ask_for_a_large_answer(ends, pool)
         assert pod.total().joined == 0
         ends.join(pod)
         return True
@@ -80,3 +87,21 @@ def test_large_answers_go_by_tcp_until_there_are_small_ones(pod: LightPod) -> No
     assert holds(ask, pod)
     total = pod.total()
     assert (total.joined, total.left) == (2, 0)
+    assert "stream" not in total.connections
+
+
+def test_a_connection_of_large_answers_is_left_alone(pod: LightPod) -> None:
+    """Each end gives up after it has backed off twice: 4 + 16 + 64 exchanges and those watched."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(200):
+                ask_for_a_large_answer(ends, pool)
+                time.sleep(2 * YOUNG_MS / 1000 / 200)
+        return True
+
+    assert holds(ask, pod)
+    total = pod.total()
+    assert total.connections == {"paired": 2, "stream": 2}
+    assert total.joined == 0
