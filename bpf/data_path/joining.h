@@ -32,11 +32,11 @@
 /* One that left joins again after so many times as many exchanges as the last time. */
 #define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
-/* An exchange of such a weight, 512 KB, goes by TCP for the most part: TB_STREAM. A socket that
- * makes many would join and leave again. So one while it is watched makes it back off. Once it
- * wants more exchanges than this, it stays on TCP: its calls would cost more than it can gain. */
-#define TB_LARGE_EXCHANGE 16
-#define TB_MOST_WANTED_OF_LARGE (TB_BACK_OFF * TB_FIRST_WANTED)
+/* An exchange of so many bytes goes by TCP for the most part: TB_STREAM. A socket that makes many
+ * would join and leave again. So one while it is watched makes it back off. Once it wants so many
+ * exchanges, it stays on TCP: its calls would cost more than it can gain. */
+#define TB_LARGE_EXCHANGE (512 * 1024)
+#define TB_WANTED_TO_STAY (TB_BACK_OFF * TB_BACK_OFF * TB_BACK_OFF * TB_FIRST_WANTED)
 
 /* Why this socket must stay out of the sockhash for good; also what its peer was refused for. */
 static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u64 sk)
@@ -72,6 +72,12 @@ static __always_inline void tb_back_off(struct tb_conn *conn)
 {
 	tb_start_over(conn);
 	conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);
+}
+
+/* Bytes that went either way since its last exchange. */
+static __always_inline __u32 tb_moved(const struct tb_conn *conn, __u32 received, __u32 sent)
+{
+	return received - conn->moved.received + sent - conn->moved.sent;
 }
 
 /* Counts an exchange if bytes went there and back since the last one. Returns its weight, 0 for
@@ -118,6 +124,9 @@ static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops,
 	if (skops->state != BPF_TCP_ESTABLISHED || skops->segs_in < TB_MIN_SEGMENTS)
 		return;
 	conn = tb_conn_of(skops);
+	/* It has joined while a callback took it out of those to watch. */
+	if (conn && tb_membership(conn->state) != TB_OUT)
+		return tb_call(skops, TB_CALL_PER_PACKET);
 	if (!conn || !conn->me.id)
 		conn = tb_meet(skops, pod);
 	if (!conn)
@@ -143,6 +152,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 {
 	__u64 sk = conn->me.sk;
 	__u32 sent = tb_sent(sk), weight, outcome;
+	int is_large = tb_moved(conn, skops->rcv_nxt, sent) >= TB_LARGE_EXCHANGE;
 	__u32 first = conn->me.is_client ? conn->half.client_isn : conn->half.server_isn;
 
 	/* An application may still be setting its socket up: before its first byte this is no sign.
@@ -151,12 +161,14 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		return;
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
-	if (weight > TB_LARGE_EXCHANGE && !outcome && conn->wanted > TB_MOST_WANTED_OF_LARGE)
-		outcome = TB_OUTCOME_STREAM;
-	else if (weight > TB_LARGE_EXCHANGE)
-		tb_back_off(conn);
-	else
+	if (!is_large)
 		conn->watched += weight != 0;
+	else if (conn->watched >= TB_MIN_EXCHANGES)
+		tb_start_over(conn); /* it only waits for a pass: most of its exchanges are not */
+	else if (!outcome && conn->wanted >= TB_WANTED_TO_STAY)
+		outcome = TB_OUTCOME_STREAM;
+	else
+		tb_back_off(conn);
 	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
 	 * So the current thread is the sender, or a reader that acknowledges. */
 	if (!outcome && tb_is_owned(sk) && tb_ignores_short_sends())
@@ -208,8 +220,9 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		return;
 	}
 	tb_order_looks();
-	/* The socket was used again (tb_use_again()), or has spliced just now: RULE (splice). */
-	if (conn->me.id != id || tb_has_spliced(conn)) {
+	/* The socket was used again (tb_use_again()), or has spliced just now: RULE (splice). Or a
+	 * callback has just found it not to be known after all. */
+	if (conn->me.id != id || tb_has_spliced(conn) || !tb_is_known(conn, now)) {
 		sockhash.delete(&id);
 		conn->at.psock = 0;
 		return;

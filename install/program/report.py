@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -216,18 +217,23 @@ def _failures(node: Node) -> list[Failure]:
 
 
 def counters(generations: Iterable[Generation], pod_ids: Iterable[int]) -> Reading:
-    """What each pod has counted under each generation; those without counters are left out."""
+    """What each pod has counted under each generation; those without counters are left out.
+
+    So is a generation of another version whose counters are others.
+    """
     ids, reading = list(pod_ids), {}
     for generation in generations:
         with (
             contextlib.suppress(FileNotFoundError),
             opened(generation.folder / pins.COUNTERS) as fd,
         ):
-            map_id = bpfsys.map_info(fd).id
+            counted = bpfsys.map_info(fd)
+            if counted.value_size != ctypes.sizeof(abi.Counters):
+                continue
             lookup = functools.partial(bpfsys.map_lookup, fd)
             for pod_id in ids:
                 if hops := stats.pod_counters(pod_id, lookup):
-                    reading[map_id, pod_id] = hops
+                    reading[counted.id, pod_id] = hops
     return reading
 
 

@@ -91,17 +91,38 @@ def test_large_answers_go_by_tcp_until_there_are_small_ones(pod: LightPod) -> No
 
 
 def test_a_connection_of_large_answers_is_left_alone(pod: LightPod) -> None:
-    """Each end gives up after it has backed off twice: 4 + 16 + 64 exchanges and those watched."""
+    """Each end gives up after it has backed off three times: 4 + 16 + 64 + 256 exchanges."""
 
     def ask(pod: LightPod) -> bool:
         ends = Ends(pod, joins=False)
         with ThreadPoolExecutor(1) as pool:
-            for _ in range(200):
+            for _ in range(900):
                 ask_for_a_large_answer(ends, pool)
-                time.sleep(2 * YOUNG_MS / 1000 / 200)
+                time.sleep(2 * YOUNG_MS / 1000 / 900)
         return True
 
     assert holds(ask, pod)
     total = pod.total()
     assert total.connections == {"paired": 2, "stream": 2}
     assert total.joined == 0
+
+
+def test_one_that_mixes_sizes_joins_however_long_it_waits(pod: LightPod) -> None:
+    """A large answer counts for little once the connection is known."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        with ThreadPoolExecutor(1) as pool:
+            pod.pause()
+            for number in range(2000):
+                ends.exchange()
+                if number % 50 == 49:
+                    ask_for_a_large_answer(ends, pool)
+                    time.sleep(2 * YOUNG_MS / 1000 / 40)
+            pod.pause(False)
+        ends.join(pod)
+        return True
+
+    assert holds(ask, pod)
+    assert pod.total().joined == 2
+    assert pod.total().connections == {"paired": 2}

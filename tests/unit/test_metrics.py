@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from bpf import abi
+from bpf import abi, bpfsys, stats
 from bpf.stats import HopCounters
 from install.program import VERSION, freshness, report
 from install.program.agent.metrics import REPAIRS, Metrics
+from install.program.generations import Generation
 from install.program.node import Node
 from install.program.report import Facts, Failure, Growth, Reading
 from tests.unit.test_attachment import BLANK
@@ -289,3 +292,16 @@ def test_growth_adds_up_to_what_was_counted(steps: list[int]) -> None:
         for hops in growth.to({(1, 7): inbound(total)}).values():
             seen += hops["inbound"].bypassed_bytes
     assert seen == total
+
+
+@pytest.mark.parametrize("more", [0, 8, -8])
+def test_another_versions_counters_are_left_out(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    """The kernel writes as much as that version's struct has, whatever room there is."""
+    size = ctypes.sizeof(abi.Counters)
+    found = bpfsys.Map(7, 5, "counters", ctypes.sizeof(abi.CounterKey), size + more)
+    monkeypatch.setattr(report, "opened", contextlib.nullcontext)
+    monkeypatch.setattr(bpfsys, "map_info", lambda _map: found)
+    monkeypatch.setattr(bpfsys, "map_lookup", lambda _map, _key, _size: bytes(_size))
+    monkeypatch.setattr(stats, "possible_cpus", lambda: 2)
+    reading = report.counters([Generation(Path("gen-1"))], [3])
+    assert list(reading) == ([] if more else [(7, 3)])
