@@ -89,7 +89,7 @@ struct tb_conn {
 	struct tb_half_key half; /* a client finds its server by it */
 	__u64 last_id;		 /* the newest id of this socket, kept over a disconnect */
 	__u64 token;		 /* of the SYN-ACK that a client got through a Service */
-	/* Whether it joins, and leaves: readers.h, joining.h */
+	/* Whether it joins, and leaves: readers.h, known.h, joining.h */
 	__u32 refused;	 /* enum tb_outcome that keeps it out for good; 0: none */
 	__u32 state;	 /* enum tb_membership and the count of its changes */
 	__u32 exchanges; /* since it was met, or has left: bytes went there and back */
@@ -223,3 +223,38 @@ static __always_inline int tb_has_spliced(const struct tb_conn *conn)
 /* A member of the peer's struct tb_conn. */
 #define TB_PEERS(type, conn, member)                                                               \
 	TB_READ(type, (conn)->peer.conn + offsetof(struct tb_conn, member))
+
+/* ---- When a socket calls the programs ---- */
+
+enum tb_calls {
+	TB_CALL_NEVER,
+	TB_CALL_PER_ROUND_TRIP = BPF_SOCK_OPS_RTT_CB_FLAG,
+	/* Per packet that it sends, and when its state changes. */
+	TB_CALL_PER_PACKET = BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG | BPF_SOCK_OPS_STATE_CB_FLAG,
+};
+
+/* Tells a client's socket from a server's later on: a flag for calls that come seldom. Flags stay
+ * when the programs are loaded anew. */
+#define TB_CLIENT BPF_SOCK_OPS_RTO_CB_FLAG
+
+static __always_inline void tb_set_flags(struct bpf_sock_ops *skops, int flags)
+{
+	if (flags != skops->bpf_sock_ops_cb_flags)
+		bpf_sock_ops_cb_flags_set(skops, flags);
+}
+
+/* Of these calls the socket now gets those alone, for all programs on the cgroup. */
+static __always_inline void tb_call(struct bpf_sock_ops *skops, enum tb_calls when)
+{
+	int all = TB_CALL_PER_ROUND_TRIP | TB_CALL_PER_PACKET;
+
+	tb_set_flags(skops, (skops->bpf_sock_ops_cb_flags & ~all) | when);
+}
+
+/* A connection is established, or the programs have been loaded anew since. Another program's calls
+ * go on. */
+static __always_inline void tb_begin(struct bpf_sock_ops *skops, int client)
+{
+	tb_set_flags(skops,
+		     (skops->bpf_sock_ops_cb_flags & ~TB_CLIENT) | TB_CALL_PER_ROUND_TRIP | client);
+}

@@ -360,7 +360,7 @@ def test_a_socket_connected_to_itself(node: LightNode) -> None:
     with node.pod(A) as pod, pod.new_socket() as sock:
         sock.bind(("127.0.0.1", 8080))
         sock.connect(("127.0.0.1", 8080))
-        for _ in range(2 * SEEKING):
+        for _ in range(4 * SEEKING):
             sock.sendall(b"hello")
             assert receive(sock, 5) == b"hello"
         assert outcomes(pod) == {"no_peer": 1}
@@ -491,7 +491,9 @@ def careless_joining(source: str) -> str:
     """Sockets join that have exchanged nothing, as a forger's. Nor need it get the messages that go
     by TCP."""
     source = Edit(r"at\.file\);\n\t\treturn TB_REASON_ORDER;", "at.file);").apply(source)
-    source = Edit(r"conn->watched \+ more >= TB_MIN_EXCHANGES &&", "").apply(source)
+    known = r"tb_is_to_watch\(conn, now\) && conn->watched \+ more >= TB_MIN_EXCHANGES"
+    source = Edit(known, "tb_is_paired(conn)").apply(source)
+    source = Edit(r"watched\) \+ 1 >= TB_MIN_EXCHANGES", "watched) + 1 > 0").apply(source)
     return mutants.ORDER.edit(source)
 
 

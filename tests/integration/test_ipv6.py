@@ -145,7 +145,7 @@ def test_link_local_addresses_stay_on_tcp(dual: Mesh) -> None:
         ours.connect((target, 8080, 0, scope))
         with traffic_pods.accepted(listener) as theirs:
             assert theirs.getpeername()[0].startswith("fe80")
-            traffic_pods.exchange(ours, theirs, rounds=2 * traffic_pods.SEEKING)
+            traffic_pods.exchange(ours, theirs, rounds=reach.SEEKING)
     after = reach.total(bed, client, server).since(before)
     assert after.bypassed_bytes == 0
     assert after.connections.get("paired", 0) == 0

@@ -205,7 +205,7 @@ def test_off_the_host(node: Node, pods: ExitStack, uid: int) -> None:
     ):
         ours.connect((GATEWAY, DATABASE))
         with traffic_pods.accepted(away) as theirs:
-            exchange(ours, theirs, rounds=2 * traffic_pods.SEEKING)
+            exchange(ours, theirs, rounds=reach.SEEKING)
     counters = reach.total(node.bed, client)
     assert counters.connections == {"no_peer": 1}
     assert counters.bypassed_bytes == counters.tcp_bytes == 0

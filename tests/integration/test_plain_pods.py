@@ -122,7 +122,7 @@ def test_status_says_what_to_do_where_addresses_do_not_fit(
         assert "mismatch" not in bed.node.call("status")
         client = meshed if is_plain else plain_client
         with reach.connected(maker, pingpong.hop("service", client, server)) as ends:
-            exchange(*ends)
+            exchange(*ends, rounds=reach.SEEKING)
         found = {pod["name"]: pod["advice"] for pod in bed.node.status()["pods"]}
         assert {name: said for name, said in found.items() if said} == {"unfit": advice}
         (line,) = re.findall(r"mismatch: (.*)", " ".join(bed.node.call("status").splitlines()))

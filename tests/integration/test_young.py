@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections too young to join: bpf/data_path/pairing.h, TB_MIN_SEGMENTS and TB_MIN_AGE; and those
-that would soon leave: joining.h, TB_LARGE_EXCHANGE."""
+that would soon leave: known.h, TB_LARGE_EXCHANGE."""
 
 from __future__ import annotations
 
