@@ -27,8 +27,8 @@
  *      has changed, 2 is next, else 3 again.
  */
 
-/* How long a member waits for its peer to join. */
-#define TB_LONELY NS_PER_S
+/* How long a member waits for its peer to join: longer than the joiner puts a pass off. */
+#define TB_LONELY (3 * NS_PER_S)
 
 static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u64 now)
 {
@@ -65,8 +65,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	/* The socket was used again (tb_use_again()), or has spliced just now: RULE (splice). Or a
 	 * callback has just found it not to be known after all. */
 	if (conn->me.id != id || tb_has_spliced(conn) || !tb_is_known(conn, now)) {
+		conn->at.psock = tb_psock(sk); /* a call may hold it, still */
 		sockhash.delete(&id);
-		conn->at.psock = 0;
 		return;
 	}
 	if ((int)(tb_sent(sk) - conn->moved.sent) > 0) /* the last exchange */

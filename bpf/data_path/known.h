@@ -57,19 +57,21 @@ static __always_inline void tb_back_off(struct tb_conn *conn)
 	conn->wanted = tb_min(TB_BACK_OFF * conn->wanted, TB_MAX_WANTED);
 }
 
-/* Bytes that went either way since its last exchange. */
-static __always_inline __u32 tb_moved(const struct tb_conn *conn, __u32 received, __u32 sent)
+/* Bytes sent since its last exchange. While the own FIN is made, tb_sent() is one less. */
+static __always_inline __u32 tb_moved_out(const struct tb_conn *conn, __u32 sent)
 {
-	return received - conn->moved.received + sent - conn->moved.sent;
+	__u32 out = sent - conn->moved.sent;
+
+	return out == ~0U ? 0 : out;
 }
 
 /* Counts an exchange if bytes went there and back since the last one. Returns its weight, 0 for
  * none. */
 static __always_inline __u32 tb_note_exchange(struct tb_conn *conn, __u32 received, __u32 sent)
 {
-	__u32 in = received - conn->moved.received, out = sent - conn->moved.sent;
+	__u32 in = received - conn->moved.received, out = tb_moved_out(conn, sent);
 
-	if (!in || (int)out <= 0) /* one less for a moment, while the own FIN is made */
+	if (!in || !out)
 		return 0;
 	if (tb_is_paired(conn))
 		tb_count_tcp(conn, TB_REASON_WAITING, out);
@@ -85,7 +87,8 @@ static __always_inline int tb_is_to_watch(const struct tb_conn *conn, __u64 now)
 {
 	return tb_is_paired(conn) && conn->exchanges >= conn->wanted &&
 	       tb_has_passed(TB_MIN_AGE, conn->since, now) && tb_has_peer(conn) &&
-	       TB_PEERS(__u32, conn, exchanges) >= TB_PEERS(__u32, conn, wanted);
+	       (TB_PEERS(__u32, conn, exchanges) >= TB_PEERS(__u32, conn, wanted) ||
+		tb_membership(TB_PEERS(__u32, conn, state)) == TB_MEMBER);
 }
 
 /* Is it known well enough to join, with the exchange that may be under way? */
@@ -102,7 +105,11 @@ static __always_inline int tb_is_known(const struct tb_conn *conn, __u64 now)
  * alone only pays, and leaves again while the peer is on its way in. */
 static __always_inline int tb_is_peer_known(const struct tb_conn *conn)
 {
-	return tb_has_peer(conn) && TB_PEERS(__u32, conn, watched) + 1 >= TB_MIN_EXCHANGES;
+	__u32 membership = tb_membership(TB_PEERS(__u32, conn, state));
+
+	return tb_has_peer(conn) &&
+	       (membership == TB_MEMBER ||
+		(membership == TB_OUT && TB_PEERS(__u32, conn, watched) + 1 >= TB_MIN_EXCHANGES));
 }
 
 /* A round trip of a connection that is far from joining. Each end looks for the other one. */
@@ -116,7 +123,7 @@ static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops,
 		return;
 	conn = tb_conn_of(skops);
 	/* It has joined while a callback took it out of those to watch. */
-	if (conn && tb_membership(conn->state) != TB_OUT)
+	if (conn && conn->me.id && tb_membership(conn->state) != TB_OUT)
 		return tb_call(skops, TB_CALL_PER_PACKET);
 	if (!conn || !conn->me.id)
 		conn = tb_meet(skops, pod);
@@ -146,17 +153,18 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 {
 	__u64 sk = conn->me.sk;
 	__u32 sent = tb_sent(sk), weight, outcome;
-	int is_large = tb_moved(conn, skops->rcv_nxt, sent) >= TB_LARGE_EXCHANGE;
+	__u32 in = skops->rcv_nxt - conn->moved.received;
+	int is_large = in + tb_moved_out(conn, sent) >= TB_LARGE_EXCHANGE;
 	__u32 first = conn->me.is_client ? conn->half.client_isn : conn->half.server_isn;
 
 	/* An application may still be setting its socket up: before its first byte this is no sign.
 	 */
 	if (sent == first)
 		return;
-	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
 	if (!outcome)
 		outcome = tb_peers_refusal(conn);
+	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	if (!is_large)
 		conn->watched += weight != 0;
 	else if (conn->watched >= TB_MIN_EXCHANGES)
@@ -173,8 +181,10 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		tb_refuse(conn, outcome);
 	if (outcome)
 		return tb_call(skops, TB_CALL_NEVER);
-	if (!tb_is_to_watch(conn, tb_tick_ns()))
+	if (!tb_is_to_watch(conn, tb_tick_ns())) {
+		conn->watched = 0; /* RULE (readers): what follows is not looked at */
 		return tb_call(skops, TB_CALL_PER_ROUND_TRIP);
+	}
 	if (weight && tb_is_known(conn, tb_tick_ns()) && tb_is_peer_known(conn) &&
 	    !tb_is_paused(conn))
 		tb_miss(conn->me.pod_id, weight);

@@ -4,9 +4,9 @@
  * node.
  *
  * RULE (state). A socket's struct tb_conn is written for that socket alone: in its callbacks and
- * its sends, under its lock, and in visits, without. The peer reads `me.id`,
- * `peer.id`, `refused`, `state`, `path`, `sent`, `decided`, `begun` and the members of `at` of it,
- * each one aligned word.
+ * its sends, under its lock, and in visits, without. The peer reads `me.id`, `peer.id`, `refused`,
+ * `state`, `exchanges`, `wanted`, `watched`, `path`, `sent`, `decided`, `begun` and the members of
+ * `at` of it, each one aligned word.
  */
 
 /* An id is the socket's cookie and, in its low bits, a count of its connections. */
