@@ -126,3 +126,24 @@ def test_one_that_mixes_sizes_joins_however_long_it_waits(pod: LightPod) -> None
     assert holds(ask, pod)
     assert pod.total().joined == 2
     assert pod.total().connections == {"paired": 2}
+
+
+def test_both_ends_come_back_after_large_answers(pod: LightPod) -> None:
+    """They leave together and join together, however often; and each time bytes bypass."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod)
+        with ThreadPoolExecutor(1) as pool:
+            for cycle in range(1, 4):
+                while pod.total().left < 2 * cycle:
+                    ask_for_a_large_answer(ends, pool)
+                ends.join(pod)
+                before = pod.total().bypassed_messages
+                while pod.total().bypassed_messages == before:
+                    ends.exchange()
+        return True
+
+    assert holds(ask, pod)
+    total = pod.total()
+    assert (total.joined, total.left) == (8, 6)
+    assert total.connections == {"paired": 2}
