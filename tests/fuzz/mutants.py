@@ -278,6 +278,9 @@ IDENTITY = Mutant(
         Edit(r"halves\.insert\(([^)]+)\) \?", "halves.update(&conn->half, &half) ?"),
         Edit(r"if \(half->server\.id\)", "if (0)"),
         Edit(r"half->client\.id != conn->me\.id \|\| ", ""),
+        # The ends of a wrong pair are seldom ready together.
+        Edit(r"\(TB_PEERS\(__u32, conn, exchanges\) >= TB_PEERS\(__u32, conn, wanted\) ", "(1 "),
+        Edit(r"watched\) \+ 1 >= TB_MIN_EXCHANGES", "watched) + 1 > 0"),
     ),
 )
 REUSED_SOCKET = _mutant(

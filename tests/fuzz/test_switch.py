@@ -236,7 +236,7 @@ def test_a_lone_member_leaves() -> None:
     connection = fresh()
     assert leaves(connection, 1)
     connection.flags = 0
-    connection.now += 2 * REFRESH_NS
+    connection.now += 4 * REFRESH_NS
     for _ in range(3):
         connection.visit(0)
     assert connection.membership(0) == OUT

@@ -420,7 +420,7 @@ def test_a_pod_is_deleted_during_a_transfer(pods: tuple[LightPod, LightPod]) -> 
             client.connect((B, 8081)) as ours,
             accepted(listener) as theirs,
         ):
-            exchange(ours, theirs)
+            exchange(ours, theirs, rounds=traffic_pods.SEEKING)
         assert outcomes(client).get("no_peer") == 1
         streams.flow()
         assert eventually(lambda: bypassed(client) > before)
