@@ -149,8 +149,9 @@ def _behaviour(mends: bool) -> _Found:
             if is_wrong and mends:
                 why_not = PREEMPTED if is_preempted else programs.mend_fionread()
             if is_wrong and not why_not:
-                mended, counters = _bypassed(programs, folder, *FIONREAD)
+                mended, again = _bypassed(programs, folder, *FIONREAD)
                 bypassed |= mended
+                counters += again
     checks = [_share(counters), *(compare(name, plain[name], bypassed[name]) for name in PROBES)]
     blind = programs.blind_to_splice or (PREEMPTED if is_preempted else "")
     if blind:  # its socket may have joined too late to be asked
@@ -178,8 +179,8 @@ def _bypassed(
 
 def _eligible(counted: stats.HopCounters) -> int:
     """How many sockets should have joined: those paired that nothing keeps out."""
-    paired = counted.connections.get("paired", 0)
-    return 2 * paired - sum(counted.connections.values())
+    paired, *kept_out = (counted.connections.get(outcome, 0) for outcome in abi.PAIRED)
+    return paired - sum(kept_out)
 
 
 def _share(counted: stats.HopCounters) -> Check:

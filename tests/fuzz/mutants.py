@@ -267,6 +267,7 @@ LEAVES_OWN_UNCOUNTED = _mutant(
 # Addresses alone are not enough to go wrong: the numbers are looked at once more at the join, and a
 # stranger's do not fit when a direction goes to the bypass, and it does not name this end. So those
 # walls go, too.
+PEER_UNKNOWN = Edit(r"watched\) \+ 1 >= TB_MIN_EXCHANGES", "watched) + 1 > 0")
 IDENTITY = Mutant(
     "identity: paired by addresses, not by sequence numbers",
     (
@@ -280,7 +281,7 @@ IDENTITY = Mutant(
         Edit(r"half->client\.id != conn->me\.id \|\| ", ""),
         # The ends of a wrong pair are seldom ready together.
         Edit(r"\(TB_PEERS\(__u32, conn, exchanges\) >= TB_PEERS\(__u32, conn, wanted\) ", "(1 "),
-        Edit(r"watched\) \+ 1 >= TB_MIN_EXCHANGES", "watched) + 1 > 0"),
+        PEER_UNKNOWN,
     ),
 )
 REUSED_SOCKET = _mutant(

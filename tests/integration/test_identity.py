@@ -493,7 +493,7 @@ def careless_joining(source: str) -> str:
     source = Edit(r"at\.file\);\n\t\treturn TB_REASON_ORDER;", "at.file);").apply(source)
     known = r"tb_is_to_watch\(conn, now\) && conn->watched \+ more >= TB_MIN_EXCHANGES"
     source = Edit(known, "tb_is_paired(conn)").apply(source)
-    source = Edit(r"watched\) \+ 1 >= TB_MIN_EXCHANGES", "watched) + 1 > 0").apply(source)
+    source = mutants.PEER_UNKNOWN.apply(source)
     return mutants.ORDER.edit(source)
 
 
