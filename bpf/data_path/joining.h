@@ -43,6 +43,8 @@ static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u
 static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk, __u64 id,
 				    __u64 now)
 {
+	__u32 out;
+
 	/* Another program's sockmap has it already: the kernel would let both. Or it has left, and
 	 * a call that began before still holds its former psock. */
 	if (tb_read64(sk + OFF_SOCK_USER_DATA)) {
@@ -52,6 +54,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 	}
 	if (conn->path == TB_PATH_BYPASS) /* when it left: TB_PATH_BEHIND stays true */
 		conn->path = TB_PATH_TCP;
+	conn->begun = 0;
 	conn->credit = TB_FIRST_CREDIT;
 	conn->tcp_at = now;
 	conn->at.psock = TB_JOINING;
@@ -69,8 +72,9 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		sockhash.delete(&id);
 		return;
 	}
-	if ((int)(tb_sent(sk) - conn->moved.sent) > 0) /* the last exchange */
-		tb_count_tcp(conn, TB_REASON_WAITING, tb_sent(sk) - conn->moved.sent);
+	out = tb_moved_out(conn, tb_sent(sk));
+	if (out) /* an exchange under way */
+		tb_count_tcp(conn, TB_REASON_WAITING, out);
 	conn->at.psock = tb_psock(sk);
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);
 	conn->at.file = tb_file(sk);
@@ -180,9 +184,10 @@ static __always_inline void tb_leave(struct tb_conn *conn, __u64 now)
 	sockhash.delete(&id);
 	conn->moved.received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
 	conn->moved.sent = tb_sent(conn->me.sk);
-	if (tb_is_under_pressure(conn->at.prot))
-		tb_start_over(conn); /* not for what it did itself */
-	else
+	tb_start_over(conn);
+	if (conn->begun >= TB_WORTH_IT)
+		conn->wanted = TB_FIRST_WANTED;
+	else if (!tb_is_under_pressure(conn->at.prot)) /* that is not its own doing */
 		tb_back_off(conn);
 	tb_set_membership(conn, TB_OUT, now);
 	tb_count_membership(conn, 0);

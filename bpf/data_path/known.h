@@ -11,10 +11,14 @@
 /* One that left joins again after so many times as many exchanges as the last time. */
 #define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
+/* Unless it has sent so much by the bypass that the passes were worth it, to join and to leave. */
+#define TB_WORTH_IT 1024
 /* An exchange of so many bytes goes by TCP for the most part: TB_STREAM. A socket that makes many
  * would join and leave again. So one while it is watched makes it back off. Once it wants so many
- * exchanges, it stays on TCP: its calls would cost more than it can gain. */
+ * exchanges and begins with another one, it stays on TCP: its calls would cost more than it can
+ * gain. */
 #define TB_LARGE_EXCHANGE (512 * 1024)
+#define TB_UNDER_WAY 1 /* the first one watched may have been: it is measured in part */
 #define TB_WANTED_TO_STAY (TB_BACK_OFF * TB_BACK_OFF * TB_BACK_OFF * TB_FIRST_WANTED)
 
 /* What its peer was refused for. */
@@ -91,14 +95,20 @@ static __always_inline int tb_is_to_watch(const struct tb_conn *conn, __u64 now)
 		tb_membership(TB_PEERS(__u32, conn, state)) == TB_MEMBER);
 }
 
-/* Is it known well enough to join, with the exchange that may be under way? */
-static __always_inline int tb_is_known(const struct tb_conn *conn, __u64 now)
+/* Has it been watched for long enough, with the exchange that may be under way? */
+static __always_inline int tb_was_watched(const struct tb_conn *conn)
 {
 	__u32 received = tb_read32(conn->me.sk + OFF_TCP_SOCK_RCV_NXT);
 	__u32 sent = tb_read32(conn->me.sk + OFF_TCP_SOCK_WRITE_SEQ);
 	__u32 more = received != conn->moved.received && sent != conn->moved.sent;
 
-	return tb_is_to_watch(conn, now) && conn->watched + more >= TB_MIN_EXCHANGES;
+	return conn->watched + more >= TB_MIN_EXCHANGES;
+}
+
+/* Is it known well enough to join? */
+static __always_inline int tb_is_known(const struct tb_conn *conn, __u64 now)
+{
+	return tb_is_to_watch(conn, now) && tb_was_watched(conn);
 }
 
 /* Is its peer, too, with the exchange under way, or in already? The two join together: a member
@@ -169,7 +179,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		conn->watched += weight != 0;
 	else if (conn->watched >= TB_MIN_EXCHANGES)
 		tb_start_over(conn); /* it only waits for a pass: most of its exchanges are not */
-	else if (!outcome && conn->wanted >= TB_WANTED_TO_STAY)
+	else if (!outcome && conn->watched <= TB_UNDER_WAY && conn->wanted >= TB_WANTED_TO_STAY)
 		outcome = TB_OUTCOME_STREAM;
 	else
 		tb_back_off(conn);
@@ -185,7 +195,6 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		conn->watched = 0; /* RULE (readers): what follows is not looked at */
 		return tb_call(skops, TB_CALL_PER_ROUND_TRIP);
 	}
-	if (weight && tb_is_known(conn, tb_tick_ns()) && tb_is_peer_known(conn) &&
-	    !tb_is_paused(conn))
+	if (weight && tb_was_watched(conn) && tb_is_peer_known(conn) && !tb_is_paused(conn))
 		tb_miss(conn->me.pod_id, weight);
 }

@@ -106,7 +106,7 @@ struct tb_conn {
 	__u32 path;	  /* enum tb_path */
 	__u32 sent;	  /* messages sent from the sockhash; wraps */
 	__u32 decided;	  /* of those, so many have their verdict */
-	__u32 begun;	  /* of those, begun while on the bypass */
+	__u32 begun;	  /* of those since it joined, begun while on the bypass */
 	__u32 tcp_seq;	  /* write_seq when it went to the bypass */
 	__u32 peer_state; /* of the peer's, when this direction went to the bypass */
 	__u32 peer_sent;  /* of the peer's, at the last message */

@@ -8,7 +8,7 @@ import select
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -147,3 +147,55 @@ def test_both_ends_come_back_after_large_answers(pod: LightPod) -> None:
     total = pod.total()
     assert (total.joined, total.left) == (8, 6)
     assert total.connections == {"paired": 2}
+
+
+def test_a_member_that_was_worth_it_comes_back_soon() -> None:
+    """However often it has left: bytes bypass again after as few exchanges as the first time."""
+    waited = []
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod)
+        with ThreadPoolExecutor(1) as pool:
+            for cycle in range(1, 7):
+                for _ in range(1100):  # TB_WORTH_IT
+                    ends.exchange()
+                while pod.total().left < 2 * cycle:
+                    ask_for_a_large_answer(ends, pool)
+                before = pod.total().tcp_messages["waiting"]
+                ends.join(pod)
+                waited.append(pod.total().tcp_messages["waiting"] - before)
+        # Passes take a while, too. Having backed off six times it would want 4 ** 7.
+        return max(waited) < 4000
+
+    with accelerated_after(8) as pod:
+        assert holds(ask, pod)
+        assert pod.total().joined == 14
+
+
+def test_a_large_answer_behind_small_ones_is_no_stream() -> None:
+    """An end that wants many exchanges, since it has backed off, still joins after those."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(4 + 16 + 64 + 30):
+                ask_for_a_large_answer(ends, pool)
+            for _ in range(400):  # 256 wanted; the others are watched
+                ends.exchange()
+            ask_for_a_large_answer(ends, pool)
+        ends.exchange()
+        return True
+
+    with accelerated_after(1000) as pod:
+        assert holds(ask, pod)
+        assert pod.total().connections == {"paired": 2}
+
+
+@contextmanager
+def accelerated_after(exchanges: int) -> Iterator[LightPod]:
+    """Connections of any age join after so many exchanges that are watched."""
+    with (
+        closing(Programs(replace(LIMITS, segments=8, exchanges=exchanges))) as programs,
+        light.accelerated(programs) as made,
+    ):
+        yield made
