@@ -12,7 +12,7 @@ from tests.apps.place import TWO_HOPS, Place
 from tests.apps.tools import PATIENCE_S
 
 CLIENTS = 4
-FRAMES = ((100, 100), (8, 65_537), (1, 1_000_000))  # how many of each client's of which size
+FRAMES = ((2000, 100), (8, 65_537), (1, 1_000_000))  # how many of each client's of which size
 
 
 @contextmanager

@@ -88,7 +88,9 @@ def test_families_and_paths(program: Path) -> None:
             return {name for name in place.routes if place.bypassed(name)}
 
         options = Options(SEED, seconds=8, at_once=6, kills=100)
-        report = run_until(lambda _: bypassed() >= wanted, program, place, options)
+        report = run_until(
+            lambda report: bypassed() >= wanted and has_tried(report), program, place, options
+        )
         assert bypassed() == wanted
     assert has_tried(report), report.as_json()
 

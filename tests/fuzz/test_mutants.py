@@ -31,7 +31,7 @@ BREAKS = [
     (mutants.IDENTITY, cases.connections_set_up_together),
     (mutants.REUSED_SOCKET, cases.reused_socket),
 ]
-CHANCES = 10  # what goes wrong without a rule may be a race
+CHANCES = 40  # what goes wrong without a rule may be a race
 
 
 def name_of(value: object) -> str:
