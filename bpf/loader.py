@@ -119,8 +119,14 @@ class Limits:
     pending: int = 32_768  # LRU: ends that look for each other; about 200 bytes each, at once
     counters: int = 16_384  # pods times hops; taken as needed
     segments: int = 32  # so many a socket has received before it is looked at
-    exchanges: int = 8  # so many a connection makes, with each packet looked at, before it may join
+    wanted: int = 4  # so many exchanges it then makes before each packet is looked at
+    exchanges: int = 8  # and so many with each packet looked at, before it may join
     age_ms: int = 50  # and so old it is
+
+    @property
+    def before_joining(self) -> int:
+        """Exchanges of a connection that go by TCP in any case."""
+        return self.segments + self.wanted + self.exchanges
 
 
 def kernel_flags(btf: KernelBTF) -> list[str]:
@@ -314,6 +320,7 @@ class Programs:
             f"-DTB_MAX_PENDING={limits.pending}",
             f"-DTB_MAX_COUNTERS={limits.counters}",
             f"-DTB_MIN_SEGMENTS={limits.segments}",
+            f"-DTB_FIRST_WANTED={limits.wanted}",
             f"-DTB_MIN_EXCHANGES={limits.exchanges}",
             f"-DTB_MIN_AGE_MS={limits.age_ms}ULL",
             *extra_flags,

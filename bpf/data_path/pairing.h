@@ -12,11 +12,10 @@
  * tb_enter() and tb_half_fits().
  */
 
-/* With fewer segments received (TB_MIN_SEGMENTS) a connection is left alone, and younger than this
- * it does not join. Most connections are shorter, and pay little. */
+/* With fewer segments received (TB_MIN_SEGMENTS) a connection is left alone. Then it makes
+ * TB_FIRST_WANTED exchanges until each of its packets is looked at. Younger than this it does not
+ * join. Most connections are shorter, and pay little. */
 #define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
-/* So many exchanges it makes until each of its packets is looked at. */
-#define TB_FIRST_WANTED 4
 /* So many exchanges an end looks for the other one, which may receive fewer segments in each. */
 #define TB_SEEKING (TB_MIN_SEGMENTS + 16)
 

@@ -491,7 +491,7 @@ def careless_joining(source: str) -> str:
     """Sockets join that have exchanged nothing, as a forger's. Nor need it get the messages that go
     by TCP."""
     source = Edit(r"at\.file\);\n\t\treturn TB_REASON_ORDER;", "at.file);").apply(source)
-    known = r"tb_is_to_watch\(conn, now\) && conn->watched \+ more >= TB_MIN_EXCHANGES"
+    known = r"tb_is_to_watch\(conn, now\) && tb_was_watched\(conn\)"
     source = Edit(known, "tb_is_paired(conn)").apply(source)
     source = mutants.PEER_UNKNOWN.apply(source)
     return mutants.ORDER.edit(source)

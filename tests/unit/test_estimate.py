@@ -65,7 +65,7 @@ def socket(
 ) -> Socket:
     cookie = next(_cookies)
     return Socket(
-        *(cookie, cookie, uid, "ESTABLISHED", local, peer, sent, received, 10, 10, 1448),
+        *(cookie, cookie, uid, "ESTABLISHED", local, peer, sent, received, 100, 100, 1448),
         *("cubic", "", BUFFERS.first, 16_384, 0, 0),
     )
 
@@ -191,8 +191,8 @@ def test_a_blocking_reader_and_one_that_cannot_be_seen() -> None:
 
 
 def test_a_young_connection() -> None:
-    young = changed(mesh(), ("127.0.0.6", 42000), segments=9, segments_received=7)
-    assert reasons(young)["inbound"] == "fewer than 8 exchanges so far"
+    young = changed(mesh(), ("127.0.0.6", 42000), segments=50, segments_received=43)
+    assert reasons(young)["inbound"] == "fewer than 44 exchanges so far"
 
 
 def test_pods_that_opted_out() -> None:

@@ -165,8 +165,9 @@ def _of_addresses(connection: Connection) -> str:
 
 def _of_age(socket: Socket) -> str:
     """A socket joins late: docs/architecture.md. An exchange takes a segment each way at least."""
-    few = min(socket.segments, socket.segments_received) < Limits.exchanges
-    return f"fewer than {Limits.exchanges} exchanges so far" if few else ""
+    most = min(socket.segments, socket.segments_received)
+    wanted = Limits().before_joining
+    return f"fewer than {wanted} exchanges so far" if most < wanted else ""
 
 
 def _has_excluded_port(connection: Connection) -> bool:
