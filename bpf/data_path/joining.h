@@ -73,7 +73,7 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		return;
 	}
 	out = tb_moved_out(conn, tb_sent(sk));
-	if (out) /* an exchange under way */
+	if ((int)out > 0) /* an exchange under way; no callback has just counted it */
 		tb_count_tcp(conn, TB_REASON_WAITING, out);
 	conn->at.psock = tb_psock(sk);
 	conn->at.prot = tb_read64(sk + OFF_SOCK_PROT);
@@ -142,12 +142,14 @@ static __always_inline int tb_is_drained(const struct tb_conn *conn)
 	       (!tb_is_peer_in(conn) || tb_is_empty(TB_PEERS(__u64, conn, at.psock)));
 }
 
-/* How many sends both ends have begun on the bypass. Wraps; 0 is none. */
+/* How many sends both ends have begun on the bypass, and whether the peer is in: once it has
+ * closed, its sends are not known. Wraps; 0 is none. */
 static __always_inline __u64 tb_begun(const struct tb_conn *conn)
 {
-	__u32 peers = tb_is_peer_in(conn) ? TB_PEERS(__u32, conn, begun) : 0;
+	int is_in = tb_is_peer_in(conn);
+	__u32 peers = is_in ? TB_PEERS(__u32, conn, begun) : 0;
 
-	return 1ULL + (__u32)(*(const volatile __u32 *)&conn->begun + peers);
+	return (is_in ? 1ULL << 33 : 1) + (__u32)(*(const volatile __u32 *)&conn->begun + peers);
 }
 
 /* RULE (leaving), the second visit or the third. Returns 1 if it may leave now. The sends are

@@ -157,7 +157,7 @@ def test_a_member_that_was_worth_it_comes_back_soon() -> None:
         ends = Ends(pod)
         with ThreadPoolExecutor(1) as pool:
             for cycle in range(1, 7):
-                for _ in range(1100):  # TB_WORTH_IT
+                for _ in range(16_500):  # TB_WORTH_IT
                     ends.exchange()
                 while pod.total().left < 2 * cycle:
                     ask_for_a_large_answer(ends, pool)
