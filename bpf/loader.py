@@ -101,8 +101,22 @@ _OFFSETS: dict[str, _Place | None] = {
     "WAIT_PRIVATE": ("wait_queue_entry", "private"),
 }
 
-# In struct pt_regs: the number of the thread's system call.
-_CALL = {"x86_64": "orig_ax", "aarch64": "syscallno"}
+# In struct pt_regs: the number of the thread's system call and its arguments, each a member and
+# bytes from there.
+_REGISTERS = {
+    "x86_64": {
+        "CALL": ("orig_ax", 0),
+        "THIRD": ("dx", 0),
+        "FOURTH": ("r10", 0),
+        "FOURTH_OF_32_BITS": ("si", 0),
+    },
+    "aarch64": {
+        "CALL": ("syscallno", 0),
+        "THIRD": ("regs", 16),
+        "FOURTH": ("regs", 24),
+        "FOURTH_OF_32_BITS": ("regs", 24),
+    },
+}
 TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
@@ -134,7 +148,6 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     shrinks = ("net", "ipv4.sysctl_tcp_shrink_window")  # since Linux 6.5
     total = ("sk_psock", "msg_tot_len")  # since FIONREAD counts bypassed bytes, and TCP's no more
     optional = {
-        "PT_REGS_CALL": ("pt_regs", _CALL[platform.machine()]),
         "NET_TCP_SHRINK_WINDOW": shrinks if btf.has_member(*shrinks) else None,
         "PSOCK_MSG_TOT_LEN": total if btf.has_member(*total) else None,
     }
@@ -142,6 +155,10 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     flags = [
         f"-DOFF_{name}={btf.member(*place).offset if place else 0}"
         for name, place in sorted(members.items())
+    ]
+    flags += [
+        f"-DOFF_PT_REGS_{name}={btf.member('pt_regs', member).offset + further}"
+        for name, (member, further) in _REGISTERS[platform.machine()].items()
     ]
     # A kernel built without MPTCP has neither that struct nor the flag, and no such sockets.
     has_mptcp = btf.has_struct("mptcp_sock")
@@ -450,7 +467,7 @@ class Programs:
         return fd
 
     def _find_registers(self) -> None:
-        """A visit notes where a thread's registers lie (bpf/data_path/short_sends.h)."""
+        """A visit notes where a thread's registers lie (bpf/data_path/sends.h)."""
         try:
             bpfsys.visit_files(self.fds[VISIT], os.getpid())
         except OSError as error:  # the first two: before Linux 6.1, where no socket joins

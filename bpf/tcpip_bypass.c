@@ -19,7 +19,8 @@
  *   state        a socket's memory is written for that socket alone                    state.h
  *   readers      no socket with a reader that may sleep in recv is a member           readers.h
  *   splice       no socket that has spliced joins, and no member splices               splice.h
- *   short sends  no socket joins on which sendmmsg or io_uring sends              short_sends.h
+ *   short sends  no socket joins on which sendmmsg or io_uring sends                    sends.h
+ *   urgent       an urgent byte goes by TCP                                            sends.h
  *   one queue    a direction changes its path only while the old one is empty           order.h
  *   lock         no redirect begins while an application's socket lock is taken         order.h
  *   half-closed  after the first FIN, TCP                                               order.h
@@ -44,7 +45,7 @@
 #include "data_path/services.h"
 #include "data_path/pairing.h"
 #include "data_path/readers.h"
-#include "data_path/short_sends.h"
+#include "data_path/sends.h"
 #include "data_path/unread.h"
 #include "data_path/order.h"
 #include "data_path/edge.h"

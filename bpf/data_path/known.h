@@ -186,7 +186,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		tb_back_off(conn);
 	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
 	 * So the current thread is the sender, or a reader that acknowledges. */
-	if (!outcome && tb_is_owned(sk) && tb_ignores_short_sends())
+	if (!outcome && tb_is_owned(sk) && tb_sending() != TB_SENDS_PLAIN)
 		outcome = TB_OUTCOME_INELIGIBLE;
 	if (outcome && !conn->refused)
 		tb_refuse(conn, outcome);

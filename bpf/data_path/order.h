@@ -7,9 +7,9 @@
  *   - to the bypass when the peer has consumed every byte sent by TCP (its copied_seq is the own
  *     write_seq), and no thread sleeps in recv there: that one would not wake for bypassed bytes;
  *   - to TCP when no bypassed byte lies unread at the peer and no redirect is on its way to it.
- * A reason for TCP waits for that moment. RULE (bound), RULE (memory), RULE (leaving) and, between
- * two pods, RULE (lock) do not. Then TCP bytes lie behind bypassed ones, still in order, and the
- * sender notes it: edge.h. FIN needs no rule, since a reader meets it last.
+ * A reason for TCP waits for that moment. RULE (bound), RULE (memory), RULE (urgent), RULE
+ * (leaving) and, between two pods, RULE (lock) do not. Then TCP bytes lie behind bypassed ones,
+ * still in order, and the sender notes it: edge.h. FIN needs no rule, since a reader meets it last.
  *
  * RULE (lock). A redirect takes the peer's socket lock in process context and waits for it in a
  * sleep that no signal ends. An application may hold it for long (throttled, swapping), and over
@@ -209,14 +209,28 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 	return reason;
 }
 
+/* Both ends leave: RULE (short sends), RULE (urgent). */
+static __always_inline void tb_give_up(struct tb_conn *conn)
+{
+	if (conn->refused)
+		return;
+	tb_refuse(conn, TB_OUTCOME_INELIGIBLE);
+	tb_ring(conn->me.pod_id);
+	tb_ring(conn->peer.pod_id);
+}
+
+/* RULE (urgent). Why this message goes by TCP, whatever lies unread. */
+static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)
+{
+	if (conn->path == TB_PATH_BYPASS && !tb_try_return(conn, TB_REASON_INELIGIBLE, state))
+		conn->path = TB_PATH_BEHIND;
+	return TB_REASON_INELIGIBLE;
+}
+
 /* A message goes by TCP from a socket in the sockhash, where that costs more than outside. */
 static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u32 size, __u64 now)
 {
 	conn->tcp_at = now;
-	if (!conn->refused && tb_ignores_short_sends()) {
-		tb_refuse(conn, TB_OUTCOME_INELIGIBLE);
-		reason = TB_REASON_INELIGIBLE;
-	}
 	tb_count_tcp(conn, reason, size);
 	if (conn->path == TB_PATH_BEHIND)
 		tb_ring_for_edge(conn->peer.pod_id);
@@ -235,11 +249,16 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn, const void *tp)
 {
 	__u64 now = tb_tick_ns();
-	__u32 reason, state;
+	__u32 reason, state, sending;
 
 	tb_note_answers(conn, msg->size);
+	sending = tb_sending();
 	state = TB_PEERS(__u32, conn, state);
-	if (conn->path == TB_PATH_BYPASS)
+	if (sending != TB_SENDS_PLAIN)
+		tb_give_up(conn);
+	if (sending == TB_SENDS_URGENT)
+		reason = tb_send_urgently(conn, state);
+	else if (conn->path == TB_PATH_BYPASS)
 		reason = tb_stay_on_bypass(conn, tp, msg->size, state, now);
 	else
 		reason = tb_go_to_bypass(conn, tp, msg->size, state, now);

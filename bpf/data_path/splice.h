@@ -91,7 +91,7 @@ int tb_refuse_splice(__u64 *arguments)
 	socket = tb_sock_from_file(file);
 	if (!socket)
 		return 0;
-	call = tb_current_call();
+	call = tb_call_of(tb_registers());
 	is_splice = tb_is_splice(call);
 	if (!is_splice && call != IO_URING_ENTER && call != TB_UNKNOWN_CALL)
 		return 0;

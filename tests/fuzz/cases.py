@@ -147,6 +147,32 @@ def member_that_sends_several(pod: LightPod) -> bool:
     return pod.total().left == 2 and heard(ends.server, 11) == b"firstsecond"
 
 
+def urgent_byte(pod: LightPod) -> bool:
+    """It is not in the stream, and both ends leave. Bytes lie unread when it comes."""
+    text = ctypes.create_string_buffer(b"!", 1)
+    headers = message_headers([text])
+    calls: list[Callable[[socket.socket], int]] = [
+        lambda sender: sender.send(b"!", socket.MSG_OOB),
+        lambda sender: sender.sendmsg([b"!"], [], socket.MSG_OOB),
+        lambda sender: int(libc.sendmmsg(sender.fileno(), headers, 1, socket.MSG_OOB)),
+    ]
+    for call in calls:
+        ends, left = Ends(pod), pod.total().left
+        ends.client.send(b"before")
+        if call(ends.client) != 1:
+            return False
+        ends.client.send(b"after")
+        first, urgent = heard(ends.server, 6), ends.server.recv(1, socket.MSG_OOB)
+        if (first, urgent, heard(ends.server, 5)) != (b"before", b"!", b"after"):
+            return False
+        deadline = time.monotonic() + PATIENCE_S
+        while pod.total().left < left + 2 and time.monotonic() < deadline:
+            ends.exchange()
+        if pod.total().left < left + 2:
+            return False
+    return True
+
+
 def reader_that_rests(pod: LightPod) -> bool:
     """A sender is stopped."""
     ends = Ends(pod)

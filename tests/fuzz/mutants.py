@@ -119,8 +119,9 @@ READERS_EVER = _mutant(
 )
 SHORT_SENDS = _mutant(
     "short sends: a thread that goes on behind a hole is not noticed",
-    (r"return call == SENDMMSG[^;]+;", "return 0;"),
+    (r"return TB_SENDS_ON;", "return TB_SENDS_PLAIN;"),
 )
+URGENT = _mutant("urgent: an urgent byte is redirected", (r"return TB_SENDS_URGENT;", "return 0;"))
 BOUND = _mutant(
     "bound: nothing stops a redirecting sender",
     (r"if \(unread > tb_bound\(&conn->peer\)\)", "if (0)"),

@@ -22,6 +22,7 @@ BREAKS = [
     (mutants.RETURN, cases.paused_before_a_short_read),
     (mutants.OVERTAKING, cases.two_writers),
     (mutants.SHORT_SENDS, cases.member_that_sends_several),
+    (mutants.URGENT, cases.urgent_byte),
     (mutants.BOUND, cases.reader_that_rests),
     (mutants.FRESH_EDGE, cases.reader_that_wakes_late),
     (mutants.CONNTRACK, cases.idle_connection_tracking),

@@ -140,6 +140,9 @@ struct poll_wqueues {
 #define OFF_SOCK_USER_DATA offsetof(struct host_sock, user_data)
 #define OFF_SOCK_WQ offsetof(struct host_sock, wq)
 #define OFF_PT_REGS_CALL 0
+#define OFF_PT_REGS_THIRD 8
+#define OFF_PT_REGS_FOURTH 16
+#define OFF_PT_REGS_FOURTH_OF_32_BITS 24
 #define OFF_TASK_FLAGS offsetof(struct host_task, flags)
 #define OFF_TASK_STACK offsetof(struct host_task, stack)
 #define OFF_TCP_REQUEST_RCV_ISN offsetof(struct request, rcv_isn)
@@ -239,8 +242,8 @@ static inline __u64 bpf_ktime_get_ns(void)
 	return host_now;
 }
 
-/* The one thread that sends. The number of its system call lies at the end of its stack. */
-static __u64 host_stack[2];
+/* The one thread that sends. Its system call and arguments lie at the end of its stack. */
+static __u64 host_stack[5];
 static __u64 host_registers_at = sizeof(__u64);
 static struct host_task host_task;
 

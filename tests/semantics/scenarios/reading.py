@@ -325,13 +325,7 @@ def sendfile_from(io: Io) -> None:
     io.log("recv", receiver.recv(100))
 
 
-@scenario(
-    Limit(
-        "The urgent byte (MSG_OOB; telnet, rlogin, some databases' cancel requests) arrives in "
-        "line with the others, without SIGURG, POLLPRI or a mark",
-        EXCLUDE,
-    )
-)
+@scenario()
 def out_of_band(io: Io) -> None:
     """MSG_OOB: the urgent byte, its mark and POLLPRI"""
     sender, receiver = io.pair()
