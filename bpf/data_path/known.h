@@ -178,6 +178,8 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	if (!is_large)
 		conn->watched += weight != 0;
+	else if (!tb_is_to_watch(conn, tb_tick_ns()))
+		conn->watched = 0; /* the rest of an answer in the midst of which it has left */
 	else if (conn->watched >= TB_MIN_EXCHANGES)
 		tb_start_over(conn); /* it only waits for a pass: most of its exchanges are not */
 	else if (!outcome && conn->watched <= TB_UNDER_WAY && conn->wanted >= TB_WANTED_TO_STAY)

@@ -168,6 +168,10 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 		conn->there.file = TB_PEERS(__u64, conn, at.file);
 		return TB_REASON_ORDER;
 	}
+	/* About to leave. And an urgent byte may lie unread, for which recv(MSG_OOB) would take a
+	 * bypassed one. */
+	if (conn->refused)
+		return TB_REASON_LEAVING;
 	reason = tb_wish(conn, tp, state, now);
 	if (reason)
 		return reason;

@@ -31,7 +31,6 @@
 #define SENDMMSG 269
 #define SENDMMSG_OF_32_BITS 374
 #define SENDMMSG_X32 SENDMMSG
-#define SOCKETCALL SENDMMSG
 #else
 #define SENDTO 44
 #define SENDMSG 46
@@ -43,8 +42,8 @@
 #define SENDMMSG 307
 #define SENDMMSG_OF_32_BITS 345
 #define SENDMMSG_X32 0x4000021a
-#define SOCKETCALL 102 /* i386: sendmmsg is one of its calls */
 #endif
+#define SOCKETCALL 102 /* i386: any send, with flags where they are not looked for */
 
 static void *(*tb_current_task_btf)(void) = (void *)BPF_FUNC_get_current_task_btf;
 static void *(*tb_task_pt_regs)(void *task) = (void *)BPF_FUNC_task_pt_regs;
@@ -104,10 +103,10 @@ static __always_inline __u32 tb_sending(void)
 	else if (call == SENDTO_OF_32_BITS || call == SEND_OF_32_BITS ||
 		 call == SENDMMSG_OF_32_BITS)
 		flags = tb_read32(registers + OFF_PT_REGS_FOURTH_OF_32_BITS);
-	if (flags & MSG_OOB)
+	if ((flags & MSG_OOB) || call == SOCKETCALL)
 		return TB_SENDS_URGENT;
 	if (call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == SENDMMSG_X32 ||
-	    call == SOCKETCALL || call == IO_URING_ENTER || call == TB_UNKNOWN_CALL)
+	    call == IO_URING_ENTER || call == TB_UNKNOWN_CALL)
 		return TB_SENDS_ON;
 	return TB_SENDS_PLAIN;
 }

@@ -165,6 +165,12 @@ def urgent_byte(pod: LightPod) -> bool:
         first, urgent = heard(ends.server, 6), ends.server.recv(1, socket.MSG_OOB)
         if (first, urgent, heard(ends.server, 5)) != (b"before", b"!", b"after"):
             return False
+        ends.client.send(b"more")
+        with contextlib.suppress(OSError):  # EINVAL, as there is no urgent byte any more
+            ends.server.recv(1, socket.MSG_OOB)
+            return False
+        if heard(ends.server, 4) != b"more":
+            return False
         deadline = time.monotonic() + PATIENCE_S
         while pod.total().left < left + 2 and time.monotonic() < deadline:
             ends.exchange()

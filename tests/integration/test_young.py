@@ -134,7 +134,7 @@ def test_both_ends_come_back_after_large_answers(pod: LightPod) -> None:
     def ask(pod: LightPod) -> bool:
         ends = Ends(pod)
         with ThreadPoolExecutor(1) as pool:
-            for cycle in range(1, 4):
+            for cycle in range(1, 6):
                 while pod.total().left < 2 * cycle:
                     ask_for_a_large_answer(ends, pool)
                 ends.join(pod)
@@ -145,7 +145,7 @@ def test_both_ends_come_back_after_large_answers(pod: LightPod) -> None:
 
     assert holds(ask, pod)
     total = pod.total()
-    assert (total.joined, total.left) == (8, 6)
+    assert (total.joined, total.left) == (12, 10)
     assert total.connections == {"paired": 2}
 
 
