@@ -56,6 +56,7 @@ enum tb_control_flag {
 	TB_CONTROL_PAUSED = 1,	    /* from the next message on, every byte goes by TCP */
 	TB_CONTROL_PODS_PAUSED = 2, /* so do those to and from pods in map "paused_pods" */
 	TB_CONTROL_LEAVE = 4,	    /* paused, and visits take every socket out of the sockhash */
+	TB_CONTROL_TRIAL = 8,	    /* paused by a measurement, which will resume */
 };
 
 /* Map "control" (BPF_MAP_TYPE_ARRAY, one element): the node's switch. Map "paused_pods"

@@ -315,7 +315,7 @@ def pause(node: Node, pod: str | None = None) -> None:
         if pod is not None:
             pods, alive = _ids_of(node, pod), _alive(node)
             pauses.settle(node, lambda own: replace(own, pods=(own.pods | pods) & alive))
-        elif not pauses.settle(node, lambda own: replace(own, node=True)):
+        elif not pauses.settle(node, lambda own: replace(own, node=True, is_trial=False)):
             raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
     _name_those_that_bypass(node, pods)
 

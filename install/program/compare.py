@@ -112,8 +112,8 @@ def switch(node: Node) -> Iterator[Callable[[bool], None]]:
     """Pauses and resumes the node; it is resumed on leaving, also after a signal.
 
     What is yielded raises NodeError once an operator has paused or resumed the node meanwhile, and
-    their pause stays. One that comes while the node is paused here cannot be told from ours. A
-    pause of the cluster's switch always stays.
+    their pause stays, also one that came while the node was paused here. A pause of the cluster's
+    switch always stays.
     """
     is_paused = False  # by us
     told: list[int] = []
@@ -121,16 +121,17 @@ def switch(node: Node) -> Iterator[Callable[[bool], None]]:
     def set_paused(paused: bool) -> None:
         nonlocal is_paused
         with node.locked():
-            if pauses.in_kernel(node.generations.complete()).node != is_paused:
+            found = pauses.in_kernel(node.generations.complete())
+            if (found.node, found.is_trial) != (is_paused, is_paused):
                 raise NodeError("the node was paused or resumed meanwhile; nothing is compared")
             is_paused = is_paused or paused
-            pauses.settle(node, lambda own: replace(own, node=paused))
+            pauses.settle(node, lambda own: replace(own, node=paused, is_trial=paused))
             is_paused = paused
 
     def resume() -> None:
         if is_paused:
             with node.locked():
-                pauses.settle(node, lambda own: replace(own, node=False))
+                pauses.settle(node, _ended)
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         if not told:
@@ -148,10 +149,15 @@ def switch(node: Node) -> Iterator[Callable[[bool], None]]:
             finally:
                 resume()
     except Interrupted as interrupted:
-        raise NodeError(f"{interrupted} came; the bypass is on again") from interrupted
+        raise NodeError(f"{interrupted} came; its own pause has ended") from interrupted
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _ended(own: pauses.Pauses) -> pauses.Pauses:
+    """Without this measurement's pause; an operator's may have come in its place."""
+    return replace(own, node=own.node and not own.is_trial, is_trial=False)
 
 
 class Meter:

@@ -89,10 +89,11 @@ class Generation:
         with opened(self.folder / pins.CONTROL) as fd:
             bpfsys.map_update(fd, bytes(4), bytes(abi.Control(flags, 0)))
 
-    def set_paused(self, paused: bool) -> None:
-        """Whether all bytes of this generation's connections go by TCP."""
-        others = self.flags() & ~abi.CONTROL_PAUSED
-        self.set_flags(others | (abi.CONTROL_PAUSED if paused else 0))
+    def set_paused(self, paused: bool, *, is_trial: bool = False) -> None:
+        """Whether all bytes of this generation's connections go by TCP; `is_trial`: for now."""
+        pause = abi.CONTROL_PAUSED | (abi.CONTROL_TRIAL if is_trial else 0)
+        others = self.flags() & ~(abi.CONTROL_PAUSED | abi.CONTROL_TRIAL)
+        self.set_flags(others | (pause if paused else 0))
 
     def retire(self, retired: bool = True) -> None:
         """From now on every visit takes its sockets out of the sockhash; or again not."""

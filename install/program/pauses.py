@@ -25,20 +25,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pauses:
-    """The whole node, or single pods by their IDs."""
+    """The whole node, or single pods by their IDs.
+
+    `is_trial`: the node's is a measurement's, unless somebody else pauses it meanwhile.
+    """
 
     node: bool = False
     pods: frozenset[int] = frozenset()
+    is_trial: bool = False
 
 
 def in_kernel(generations: Iterable[Generation]) -> Pauses:
     """What is paused now: the node when there are generations and all of them are."""
-    flags, pods = [], set[int]()
+    flags, pods = list[int](), set[int]()
     for generation in generations:
         with contextlib.suppress(FileNotFoundError):  # removed by a load since it was listed
-            flags.append(generation.flags() & abi.CONTROL_PAUSED)
+            flags.append(generation.flags())
             pods |= generation.paused_pods()
-    return Pauses(bool(flags) and all(flags), frozenset(pods))
+    is_paused = bool(flags) and all(each & abi.CONTROL_PAUSED for each in flags)
+    is_trial = is_paused and all(each & abi.CONTROL_TRIAL for each in flags)
+    return Pauses(is_paused, frozenset(pods), is_trial)
 
 
 def settle(
@@ -55,7 +61,8 @@ def settle(
     found = switches.kept(node.state)
     before = found or Kept()
     now = in_kernel(generations)
-    own = change(Pauses(now.node and not before.holds_node, now.pods - before.held_pods))
+    is_own = now.node and not before.holds_node
+    own = change(Pauses(is_own, now.pods - before.held_pods, is_own and now.is_trial))
     switch = switch or before.switch
     wanted = Pauses(switch.is_stop, _pods_of(node, switch.exclude_namespaces, before.held_pods))
     after = Kept(switch, wanted.node and not own.node, wanted.pods - own.pods)
@@ -69,7 +76,8 @@ def settle(
             held_pods=before.held_pods | after.held_pods,
         ),
     )
-    _into_kernel(node, generations, now, Pauses(own.node or wanted.node, own.pods | wanted.pods))
+    both = Pauses(own.node or wanted.node, own.pods | wanted.pods, own.is_trial)
+    _into_kernel(node, generations, now, both)
     _keep(node, after)
     return len(generations)
 
@@ -82,8 +90,9 @@ def _into_kernel(
     is_unfit = node.state.node_mode()[0] == "off"
     for generation in generations:
         with contextlib.suppress(FileNotFoundError):
-            if wanted.node != now.node and (wanted.node or generation == current or not is_unfit):
-                generation.set_paused(wanted.node)
+            is_new = (wanted.node, wanted.is_trial) != (now.node, now.is_trial)
+            if is_new and (wanted.node or generation == current or not is_unfit):
+                generation.set_paused(wanted.node, is_trial=wanted.is_trial)
             if wanted.pods != generation.paused_pods():
                 generation.set_paused_pods(set(wanted.pods))
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bpf import abi
-from install.program import compare, report
+from install.program import compare, pauses, report
 from install.program.compare import Comparison, Phase
 from install.program.node import Node, NodeError
 from install.program.report import Facts
@@ -73,15 +73,17 @@ def test_what_is_not_shown_is_not_said() -> None:
 class Generation:
     def __init__(self) -> None:
         self.said: list[bool] = []
+        self.now = 0
 
     def flags(self) -> int:
-        return abi.CONTROL_PAUSED if self.said and self.said[-1] else 0
+        return self.now
 
     def paused_pods(self) -> set[int]:
         return set()
 
-    def set_paused(self, paused: bool) -> None:
+    def set_paused(self, paused: bool, *, is_trial: bool = False) -> None:
         self.said.append(paused)
+        self.now = paused * (abi.CONTROL_PAUSED | is_trial * abi.CONTROL_TRIAL)
 
 
 class FakeNode(Node):
@@ -120,7 +122,7 @@ def paused_until(node: FakeNode, fault: Callable[[], None]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_resumes(node: FakeNode, number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(NodeError, match=f"{number.name} came; the bypass is on again"):
+    with pytest.raises(NodeError, match=f"{number.name} came; its own pause has ended"):
         paused_until(node, lambda: os.kill(os.getpid(), number))
     assert node.generation.said == [True, False]
     assert signal.getsignal(number) == before
@@ -139,6 +141,17 @@ def test_anothers_pause_stays(node: FakeNode) -> None:
     with pytest.raises(NodeError, match="paused or resumed meanwhile"):
         compared()
     assert node.generation.said == [True, False, True]
+
+
+def operator_pauses(node: FakeNode) -> None:
+    pauses.settle(node, lambda own: replace(own, node=True, is_trial=False))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_operators_pause_while_it_is_paused_stays(node: FakeNode) -> None:
+    with pytest.raises(NodeError, match="SIGTERM came"):
+        paused_until(node, lambda: operator_pauses(node))
+    assert node.generation.flags() == abi.CONTROL_PAUSED
 
 
 def test_a_fault_resumes(node: FakeNode) -> None:

@@ -134,7 +134,8 @@ class Generation:
     def flags(self) -> int:
         return abi.CONTROL_PAUSED if self.paused else 0
 
-    def set_paused(self, paused: bool) -> None:
+    def set_paused(self, paused: bool, *, is_trial: bool = False) -> None:
+        assert not is_trial
         self.paused = paused
 
     def paused_pods(self) -> set[int]:
