@@ -40,6 +40,7 @@ _TRACE_ITER = 28  # BPF_TRACE_ITER of enum bpf_attach_type
 CGROUP_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS of enum bpf_attach_type
 MAP_TYPE_CGROUP_STORAGE = 19
 _F_ALLOW_MULTI = 2
+_ATTR_SIZE = 256  # bytes; the kernel has 168 (Linux 6.18), and takes zeros behind those
 _MAX_CGROUP_PROGS = 64  # BPF_CGROUP_MAX_PROGS of kernel/bpf/cgroup.c
 _MAX_KEY = 512  # MAX_BPF_STACK, which no hash key passes
 _MAX_PROG_MAPS = 64  # MAX_USED_MAPS of include/linux/bpf_verifier.h
@@ -78,7 +79,10 @@ def _bpf(command: int, attr: ctypes.Array[ctypes.c_char]) -> int:
 
 
 def _attr(layout: str, *values: int | bytes) -> ctypes.Array[ctypes.c_char]:
-    return ctypes.create_string_buffer(data := struct.pack(layout, *values), len(data))
+    """A union bpf_attr, zeros behind these values. RULE: never shorter than the kernel's own, which
+    writes into it whatever size it was told: Linux 6.17 and 6.18.15 do, 24 bytes past what
+    BPF_PROG_QUERY was given before (query.revision, __cgroup_bpf_query)."""
+    return ctypes.create_string_buffer(struct.pack(layout, *values), _ATTR_SIZE)
 
 
 def _address(buffer: ctypes.Array[ctypes.c_char] | ctypes.Structure) -> int:
@@ -189,7 +193,7 @@ def visit_files(prog_fd: int, pid: int) -> bytes:
     """
     # union bpf_iter_link_info, its member task: tid, pid, pid_fd
     of_process = ctypes.create_string_buffer(struct.pack("=III", 0, pid, 0), 12)
-    attr = _attr("=IIIIQI20x", prog_fd, 0, _TRACE_ITER, 0, _address(of_process), 12)
+    attr = _attr("=IIIIQI", prog_fd, 0, _TRACE_ITER, 0, _address(of_process), 12)
     with (
         closing(_bpf(_LINK_CREATE, attr)) as link,
         closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator,

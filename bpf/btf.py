@@ -110,6 +110,10 @@ class KernelBTF:
         """The BTF ID of a struct."""
         return self._find(name, KIND_STRUCT)
 
+    def size_of_union(self, name: str) -> int:
+        """In bytes."""
+        return int(_Type.from_address(self._address(self._find(name, KIND_UNION))).size_or_type)
+
     def function(self, name: str) -> int | None:
         """The BTF ID of a kernel function, None if this kernel has none of this name."""
         found = self._id(name, KIND_FUNC)

@@ -117,7 +117,7 @@ def contract(
     return check
 
 
-# At least 30 small answers, for as long as a connection needs to join; then large bodies both ways.
+# At least 160 small answers, so that the connection may join; then large bodies both ways.
 SMALL_FIRST = contract("http.client", gets=range(100, 1100, 100), then=(10_000_000,))
 
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bpf import loader
+from bpf import bpfsys, loader
 from bpf.btf import KernelBTF
 from bpf.loader import Instructions, KernelFunction
 from tests.bed import PROXY_UID
@@ -60,3 +61,21 @@ def test_only_the_placeholder_is_linked() -> None:
     code: Instructions = (ctypes.c_uint64 * 3)(placeholder | call, 4 << 32 | call, placeholder)
     KernelFunction(77, []).link(code)
     assert list(code) == [77 << 32 | 0x2085, 4 << 32 | call, placeholder]
+
+
+def test_a_bpf_attr_is_no_shorter_than_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux 6.17 writes behind a shorter one: what followed it on the heap was lost."""
+    union = KernelBTF().size_of_union("bpf_attr")
+    sizes = set()
+
+    def syscall(
+        _number: object, _command: object, attr: ctypes.Array[ctypes.c_char], *_: object
+    ) -> int:
+        sizes.add(ctypes.sizeof(attr))
+        return 0
+
+    monkeypatch.setattr(bpfsys, "_libc", SimpleNamespace(syscall=syscall))
+    bpfsys.prog_query(3)
+    bpfsys.obj_get("/sys/fs/bpf/x")
+    bpfsys.map_lookup(3, bytes(4), 8)
+    assert min(sizes) >= union

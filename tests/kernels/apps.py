@@ -132,12 +132,13 @@ def share(node: AppNode, application: Application, hop: HopName) -> float:
 
 def applications(node: AppNode, mode: str) -> dict[str, object]:
     """Every application on both hops inside a pod."""
+    # First: an application's pod that has spliced joins no more.
+    share_of_go = share(node, APPLICATIONS["go"], "inbound") if mode == "full" else None
     found = []
     for application in map(APPLICATIONS.__getitem__, NAMES):
         for hop in HOPS:
             found.append(checked(node, application, hop, mode))
             print(found[-1], file=sys.stderr)
-    share_of_go = share(node, APPLICATIONS["go"], "inbound") if mode == "full" else None
     return {"mode": mode, "found": [asdict(each) for each in found], "go_share": share_of_go}
 
 

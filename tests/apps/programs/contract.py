@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 # Small sizes again and again, for connections to live until they are joined; large ones once.
-PASSES = 3
+PASSES = 16
 LASTING_S = 0.7
 LARGE = 1_000_000
 
