@@ -61,7 +61,6 @@ class Application:
 
     check raises when a byte is wrong or late. loads are by title. lasting: connections live long
     enough, and carry enough both ways, to be joined. fionread: an end of them uses that ioctl.
-    splices_late: exchanges by recv and send come first, so that members splice.
     """
 
     name: str
@@ -75,12 +74,12 @@ class Application:
     advice: str = ""
     lasting: bool = True
     fionread: bool = False  # it asks how much there is to read
-    splices_late: bool = False
 
     @property
     def may_bypass(self) -> bool:
-        """Whether its check joins where the kernel does right all it needs."""
-        return self.lasting and (self.reader == "event loop" or self.splices_late)
+        """Whether its check joins where the kernel does right all it needs. One that splices may
+        join before its pod has been seen to, which is up to its first exchanges."""
+        return self.lasting and self.reader == "event loop"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -66,7 +66,6 @@ APPLICATIONS = (
         check=SMALL_FIRST,
         loads={"1 KB": wrk_of(1000)},
         hops=TWO_HOPS,
-        advice="bypasses until it splices",
-        splices_late=True,
+        advice="a proxy that splices stays on TCP",
     ),
 )

@@ -89,7 +89,6 @@ APPLICATIONS = (
         loads=LOADS,
         advice="a proxy that splices stays on TCP",
         hops=TWO_HOPS,
-        splices_late=True,
     ),
     Application(
         "haproxy-splice-late",
