@@ -22,12 +22,17 @@ YOUNG_MS = 200
 ANSWER = 1 << 20
 
 
+@contextmanager
+def accelerated_after(exchanges: int, age_ms: int = 0) -> Iterator[LightPod]:
+    """Connections so old join after so many exchanges that are watched."""
+    limits = replace(LIMITS, segments=8, exchanges=exchanges, age_ms=age_ms)
+    with closing(Programs(limits)) as programs, light.accelerated(programs) as made:
+        yield made
+
+
 @pytest.fixture
 def pod() -> Iterator[LightPod]:
-    with (
-        closing(Programs(replace(LIMITS, segments=8, exchanges=8, age_ms=YOUNG_MS))) as programs,
-        light.accelerated(programs) as made,
-    ):
+    with accelerated_after(8, YOUNG_MS) as made:
         yield made
 
 
@@ -189,13 +194,3 @@ def test_a_large_answer_behind_small_ones_is_no_stream() -> None:
     with accelerated_after(1000) as pod:
         assert holds(ask, pod)
         assert pod.total().connections == {"paired": 2}
-
-
-@contextmanager
-def accelerated_after(exchanges: int) -> Iterator[LightPod]:
-    """Connections of any age join after so many exchanges that are watched."""
-    with (
-        closing(Programs(replace(LIMITS, segments=8, exchanges=exchanges))) as programs,
-        light.accelerated(programs) as made,
-    ):
-        yield made

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from bpf import abi
-from install.program import compare, pauses, report
+from install.program import commands, compare, report
 from install.program.compare import Comparison, Phase
 from install.program.node import Node, NodeError
 from install.program.report import Facts
@@ -71,6 +71,8 @@ def test_what_is_not_shown_is_not_said() -> None:
 
 
 class Generation:
+    folder = Path("/no")
+
     def __init__(self) -> None:
         self.said: list[bool] = []
         self.now = 0
@@ -144,7 +146,7 @@ def test_anothers_pause_stays(node: FakeNode) -> None:
 
 
 def operator_pauses(node: FakeNode) -> None:
-    pauses.settle(node, lambda own: replace(own, node=True, is_trial=False))
+    commands.pause(node)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
