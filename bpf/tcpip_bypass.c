@@ -68,7 +68,6 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 	if (id)
 		sockhash.delete(&id);
 	conn->token = 0;
-	conn->refused = 0;
 	tb_set_membership(conn, TB_OUT, tb_tick_ns());
 	tb_call(skops, TB_CALL_NEVER);
 }

@@ -90,8 +90,8 @@ static __always_inline __u32 tb_note_exchange(struct tb_conn *conn, __u32 receiv
  * round trip: a stream that is not answered never calls per packet. */
 static __always_inline int tb_is_to_watch(const struct tb_conn *conn, __u64 now)
 {
-	return tb_is_paired(conn) && conn->exchanges >= conn->wanted &&
-	       tb_has_passed(TB_MIN_AGE, conn->since, now) && tb_has_peer(conn) &&
+	return conn->exchanges >= conn->wanted && tb_has_passed(TB_MIN_AGE, conn->since, now) &&
+	       tb_has_peer(conn) &&
 	       (TB_PEERS(__u32, conn, exchanges) >= TB_PEERS(__u32, conn, wanted) ||
 		tb_membership(TB_PEERS(__u32, conn, state)) == TB_MEMBER);
 }
@@ -166,20 +166,14 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	__u32 sent = tb_sent(sk), weight, outcome;
 	__u32 in = skops->rcv_nxt - conn->moved.received;
 	int is_large = in + tb_moved_out(conn, sent) >= TB_LARGE_EXCHANGE;
-	__u32 first = conn->me.is_client ? conn->half.client_isn : conn->half.server_isn;
 
-	/* An application may still be setting its socket up: before its first byte this is no sign.
-	 */
-	if (sent == first)
-		return;
 	outcome = conn->refused ? conn->refused : tb_unfit(sk);
 	if (!outcome)
 		outcome = tb_peers_refusal(conn);
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
-	if (!is_large)
+	/* Not watched yet: it may be the rest of an answer in the midst of which it has left. */
+	if (!is_large || !tb_is_to_watch(conn, tb_tick_ns()))
 		conn->watched += weight != 0;
-	else if (!tb_is_to_watch(conn, tb_tick_ns()))
-		conn->watched = 0; /* the rest of an answer in the midst of which it has left */
 	else if (conn->watched >= TB_MIN_EXCHANGES)
 		tb_start_over(conn); /* it only waits for a pass: most of its exchanges are not */
 	else if (!outcome && conn->watched <= TB_UNDER_WAY && conn->wanted >= TB_WANTED_TO_STAY)

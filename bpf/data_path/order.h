@@ -196,9 +196,9 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 	__u8 own = TB_OWN(__u8, tp, OFF_SOCK_STATE);
 
 	/* From its own FIN on TCP refuses the message (EPIPE), but a redirect would carry it behind
-	 * the end of the stream. */
+	 * the end of the stream. It does not wish to stay, then. */
 	if (own != BPF_TCP_ESTABLISHED && own != BPF_TCP_CLOSE_WAIT)
-		return reason ? reason : TB_REASON_HALF_CLOSED;
+		return reason;
 	/* A thread that was inside send before this socket joined has sent by TCP since. */
 	if (conn->tcp_seq != TB_OWN(__u32, tp, OFF_TCP_SOCK_WRITE_SEQ)) {
 		conn->path = TB_PATH_BEHIND;
