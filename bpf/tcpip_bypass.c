@@ -75,11 +75,12 @@ static __always_inline void tb_use_again(struct bpf_sock_ops *skops, struct tb_c
 /*
  * The connection has ended, be it by RST, and the application may still hold the socket. A socket
  * in a sockhash would report a reset at each send (tcp_bpf_sendmsg), TCP reports it once. Not while
- * bypassed bytes lie unread: those can still be read, and a pass takes it out afterwards.
+ * bypassed bytes lie unread: those can still be read, and a pass takes it out afterwards. Nor ever
+ * under RULE (ULP).
  */
 static __always_inline void tb_end_connection(struct tb_conn *conn)
 {
-	if (tb_membership(conn->state) == TB_OUT)
+	if (tb_membership(conn->state) == TB_OUT || tb_must_stay(conn, conn->me.sk))
 		return;
 	if (!tb_is_empty(conn->at.psock))
 		return tb_ring(conn->me.pod_id);
