@@ -110,6 +110,8 @@ static __always_inline void tb_go_on(struct bpf_sock_ops *skops)
 	}
 	if (tb_membership(conn->state) == TB_OUT)
 		tb_wait_to_join(skops, conn);
+	else
+		tb_note_unasked(conn, skops->state);
 }
 
 /* Attached to the pod's cgroup. Must return 1, and must not touch skops->reply: other programs on

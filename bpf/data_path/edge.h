@@ -11,6 +11,17 @@
  * sender that drops the packet.
  */
 
+/* A member sends a packet. What a thread sends that has been inside send since before the socket
+ * joined goes by TCP, without a verdict. A FIN needs no edge. */
+static __always_inline void tb_note_unasked(struct tb_conn *conn, __u32 tcp_state)
+{
+	if (conn->path != TB_PATH_BYPASS || tcp_state != BPF_TCP_ESTABLISHED ||
+	    tb_read32(conn->me.sk + OFF_TCP_SOCK_WRITE_SEQ) == conn->tcp_seq)
+		return;
+	conn->path = TB_PATH_BEHIND;
+	tb_ring_for_edge(conn->peer.pod_id);
+}
+
 /* May the peer's TCP bytes lie behind bypassed ones? A peer that has closed does not say. */
 static __always_inline int tb_may_be_behind(const struct tb_conn *conn)
 {

@@ -180,6 +180,10 @@ EDGE_FORGOTTEN = _mutant(
     "edges: the sender forgets before its peer has read on",
     (r"return \(int\)\(tb_read32\([^;]+> 0;", "return 1;"),
 )
+EDGE_UNNOTED = _mutant(
+    "edges: a send that began before the socket joined is not noted",
+    (r"if \(conn->path != TB_PATH_BYPASS \|\| tcp_state[^;]+\)\n", "if (1)\n"),
+)
 
 # ---- Joining ----
 

@@ -339,6 +339,13 @@ class Connection:
             self.arrive(sender)
         return bypassed
 
+    def end_of_an_earlier_send(self, sender: int, size: int) -> None:
+        """By a thread that has been inside send since before the socket joined."""
+        end = self.ends[sender]
+        message = Message(end.said, size, size, frozenset(end.ended))
+        end.said += 1
+        self._send_by_tcp(sender, message)
+
     # ---- Reading ----
 
     def read(self, reader: int, size: int) -> int:

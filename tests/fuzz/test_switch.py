@@ -506,6 +506,15 @@ def joins_with_a_sleeper(make: Make) -> None:
     joins(connection)
 
 
+def joins_around_a_send(make: Make) -> None:
+    """Its bytes go by TCP, behind another thread's that bypass."""
+    connection = make()
+    assert connection.send(0, 10)
+    connection.end_of_an_earlier_send(0, 10)
+    connection.read(1, 2**20)
+    connection.settle()
+
+
 def joins_as_another_connection(make: Make) -> None:
     connection = out(make)
     connection.rules.host_renumber(0)
@@ -693,6 +702,7 @@ BREAKS = [
     (mutants.EDGE_AFTER_LEAVING, leaves_as_it_reads),
     (mutants.EDGE_OF_THE_CLOSED, closes_behind_the_bound),
     (mutants.EDGE_FORGOTTEN, leaves_behind_the_bound),
+    (mutants.EDGE_UNNOTED, joins_around_a_send),
     (mutants.JOINS_OWNED, joins_inside_a_call),
     (mutants.JOINS_SLEEPER, joins_with_a_sleeper),
     (mutants.JOINS_STRANGER, joins_as_another_connection),

@@ -29,12 +29,6 @@ static struct tb_fionread *counted_of(int *index)
 	return &counted;
 }
 
-static int bpf_setsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size)
-{
-	(void)context, (void)level, (void)name, (void)value, (void)size;
-	return -1;
-}
-
 static int bpf_getsockopt(struct bpf_sock_ops *context, int level, int name, int *value, int size)
 {
 	return bpf_setsockopt(context, level, name, value, size);

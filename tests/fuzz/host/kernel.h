@@ -158,6 +158,12 @@ struct poll_wqueues {
 #define OFF_TCP_SOCK_URG_DATA offsetof(struct host_sock, urg_data)
 #define OFF_TCP_SOCK_URG_SEQ offsetof(struct host_sock, urg_seq)
 #define OFF_TCP_SOCK_WRITE_SEQ offsetof(struct host_sock, write_seq)
+/* Of tb_take_in() alone, which does not run here. */
+#define OFF_SOCKOPT_SK 0
+#define OFF_TCP_SOCK_BYTES_RETRANS 0
+#define OFF_TCP_SOCK_BYTES_SENT 0
+#define OFF_TCP_SOCK_CALLS 0
+#define OFF_TCP_SOCK_SND_NXT 0
 #define OFF_WAIT_ENTRY offsetof(struct waiter, entry)
 #define OFF_WAIT_PRIVATE offsetof(struct waiter, private)
 #define MASK_TCP_SOCK_IS_MPTCP 1
@@ -304,6 +310,12 @@ static inline int bpf_store_hdr_opt(void *context, const void *option, __u32 siz
 static inline int bpf_load_hdr_opt(void *context, void *option, __u32 size, __u64 flags)
 {
 	(void)context, (void)option, (void)size, (void)flags;
+	return -1;
+}
+
+static inline int bpf_setsockopt(void *context, int level, int name, void *value, int size)
+{
+	(void)context, (void)level, (void)name, (void)value, (void)size;
 	return -1;
 }
 

@@ -266,7 +266,7 @@ void host_packet(int end)
 	struct bpf_sock_ops context = {.op = BPF_SOCK_OPS_HDR_OPT_LEN_CB,
 				       .is_fullsock = 1,
 				       .rcv_nxt = ends[end].sock.rcv_nxt,
-				       .state = BPF_TCP_ESTABLISHED,
+				       .state = ends[end].sock.state,
 				       .segs_in = 1000,
 				       .bpf_sock_ops_cb_flags = ends[end].callbacks};
 
