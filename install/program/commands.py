@@ -313,8 +313,8 @@ def pause(node: Node, pod: str | None = None) -> None:
     pods: set[int] | None = None
     with _locked_if_possible(node):
         if pod is not None:
-            pods, alive = _ids_of(node, pod), _alive(node)
-            pauses.settle(node, lambda own: replace(own, pods=(own.pods | pods) & alive))
+            pods = _ids_of(node, pod)
+            pauses.settle(node, lambda own: replace(own, pods=own.pods | pods))
         elif not pauses.settle(node, lambda own: replace(own, node=True, is_trial=False)):
             raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
     _name_those_that_bypass(node, pods)
@@ -364,8 +364,8 @@ def resume(node: Node, pod: str | None = None) -> None:
     """
     with _locked_if_possible(node):
         if pod is not None:
-            pods, alive = _ids_of(node, pod), _alive(node)
-            pauses.settle(node, lambda own: replace(own, pods=(own.pods - pods) & alive))
+            pods = _ids_of(node, pod)
+            pauses.settle(node, lambda own: replace(own, pods=own.pods - pods))
         elif not pauses.settle(node, lambda _: pauses.Pauses()):
             raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
         held = switches.kept(node.state) or switches.Kept()
@@ -389,12 +389,6 @@ def _ids_of(node: Node, pod: str) -> set[int]:
             f"no pod {pod} is accelerated on this node; tcpip-bypass-node status lists all that are"
         )
     return found
-
-
-def _alive(node: Node) -> set[int]:
-    """The IDs of the pods that are there: the pauses of others are to be forgotten."""
-    pods = attached_cgroups(node.generations.program_ids())
-    return {pod.record.id for pod in pods if pod.record is not None}
 
 
 def status(node: Node, *, as_json: bool, watch_s: float | None = None) -> int:

@@ -17,6 +17,7 @@ from cni_plugin import names
 from install.program import log
 from install.program import switch as switches
 from install.program.generations import Generation
+from install.program.pods import attached_cgroups, has_cgroup
 from install.program.switch import Kept, Switch
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def settle(
     now = in_kernel(generations)
     is_own = now.node and not before.holds_node
     own = change(Pauses(is_own, now.pods - before.held_pods, is_own and now.is_trial))
+    if own.pods:
+        own = replace(own, pods=own.pods & _alive(node))
     switch = switch or before.switch
     wanted = Pauses(switch.is_stop, _pods_of(node, switch.exclude_namespaces, before.held_pods))
     after = Kept(switch, wanted.node and not own.node, wanted.pods - own.pods)
@@ -80,6 +83,14 @@ def settle(
     _into_kernel(node, generations, now, both)
     _keep(node, after)
     return len(generations)
+
+
+def _alive(node: Node) -> frozenset[int]:
+    """The IDs of the pods that are there, with our programs or without: the pauses of others are to
+    be forgotten."""
+    pods = attached_cgroups(node.generations.program_ids())
+    attached = frozenset(pod.record.id for pod in pods if pod.record is not None)
+    return attached | {each.pod_id for each in node.attachments() if has_cgroup(each)}
 
 
 def _into_kernel(

@@ -174,6 +174,13 @@ class ScratchNode:
         pauses.settle(cast(Node, self), change, wanted)
 
 
+@pytest.fixture(autouse=True)
+def pods_that_are_there(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    there = {1, 2}
+    monkeypatch.setattr(pauses, "_alive", lambda _node: frozenset(there))
+    return there
+
+
 def scratch(folder: Path) -> ScratchNode:
     (folder / names.NODE_JSON).write_text(json.dumps({"mode": "full"}))
     (folder / names.SWITCH_JSON).unlink(missing_ok=True)
@@ -217,6 +224,16 @@ def test_each_ends_its_own_pauses_and_no_others(tmp_path: Path, steps: list[str]
         for generation in node.loaded:
             assert generation.paused == (own.node or wanted.is_stop), steps
             assert generation.pods == own.pods | excluded, steps
+
+
+def test_the_pause_of_a_pod_ends_with_it(tmp_path: Path, pods_that_are_there: set[int]) -> None:
+    node = scratch(tmp_path)
+    for step in ("pause pod 1", "pause pod 2"):
+        node.settle(STEPS[step])
+    assert node.loaded[0].pods == {1, 2}
+    pods_that_are_there.remove(1)
+    node.settle()
+    assert node.loaded[0].pods == {2}
 
 
 def test_a_stop_reaches_a_node_that_has_booted(tmp_path: Path) -> None:
