@@ -266,7 +266,8 @@ def _scratch_cgroup() -> Iterator[Path]:
 
 def sweep() -> None:
     """Removes the scratch cgroups of self-tests that were killed, and the programs with them."""
-    for folder in _mount().glob(f"{SCRATCH_PREFIX}*"):
+    mount = cgroup.mount()
+    for folder in mount.glob(f"{SCRATCH_PREFIX}*") if mount else ():
         try:
             with lock.held(folder):
                 _remove(folder)
