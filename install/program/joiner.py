@@ -242,7 +242,7 @@ class Joiner:
     _edges: Budget = field(default_factory=Budget)
     _is_edge_late: bool = False  # a pass for one is due and has not been made
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
-    _scanned_at: float = 0.0
+    _scanned_at: float = -math.inf
     _written_at: float = -math.inf
     _retiring: Step = field(default_factory=Step)
     _retired_at: dict[int, float] = field(default_factory=dict)  # by pod: not always the same ones
@@ -374,14 +374,15 @@ class Joiner:
     def _retire(self) -> None:
         """Old generations: what a load could not take out of them leaves when it can. So it does
         from one whose canary has found FIONREAD wrong."""
-        if self._retiring.left_s() > 0:
+        if self._retiring.left_s() > 0 or self._joins.is_spent:
             return
         current = Generations(self.bpffs).current()
         old = [each for each in self._opened if each.generation != current or not each.is_well]
         if not any(each.has_sockets() for each in old):
             return
         self._retiring.take(again=True)
-        self._scan()
+        if time.monotonic() - self._scanned_at >= FORGET_S:  # a pass made others known
+            self._scan()
         for each in old:
             for pod_id in sorted(self._folders, key=lambda one: self._retired_at.get(one, 0.0)):
                 if not self._joins.is_spent:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,31 @@ def test_sockets_leave_where_fionread_has_become_wrong(
     made._opened.append(opened)
     made._retire()
     assert bool(visited) is not is_well
+
+
+def test_sockets_of_old_generations_leave_on_the_budget(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at every cgroup of a large node can cost more than a second earns."""
+    scans: list[set[int]] = []
+
+    def scan(ours: set[int]) -> list[object]:
+        scans.append(ours)
+        return [SimpleNamespace(record=SimpleNamespace(id=1), path=made.state_dir)]
+
+    monkeypatch.setattr(joiner, "attached_cgroups", scan)
+    monkeypatch.setattr(made.runner, "run", lambda *_: 0)
+    opened: Any = Opened(1)
+    opened.is_well = False
+    made._opened.append(opened)
+    for _ in range(3):
+        made._retire()
+        made._retiring.not_before = 0.0
+    assert len(scans) == 1
+    made._scanned_at = -math.inf
+    made._joins.credit_ns = 0
+    made._retire()
+    assert len(scans) == 1
 
 
 def test_a_generation_whose_pins_are_gone_is_served_while_sockets_must_leave(made: Joiner) -> None:
