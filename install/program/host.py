@@ -102,7 +102,7 @@ def path_on_node(folder: Path, proc: Path) -> Path:
 
 def _mounts(process: Path) -> list[_Mount]:
     found = []
-    for line in (process / "mountinfo").read_text().splitlines():
+    for line in (process / "mountinfo").read_text(errors="surrogateescape").splitlines():
         number, _, device, root, point, options, *_ = line.split()
         found.append(
             _Mount(

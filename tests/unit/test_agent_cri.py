@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from bpf import bpfsys
 from cni_plugin import names, protocol, results
-from install.program import exits, report
+from install.program import exits, host, report
 from install.program import status as tables
 from install.program.agent import repair
 from install.program.agent.agent import Agent, Settings
@@ -201,6 +202,26 @@ def test_a_runtime_that_was_started_again_is_asked_at_once(tmp_path: Path) -> No
         assert (agent._sandboxes.due < math.inf) == is_new
 
 
+@pytest.mark.parametrize("which", ["conf_dir", "bin_dir"])
+def test_a_folder_that_was_made_anew_ends_the_agent(tmp_path: Path, which: str) -> None:
+    """A pod that is started again is given the new one."""
+    agent = agent_of(Node(tmp_path / "bpffs", tmp_path / "state"), tmp_path)
+    (tmp_path / "old").mkdir()
+    with bpfsys.closing(os.open(tmp_path / "old", os.O_RDONLY)) as old:
+        (tmp_path / "old").rmdir()  # as a bind mount has it
+        places = replace(agent._settings.places, **{which: Path(f"/proc/self/fd/{old}")})
+        agent._settings = replace(agent._settings, places=places)
+        assert agent.run(None) == 1
+
+
+def test_a_mount_of_the_node_need_not_be_text(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    lines = Path("/proc/self/mountinfo").read_bytes()
+    odd = b"999 1 0:99 / /mnt/caf\xe9 rw - tmpfs tmpfs rw\n"
+    (tmp_path / "1/mountinfo").write_bytes(odd + lines)
+    assert host._mounts(tmp_path / "1")[0].point == Path("/mnt/caf\udce9")
+
+
 def test_a_record_of_the_clocks_future_is_young_for_so_long_and_no_longer(tmp_path: Path) -> None:
     node, tally = Node(tmp_path / "bpffs", tmp_path / "state"), Tally()
     record(node, "future", -10 * YOUNG_S, cgroup=cgroups.mount_point())
@@ -214,6 +235,25 @@ def test_a_record_whose_cgroup_is_gone_is_never_young(tmp_path: Path) -> None:
     collect(node, "pods", [SANDBOX], tally)
     assert (ended.exists(), known.exists()) == (False, True)
     assert (tally.removed, tally.young_s) == (1, 0)
+
+
+def test_a_pod_that_runs_under_another_runtime_keeps_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, tally = Node(tmp_path / "bpffs", tmp_path / "state"), Tally()
+    monkeypatch.setattr(
+        repair, "programs_of", lambda each: each.container_id != "forgotten" and [7]
+    )
+    (tmp_path / "cgroup.events").write_text("populated 1\n")
+    running = record(node, "running", YOUNG_S + 1, cgroup=tmp_path)
+    # Of processes the root cgroup does not tell.
+    empty, forgotten = (
+        record(node, name, YOUNG_S + 1, cgroup=cgroups.mount_point())
+        for name in ("empty", "forgotten")
+    )
+    collect(node, "pods", [SANDBOX], tally)
+    assert (running.exists(), empty.exists(), forgotten.exists()) == (True, False, False)
+    assert (tally.removed, tally.failed) == (2, 0)
 
 
 def test_one_cgroup_that_cannot_be_opened_keeps_no_other_record(tmp_path: Path) -> None:

@@ -110,8 +110,9 @@ class Agent:
                 self._listen(serve, stack)
             self._own_the_node()
             while not self._leaving:
-                if _is_orphaned(self._settings.places.conf_dir):
-                    log.error("conf_dir_gone", "the folder of configurations was made anew; ending")
+                places = self._settings.places
+                for folder in filter(_is_orphaned, (places.conf_dir, places.bin_dir)):
+                    log.error("folder_gone", f"{folder} was made anew; ending")
                     return 1  # a pod that is started again is given the new one
                 self._turn()
                 if self._settings.once:

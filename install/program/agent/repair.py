@@ -8,6 +8,7 @@ kernel, and one place that decides which pod is accelerated. Connections opened 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -90,7 +91,7 @@ def collect(node: Node, network: str, sandboxes: Iterable[Sandbox], tally: Tally
             continue
         try:
             young_s = 0.0 if _is_ended(node, key) else _young_s(node, key)
-            gone = not young_s and _undo(node, network, key)
+            gone = not young_s and not _is_running(node, key) and _undo(node, network, key)
         except OSError as error:
             tally.failed += 1
             log.error(
@@ -113,6 +114,17 @@ def _is_ended(node: Node, key: Key) -> bool:
     """Whether the pod has been and gone: ADD opened the cgroup before it wrote the record."""
     record = node.state.read(key)
     return record is not None and not has_cgroup(record)
+
+
+def _is_running(node: Node, key: Key) -> bool:
+    """Whether processes are in the pod's cgroup, and it has our programs by this very record: a pod
+    of another runtime, whose list we have not seen."""
+    record = node.state.read(key)
+    if record is None or not programs_of(record):
+        return False
+    with contextlib.suppress(FileNotFoundError):  # it has just ended
+        return "populated 1" in Path(record.cgroup, "cgroup.events").read_text()
+    return False
 
 
 def _young_s(node: Node, key: Key) -> float:
