@@ -38,6 +38,8 @@ _ITER_CREATE = 33
 
 _TRACE_ITER = 28  # BPF_TRACE_ITER of enum bpf_attach_type
 CGROUP_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS of enum bpf_attach_type
+CGROUP_SETSOCKOPT = 22  # BPF_CGROUP_SETSOCKOPT
+PROG_TYPE_CGROUP_SOCKOPT = 25
 MAP_TYPE_CGROUP_STORAGE = 19
 _F_ALLOW_MULTI = 2
 _ATTR_SIZE = 256  # bytes; the kernel has 168 (Linux 6.18), and takes zeros behind those
@@ -164,6 +166,11 @@ def prog_attach(prog_fd: int, cgroup_fd: int) -> None:
 def prog_detach(prog_fd: int, cgroup_fd: int) -> None:
     """ENOENT when it is not attached to this very cgroup."""
     _bpf(_PROG_DETACH, _attr("=IIIII", cgroup_fd, prog_fd, CGROUP_SOCK_OPS, 0, 0))
+
+
+def link_setsockopt(prog_fd: int, cgroup_fd: int) -> int:
+    """Attach to setsockopt(2) of a cgroup, next to others, for as long as the link is open."""
+    return _bpf(_LINK_CREATE, _attr("=IIII", prog_fd, cgroup_fd, CGROUP_SETSOCKOPT, 0))
 
 
 def prog_query(cgroup_fd: int) -> list[int]:

@@ -29,10 +29,16 @@ _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 
 # Names in the C file, and what they are pinned as.
 VISIT = "tb_visit_file"
+TAKE_IN = "tb_take_in"
 REFUSE = "tb_refuse_splice"
 MEND = "tb_mend"  # after each of these kernel functions; the links are pinned under these names
 MENDED = dict(zip(pins.MENDS, ("inet_ioctl", "inet6_ioctl"), strict=True))
-PROGRAM_PINS = {"tb_sock_ops": pins.SOCK_OPS, "tb_sk_msg": pins.SK_MSG, VISIT: pins.VISIT}
+PROGRAM_PINS = {
+    "tb_sock_ops": pins.SOCK_OPS,
+    "tb_sk_msg": pins.SK_MSG,
+    VISIT: pins.VISIT,
+    TAKE_IN: pins.TAKE_IN,
+}
 MAP_PINS = (
     *(pins.CONNS, "halves"),
     *(pins.PODS, pins.COUNTERS, pins.SOCKHASH, pins.CONTROL, pins.PAUSED_PODS),
@@ -71,6 +77,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "SOCK_FLAGS": ("sock", "__sk_common.skc_flags"),
     "SOCK_LOCK_OWNED": ("sock", "sk_lock.owned"),
     "SOCK_NET": ("sock", "__sk_common.skc_net.net"),
+    "SOCKOPT_SK": ("bpf_sockopt_kern", "sk"),
     "SOCK_OPS_SK": ("bpf_sock_ops_kern", "sk"),
     "SOCK_PEEK_OFF": ("sock", "sk_peek_off"),
     "SOCK_PROT": ("sock", "__sk_common.skc_prot"),
@@ -90,9 +97,13 @@ _OFFSETS: dict[str, _Place | None] = {
     "TCP_REQUEST_SNT_ISN": ("tcp_request_sock", "snt_isn"),
     "TCP_SOCK_BYTES_ACKED": ("tcp_sock", "bytes_acked"),
     "TCP_SOCK_BYTES_RECEIVED": ("tcp_sock", "bytes_received"),
+    "TCP_SOCK_BYTES_RETRANS": ("tcp_sock", "bytes_retrans"),
+    "TCP_SOCK_BYTES_SENT": ("tcp_sock", "bytes_sent"),
+    "TCP_SOCK_CALLS": ("tcp_sock", "bpf_sock_ops_cb_flags"),
     "TCP_SOCK_COPIED_SEQ": ("tcp_sock", "copied_seq"),
     "TCP_SOCK_RCV_NXT": ("tcp_sock", "rcv_nxt"),
     "TCP_SOCK_RCV_WND": ("tcp_sock", "rcv_wnd"),
+    "TCP_SOCK_SND_NXT": ("tcp_sock", "snd_nxt"),
     "TCP_SOCK_SND_UNA": ("tcp_sock", "snd_una"),
     "TCP_SOCK_URG_DATA": ("tcp_sock", "urg_data"),
     "TCP_SOCK_URG_SEQ": ("tcp_sock", "urg_seq"),
@@ -371,6 +382,9 @@ class Programs:
                 "tb_sock_ops": self._load("tb_sock_ops", self._bcc.SOCK_OPS),
                 "tb_sk_msg": self._load("tb_sk_msg", self._bcc.SK_MSG),
                 VISIT: self._load(VISIT, self._bcc.TRACING, "bpf_iter__task_file"),
+                TAKE_IN: self._load(
+                    TAKE_IN, bpfsys.PROG_TYPE_CGROUP_SOCKOPT, expected=bpfsys.CGROUP_SETSOCKOPT
+                ),
             }
         except OSError:
             if not cast:
@@ -378,10 +392,11 @@ class Programs:
             self._bpf.cleanup()
             self._build(flags, None)
 
-    def _load(self, function: str, kind: int, attached_as: str = "") -> int:
+    def _load(self, function: str, kind: int, attached_as: str = "", *, expected: int = -1) -> int:
         """The file descriptor of one program; raises OSError with the verifier's last words.
 
-        `attached_as` is the name from which bcc knows what the program is attached to.
+        `attached_as` is the name from which bcc knows what the program is attached to; `expected`
+        is of enum bpf_attach_type, for kinds that need it.
         """
         module, name = self._bpf.module, function.encode()
 
@@ -391,7 +406,7 @@ class Programs:
             fd: int = self._lib.bcc_func_load(
                 *(module, kind, (attached_as or function).encode(), start, size),
                 *(self._lib.bpf_module_license(module), self._lib.bpf_module_kern_version(module)),
-                *(*log, None, -1),
+                *(*log, None, expected),
             )
             return fd
 

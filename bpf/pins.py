@@ -27,6 +27,7 @@ TRACES = tuple(pin + again for pin in (SPLICE_REFUSAL, *MENDS) for again in ("",
 CONNS = "conns"
 FIONREAD = "fionread"
 VISIT = "visit"  # the iterator over the open files of a process
+TAKE_IN = "take_in"  # for the sockets that are older than their pod's attachment
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.
 SOCK_OPS_NAME = "tb_sock_ops"

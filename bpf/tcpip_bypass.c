@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The data path. Five programs share the maps of data_path/state.h:
+ * The data path. Six programs share the maps of data_path/state.h:
  *
  *   tb_sock_ops     runs for the TCP sockets of an accelerated pod's cgroup. It finds the two
  *                   sockets that are one connection, and counts what they exchange.
@@ -10,6 +10,7 @@
  *                   to the peer's socket (bypass), or lets them go by TCP.
  *   tb_refuse_splice runs before splice(2) takes bytes from a socket, where it can be attached.
  *   tb_mend         runs after ioctl(FIONREAD), where the kernel's own answer is wrong.
+ *   tb_take_in      runs for sockets that are older than the program on their pod's cgroup.
  *
  * The rules that keep the bytes right, each where it is applied:
  *
@@ -189,4 +190,35 @@ int tb_visit_file(__u64 *context)
 	if (found & TB_NEEDS_VISIT)
 		bpf_seq_write(*(void *volatile *)meta, &again, sizeof(again));
 	return 0;
+}
+
+#define IPPROTO_TCP 6		       /* also the level of its options */
+#define TCP_BPF_SOCK_OPS_CB_FLAGS 1008 /* linux/bpf.h, since Linux 6.12 */
+
+/*
+ * Attached to the cgroup of a pod that was running before it was accelerated, while the node
+ * program sets our option on each of its sockets. Those that are established get their callbacks
+ * from now on (tb_begin()), and are paired as new ones. Runs under the socket's lock. Before Linux
+ * 6.12 the callbacks are refused, and so is our option, by the kernel itself.
+ */
+int tb_take_in(struct bpf_sockopt *option)
+{
+	__u32 flags = TB_CALL_PER_ROUND_TRIP, in_flight;
+	struct bpf_sock *socket = option->sk;
+	__u64 sk = 0, sent;
+
+	if (option->level != IPPROTO_TCP || option->optname != TB_TAKE_IN || !socket ||
+	    socket->protocol != IPPROTO_TCP || socket->state != BPF_TCP_ESTABLISHED)
+		return 1;
+	tb_probe_read_kernel(&sk, sizeof(sk), (void *)option + OFF_SOCKOPT_SK);
+	if (tb_read8(sk + OFF_TCP_SOCK_CALLS))
+		return 1;
+	/* An active opener's SYN was acknowledged, too, and was no data that it has sent. */
+	in_flight = tb_read32(sk + OFF_TCP_SOCK_SND_NXT) - tb_read32(sk + OFF_TCP_SOCK_SND_UNA);
+	sent = tb_read64(sk + OFF_TCP_SOCK_BYTES_SENT) - tb_read64(sk + OFF_TCP_SOCK_BYTES_RETRANS);
+	if (tb_read64(sk + OFF_TCP_SOCK_BYTES_ACKED) + in_flight == sent + 1)
+		flags |= TB_CLIENT;
+	if (!bpf_setsockopt(socket, IPPROTO_TCP, TCP_BPF_SOCK_OPS_CB_FLAGS, &flags, sizeof(flags)))
+		option->optlen = -1; /* done: the kernel is not asked */
+	return 1;
 }

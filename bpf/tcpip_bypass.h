@@ -131,6 +131,9 @@ struct tb_fionread {
 /* What a visit writes for a process with a socket that needs another visit to leave. */
 #define TB_VISIT_AGAIN 0xffffffff
 
+/* setsockopt(SOL_TCP): lets a connection from before be paired. No option of TCP's. */
+#define TB_TAKE_IN 0x74620001
+
 /* A value of map "conns" begins with an id. This one is of a socket by which the joiner sees
  * whether FIONREAD is mended: the mend gives it this answer. */
 #define TB_CANARY 0x7fffffffffffffffULL

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -40,9 +41,9 @@ class LightPod:
         self.folder = folder
         self.programs = programs
         self.id = os.getpid() << 16 | next(_numbers)
-        self._attach()
+        self.attach()
 
-    def _attach(self) -> None:
+    def attach(self) -> None:
         pod = abi.Pod(id=self.id, proxy_uid=names.PROXY_UID)
         pod.ip_count = 1
         pod.ip[0].word[3] = self.id & 0xFFFFFFFF
@@ -60,7 +61,7 @@ class LightPod:
         """New programs take over from the running ones, as `load` does on a node."""
         self.detach()
         self.programs = programs
-        self._attach()
+        self.attach()
 
     def enter(self) -> None:
         """Puts the calling process into the pod."""
@@ -114,6 +115,12 @@ def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
     """The programs as they would be with their source edited."""
     with source_edited(edit):
         return Programs(**arguments)
+
+
+def takes_in() -> bool:
+    """Whether this kernel lets connections from before be paired: bpf/tcpip_bypass.c."""
+    major, minor = platform.release().split(".")[:2]
+    return (int(major), int(minor)) >= (6, 12)
 
 
 def away_from_pods() -> None:

@@ -6,6 +6,8 @@ at that very moment, the visitor closes it: in rare cases (a network file system
 can take long. So passes run in a process of their own, which may be left behind.
 
 The visit names the files whose readers are to get a new edge: bpf/data_path/edge.h.
+
+To take in a pod's open connections is done there, too: it waits for the lock of each socket.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bpf import abi, bpfsys
 from cni_plugin import cgroup, names
@@ -71,6 +74,38 @@ def visit_process(visit: int, pid: int) -> bool:
     return abi.VISIT_AGAIN in found
 
 
+def take_in(program: int, folder: Path) -> int:
+    """Let the open connections of a pod, by its cgroup, be paired; returns how many ends it has.
+
+    ``program`` is a file descriptor. None before Linux 6.12. Raises OSError.
+    """
+    with taking_in(program, folder):
+        return sum(take_in_process(pid) for pid in _processes(folder))
+
+
+@contextlib.contextmanager
+def taking_in(program: int, folder: Path) -> Iterator[None]:
+    """Meanwhile sockets of this cgroup have the option abi.TAKE_IN."""
+    with (
+        bpfsys.closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as opened,
+        bpfsys.closing(bpfsys.link_setsockopt(program, opened)),
+    ):
+        yield
+
+
+def take_in_process(pid: int) -> int:
+    """Those of one process. Sockets that cannot be taken in refuse the option."""
+    taken = 0
+    with contextlib.suppress(OSError):  # it has ended
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed, or no such connection
+                if str(fd.readlink()).startswith("socket:"):
+                    with _copied(pid, int(fd.name)) as copy:
+                        copy.setsockopt(socket.IPPROTO_TCP, abi.TAKE_IN, 0)
+                    taken += 1
+    return taken
+
+
 def wake_reader(pid: int, fd: int) -> None:
     """Give a socket's reader a new edge: SO_RCVLOWAT's own value, written back, runs the kernel's
     tcp_data_ready() (tcp_set_rcvlowat).
@@ -78,18 +113,22 @@ def wake_reader(pid: int, fd: int) -> None:
     ``fd`` is the socket's number in process ``pid``. Raises OSError, PermissionError where the
     kernel does not let this process have another's files (pidfd_getfd(2)).
     """
+    with _copied(pid, fd) as reader:
+        lowat = reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
+
+
+def _copied(pid: int, fd: int) -> socket.socket:
+    """Another process's socket, to be closed; raises as wake_reader() does."""
     with bpfsys.closing(os.pidfd_open(pid)) as process:
         copy: int = _libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
     if copy < 0:
         raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
     try:
-        reader = socket.socket(fileno=copy)
+        return socket.socket(fileno=copy)
     except OSError:  # the number is another file's by now
         os.close(copy)
         raise
-    with reader:
-        lowat = reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
 
 
 def _processes(folder: Path) -> Iterator[int]:
@@ -168,6 +207,13 @@ class Runner:
 
         Raises PassTimeout, also while too many have not ended, and OSError if the kernel refuses.
         """
+        return int(self._ask(visit, {"pod": str(folder)})["cost_ns"])
+
+    def take_in(self, program: int, folder: Path) -> int:
+        """See take_in(); raises as run() does."""
+        return int(self._ask(program, {"new_pod": str(folder)})["taken_in"])
+
+    def _ask(self, program: int, what: dict[str, str]) -> dict[str, Any]:
         self._left = [worker for worker in self._left if not worker.has_ended()]
         if len(self._left) >= MOST_LEFT:
             raise PassTimeout(f"{len(self._left)} passes have not ended; no new one is begun")
@@ -175,7 +221,7 @@ class Runner:
             self._worker = _Worker.start()
         worker, self._worker = self._worker, None
         try:
-            cost_ns = worker.ask(visit, folder)
+            answer = worker.ask(program, what)
         except PassTimeout:
             self._left.append(worker)
             worker.end()
@@ -184,7 +230,7 @@ class Runner:
             worker.end()
             raise
         self._worker = worker
-        return cost_ns
+        return answer
 
     def left(self) -> int:
         """How many passes were left to themselves and have not ended."""
@@ -227,18 +273,19 @@ class _Worker:
             raise OSError("the process for passes could not be started")
         return _Worker(int(first), ours)
 
-    def ask(self, visit: int, folder: Path) -> int:
-        request = json.dumps(str(folder)).encode()
-        socket.send_fds(self.line, [request], [visit])
+    def ask(self, program: int, what: dict[str, str]) -> dict[str, Any]:
+        """`what` is one path, under the name of its kind; returns what was found there."""
+        [path] = what.values()
+        socket.send_fds(self.line, [json.dumps(what).encode()], [program])
         if not select.select([self.line], [], [], PATIENCE_S)[0]:
-            raise PassTimeout(f"a pass over {folder} takes longer than {PATIENCE_S:.0f} s")
+            raise PassTimeout(f"a pass over {path} takes longer than {PATIENCE_S:.0f} s")
         answer = self.line.recv(4096)
         if not answer:
             raise EOFError("the process for passes has ended")
-        found = json.loads(answer)
+        found: dict[str, Any] = json.loads(answer)
         if "errno" in found:
-            raise OSError(found["errno"], os.strerror(found["errno"]), str(folder))
-        return int(found["cost_ns"])
+            raise OSError(found["errno"], os.strerror(found["errno"]), path)
+        return found
 
     def has_ended(self) -> bool:
         """Its end of the line is closed with the process."""
@@ -281,6 +328,15 @@ def remove_cgroup(*, is_within: bool = False) -> None:
             (mount / OWN_CGROUP).rmdir()
 
 
+def _answered(program: int, *, pod: str = "", new_pod: str = "") -> dict[str, int]:
+    """What the worker was asked: one of the two. Raises OSError."""
+    if new_pod:
+        return {"taken_in": take_in(program, Path(new_pod))}
+    began = time.process_time_ns()
+    visit_pod(program, Path(pod))
+    return {"cost_ns": time.process_time_ns() - began}
+
+
 def _serve(line: socket.socket) -> None:
     """The worker: answers until its line is closed. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -290,11 +346,9 @@ def _serve(line: socket.socket) -> None:
             request, fds, _, _ = socket.recv_fds(line, 65_536, 1)
             if not request or not fds:
                 return
-            began = time.process_time_ns()
             try:
-                with bpfsys.closing(fds[0]) as visit:
-                    visit_pod(visit, Path(json.loads(request)))
-                answer = {"cost_ns": time.process_time_ns() - began}
+                with bpfsys.closing(fds[0]) as program:
+                    answer = _answered(program, **json.loads(request))
             except OSError as error:
                 answer = {"errno": error.errno or 5}
             line.send(json.dumps(answer).encode())

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import pytest
 
-from bpf import pins
+from bpf import bpfsys, pins
 from cni_plugin import attachment, names
 from cni_plugin.state import Key, State
 from install.program.agent import bpffs
-from install.program.generations import is_bpffs
+from install.program.generations import is_bpffs, opened
 from tests.bed import OPTED_OUT, apiserver, cgroups, cni
 from tests.bed.cni import Json
 from tests.bed.pod import MESH
@@ -39,6 +39,7 @@ from tests.containerd.bed import PLAIN, Pod, RuntimeBed, open_bare_bed, run
 from tests.containerd.cri import Wishes
 from tests.containerd.inventory import attached
 from tests.containerd.traffic import Report, Traffic
+from tests.light import takes_in
 
 OURS = [pins.SOCK_OPS_NAME]
 REWRITES, REWRITE_EVERY_S = 50, 0.2
@@ -130,6 +131,12 @@ def bytes_of(agent: Agent, pod: Pod) -> tuple[int, int]:
     return direct["bypassed_bytes"], direct["tcp_bytes"]
 
 
+def members(agent: Agent) -> int:
+    """How many sockets are in the sockhash."""
+    with opened(agent.bpffs / pins.CURRENT / pins.SOCKHASH) as sockhash:
+        return len(list(bpfsys.map_keys(sockhash, 8)))
+
+
 def plugins_in(conflist: Path) -> list[str]:
     return [plugin["type"] for plugin in json.loads(conflist.read_text())["plugins"]]
 
@@ -149,6 +156,8 @@ def test_install_into_a_node_with_pods(started_agent: Agent) -> None:
             assert accelerated([*mesh, *others]) == [True, True, False, False, False]
             before, _ = bytes_of(agent, mesh[0])
             agent.wait_until("bypassing", lambda: bytes_of(agent, mesh[0])[0] > before)
+            if takes_in():  # the lasting connections are older than the agent
+                agent.wait_until("taken in", lambda: members(agent) >= 2 * traffic.LASTING)
             assert_whole(load.end())
         assert plugins_in(agent.conflist) == ["bridge", "tcpip-bypass"]
         assert {(each["pod"], each["container"]) for each in agent.said("pod_repaired")} == {

@@ -11,13 +11,14 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
 
 from bpf import abi
-from bpf.loader import Programs
+from bpf.loader import TAKE_IN, Programs
+from install.program import passes
 from tests import light
 from tests.bed import APP_UID, PROXY_UID
 from tests.integration import traffic_pods, traffic_sockmap
@@ -28,6 +29,7 @@ from tests.integration.traffic_pods import (
     LightNode,
     LightPod,
     accepted,
+    address,
     bypassed,
     connected,
     eventually,
@@ -419,6 +421,56 @@ def test_pods_that_are_not_accelerated(node: LightNode, without: str, attached: 
         accelerated = server if without == "client" else client
         assert eventually(lambda: outcomes(accelerated) == {"no_peer": 1})
         assert bypassed(client, server) == 0
+
+
+# ---- Pods that were running before they are accelerated -----------------------------------------
+
+
+@pytest.mark.parametrize("within_one", [False, True], ids=["two pods", "one pod"])
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+def test_connections_from_before_are_taken_in(
+    node: LightNode, family: str, within_one: bool
+) -> None:
+    with ExitStack() as stack:
+        client = stack.enter_context(node.pod(A, accelerated=False))
+        server = client
+        if not within_one:
+            server = stack.enter_context(node.pod(B, accelerated=False))
+        pods = {client.name: client, server.name: server}.values()
+        host, to = ("0.0.0.0", (server.ip, 8080)) if family == "ipv4" else ("::", ("::1", 8080))
+        if family == "ipv6" and not within_one:
+            to = add_ipv6(client, server)
+        listener = stack.enter_context(server.listen(host=host))
+        ours = stack.enter_context(client.connect(to))
+        theirs = stack.enter_context(accepted(listener))
+        exchange(ours, theirs, rounds=SEEKING)
+        for pod in pods:
+            pod.attach()
+        exchange(ours, theirs, rounds=SEEKING)
+        assert node.sockets() == 0
+        taken = sum(take_in(pod) for pod in pods)
+        assert taken == (2 if light.takes_in() else 0)
+        sent = exchange(ours, theirs)
+        assert node.sockets() == taken
+        assert sum(take_in(pod) for pod in pods) == 0
+    if taken:
+        assert eventually(lambda: bypassed(*pods) == sent - FIRST_BYTES)
+        assert outcomes(*pods) == {"paired": 2}
+
+
+def take_in(pod: LightPod) -> int:
+    """How many ends of the pod were: this process has its sockets open."""
+    with passes.taking_in(pod.node.programs.fds[TAKE_IN], pod.cgroup):
+        return passes.take_in_process(os.getpid())
+
+
+def add_ipv6(client: LightPod, server: LightPod) -> tuple[str, int]:
+    """Addresses of the second family; returns the server's, with its port."""
+    for pod, ip in ((client, "fd00:9::1"), (server, "fd00:9::2")):
+        pod.command(f"ip address add {ip}/64 dev eth0 nodad")
+        pod.record.ip[1] = address(ip)
+        pod.record.ip_count = 2
+    return "fd00:9::2", 8080
 
 
 # ---- A client whose server is not paired --------------------------------------------------------

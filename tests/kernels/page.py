@@ -36,7 +36,7 @@ unmended: A misses bypassed bytes, B TCP's, C none.
 PROGRAMS = "programs right"  # a column of runs that have suite `apps`
 COLUMNS = (
     *("kernel", "shipped by", "FIONREAD", "mended", "splice refused", "MPTCP fallback joins"),
-    *("mode", "hops"),
+    *("connections from before join", "mode", "hops"),
 )
 UNKNOWN = "-"
 RIGHT = "C"  # the class of kernels whose FIONREAD needs no mend
@@ -86,7 +86,8 @@ def _line(run: Run) -> tuple[str, ...]:
     found = printed["selftest"]
     by_itself = fionread_class(printed["selftest-left"] if found["mended"] else found)
     mended = {UNKNOWN: UNKNOWN, RIGHT: "not needed"}.get(by_itself, _YES_NO[found["mended"]])
-    ends = printed.get("probe", {}).get("mptcp_joined", {})
+    probed = printed.get("probe", {})
+    ends = probed.get("mptcp_joined", {})
     return (
         run.kernel.title,
         SHIPPED_BY.get(images.plain(run.kernel.series), UNKNOWN),
@@ -94,6 +95,7 @@ def _line(run: Run) -> tuple[str, ...]:
         mended,
         _YES_NO[_checks(found).get(SPLICE)],
         _YES_NO[all(count == 2 for count in ends.values()) if ends else None],
+        _YES_NO[probed["from_before"] == 2 if ends else None],
         f"`{found['mode']}`",
         _HOPS[found["mode"]],
     )

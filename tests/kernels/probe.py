@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite: do the programs load on this kernel at their real size, do the bytes of the two hops
-inside a pod go past TCP, and do TCP clients of MPTCP listeners join?"""
+"""Suite: do the programs load on this kernel at their real size, and do the bytes of the two hops
+inside a pod go past TCP? Do TCP clients of MPTCP listeners join, and connections from before?"""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.sharedctypes import Synchronized
 
-from bpf.loader import LoadError, Programs
+from bpf.loader import TAKE_IN, LoadError, Programs
 from cni_plugin import names
+from install.program.passes import take_in
 from install.program.probes import enter
 from tests.light import CLIENT_IP, SERVER_IP, LightPod, accelerated
 from tests.passes import mptcp
@@ -26,6 +28,7 @@ SERVICE = (SERVER_IP, 80)
 ENVOY = (SERVER_IP, 15001)
 REDIRECT = "iptables -t nat -A OUTPUT -p tcp --dport 80 -j REDIRECT --to-ports 15001"
 
+FORK = multiprocessing.get_context("fork")
 ROUNDS = 200
 MESSAGE = bytes(range(64))
 TIMEOUT_S = 10
@@ -87,28 +90,53 @@ def in_pod(pod: LightPod) -> None:
     outbound(pod)
 
 
+def from_before(pod: LightPod, joined: Synchronized[int]) -> None:
+    """A connection that is older than the pod's attachment: how many of its ends join?"""
+    enter(pod.folder)
+    pod.detach()
+    with (
+        socket.create_server(APP) as listener,
+        socket.create_connection(APP, TIMEOUT_S, (CLIENT_IP, 0)) as client,
+        listener.accept()[0] as server,
+    ):
+        pod.attach()
+        before = pod.members()
+        if take_in(pod.programs.fds[TAKE_IN], pod.folder):
+            ping_pong(pod, client, server)
+        joined.value = pod.members() - before
+
+
+def in_child(work: Callable[..., None], *arguments: object) -> int:
+    """Returns its exit status."""
+    child = FORK.Process(target=work, args=arguments)
+    child.start()
+    child.join()
+    return child.exitcode or 0
+
+
 def main() -> int:
     start = time.monotonic()
     try:
         programs = Programs()
     except LoadError as error:  # above it on stderr stands what the verifier said
         print(error, file=sys.stderr)
-        print(json.dumps({"sent_bytes": 0, "bypassed_bytes": {}, "mptcp_joined": {}}))
+        nothing = {"sent_bytes": 0, "bypassed_bytes": {}, "mptcp_joined": {}, "from_before": 0}
+        print(json.dumps(nothing))
         return 0
     load_s = round(time.monotonic() - start, 1)
     with accelerated(programs) as pod:
-        child = multiprocessing.get_context("fork").Process(target=in_pod, args=(pod,))
-        child.start()
-        child.join()
+        joined = FORK.Value("i", 0)
+        status = in_child(in_pod, pod) or in_child(from_before, pod, joined)
         bypassed = {hop: counted.bypassed_bytes for hop, counted in pod.counters().items()}
     found = {
         "load_s": load_s,
         "sent_bytes": 2 * ROUNDS * len(MESSAGE),
         "bypassed_bytes": bypassed,
         "mptcp_joined": mptcp.ends_that_join() if any(bypassed.values()) else {},
+        "from_before": joined.value,
     }
     print(json.dumps(found))
-    return child.exitcode or 0
+    return status
 
 
 if __name__ == "__main__":

@@ -97,6 +97,10 @@ def _probe(printed: dict[str, Any]) -> Finding:
     agreeing = frozenset(names.MODES if all(shares.values()) else {OFF})
     ends = printed["mptcp_joined"]
     problems = [f"MPTCP's fallback, {name}: {ends[name]} ends" for name in ends if ends[name] != 2]
+    from_before = printed["from_before"]
+    summary += ", connections from before join" if from_before else ""
+    if from_before not in {0, 2}:
+        problems.append(f"a connection from before: {from_before} ends")
     return Finding(summary, agreeing, tuple(problems))
 
 

@@ -104,7 +104,7 @@ def semantics(
     )
 
 
-def probed(outbound: int = 10, mptcp: int = 2) -> Outcome:
+def probed(outbound: int = 10, mptcp: int = 2, from_before: int = 2) -> Outcome:
     return outcome(
         "probe",
         {
@@ -112,6 +112,7 @@ def probed(outbound: int = 10, mptcp: int = 2) -> Outcome:
             "sent_bytes": 10,
             "bypassed_bytes": {"inbound": 10, "outbound": outbound},
             "mptcp_joined": {"AF_INET": 2, "AF_INET6": mptcp} if outbound else {},
+            "from_before": from_before,
         },
     )
 
@@ -156,6 +157,11 @@ def test_what_is_left_without_the_mend_agrees_with_any_mode() -> None:
 @pytest.mark.parametrize(("ends", "is_right"), [(2, True), (1, False), (0, False)])
 def test_both_ends_of_mptcp_s_fallback_join(ends: int, is_right: bool) -> None:
     assert (problems(probed(mptcp=ends)) == []) is is_right
+
+
+@pytest.mark.parametrize(("ends", "is_right"), [(2, True), (1, False), (0, True)])
+def test_both_ends_of_a_connection_from_before_join_or_none(ends: int, is_right: bool) -> None:
+    assert (problems(probed(from_before=ends)) == []) is is_right
 
 
 @pytest.mark.parametrize(
@@ -272,23 +278,23 @@ def test_the_page() -> None:
     off = Verdict(OFF, ["load: no"], [LOADS]).as_json()
     runs = [
         a_run("5.10", off, replace(outcome("selftest-left", off), exit_code=2), probed(outbound=0)),
-        a_run("6.1", verdict(mended=True), left(*NOT_BYPASSED), probed()),
+        a_run("6.1", verdict(mended=True), left(*NOT_BYPASSED), probed(from_before=0)),
         a_run("6.1-lockdown", verdict(*NOT_BYPASSED)),
         a_run("6.12", verdict(), left(), probed()),
         a_run("6.18", verdict(mended=True), left(*NOT_TCP), probed(mptcp=1)),
         a_run("7", verdict(SPLICE), left(SPLICE), probed()),
     ]
-    head, _, rest = page.written(runs).partition("\n|-|-|-|-|-|-|-|-|\n")
+    head, _, rest = page.written(runs).partition("\n|-|-|-|-|-|-|-|-|-|\n")
     assert head.startswith("# Kernels\n\nWritten by `make test-kernels`; do not edit.")
     assert (
         rest
         == """\
-|5.10.9|Debian 11|-|-|-|-|`off`|none|
-|6.1.9|Debian 12, AL2023|A|yes|yes|yes|`full`|all three|
-|6.1.9 lockdown=integrity|Debian 12, AL2023|A|no|yes|-|`proxy-only`|sidecar to sidecar|
-|6.12.9|Debian 13, RHEL 10, AL2023 (6.12)|C|not needed|yes|yes|`full`|all three|
-|6.18.9|Debian 13's backports|B|yes|yes|no|`full`|all three|
-|7.9|Debian 13's backports|C|not needed|no|yes|`proxy-only`|sidecar to sidecar|
+|5.10.9|Debian 11|-|-|-|-|-|`off`|none|
+|6.1.9|Debian 12, AL2023|A|yes|yes|yes|no|`full`|all three|
+|6.1.9 lockdown=integrity|Debian 12, AL2023|A|no|yes|-|-|`proxy-only`|sidecar to sidecar|
+|6.12.9|Debian 13, RHEL 10, AL2023 (6.12)|C|not needed|yes|yes|yes|`full`|all three|
+|6.18.9|Debian 13's backports|B|yes|yes|no|yes|`full`|all three|
+|7.9|Debian 13's backports|C|not needed|no|yes|yes|`proxy-only`|sidecar to sidecar|
 
 Not `full`, because:
 
@@ -319,7 +325,7 @@ def test_the_page_says_how_many_programs_are_right() -> None:
     ]
     table = [line for line in page.written(runs).splitlines() if line.startswith("|")]
     assert [line.split("|")[-2] for line in table] == [page.PROGRAMS, "-", "3/3", "1/3", "-"]
-    assert {line.count("|") for line in table} == {10}
+    assert {line.count("|") for line in table} == {11}
     assert problems(programs("wrong")) == ["apps: nginx on inbound: wrong"]
 
 

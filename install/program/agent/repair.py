@@ -3,7 +3,7 @@
 
 A sandbox that was there before us, or that started while nothing was loaded, gets the very call
 that the runtime would have made: ADD, to the installed plugin. So there is one way into the
-kernel, and one place that decides which pod is accelerated. Connections opened from then on are.
+kernel, and one place that decides which pod is accelerated. Then its open connections are taken in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bpf import abi
+from bpf import abi, pins
 from cni_plugin import attachment, names, policy
 from cni_plugin.netconf import NetConf
 from cni_plugin.policy import Plan
@@ -27,9 +27,11 @@ from cni_plugin.state import Key
 from install.program import log
 from install.program.agent.cri import CriError, Network, Runtime, Sandbox, connected
 from install.program.conf_dir import ConfDir
+from install.program.generations import Generation, opened
 from install.program.in_force import InForce, in_force
 from install.program.installer import Places
 from install.program.node import LOCK_PATIENCE_S, Node, NodeError
+from install.program.passes import PassTimeout, Runner
 from install.program.pods import has_cgroup, programs_of
 
 IFNAME = "eth0"  # what every CRI runtime calls a pod's interface
@@ -160,6 +162,7 @@ def adopt(
     program_id = current.sock_ops_id()
     now = _in_force(node, plugin)
     conf = now.conf
+    adopted = []
     for sandbox in sandboxes:
         # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
         plan = _plan(now, sandbox) if sandbox.ready else None
@@ -174,9 +177,29 @@ def adopt(
             continue
         if _is_attached(node, sandbox, program_id, conf, plan):
             tally.attached += 1
+            adopted.append(Key(sandbox.id, IFNAME))
             log.info("pod_repaired", "accelerated a pod that had been running without", **about)
         elif said:
             log.info("pod_left_alone", said, **about)
+    take_in(node, current, adopted)
+
+
+def take_in(node: Node, current: Generation, adopted: Iterable[Key]) -> None:
+    """The open connections of these pods. Once all are attached: both ends look for each other."""
+    records = [record for key in adopted if (record := node.state.read(key))]
+    if not records:
+        return
+    runner = Runner()
+    try:
+        with opened(current.folder / pins.TAKE_IN) as program:
+            for record in records:
+                try:
+                    runner.take_in(program, Path(record.cgroup))
+                except (PassTimeout, EOFError, OSError) as error:
+                    why = f"the pod's open connections stay on TCP: {error}"
+                    log.warning("connections_not_taken_in", why, **log.of(record))
+    finally:
+        runner.close()
 
 
 def _in_force(node: Node, plugin: Plugin) -> InForce:
