@@ -301,7 +301,8 @@ def join(node: Node, *, parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
         if os.getppid() != parent:
             return  # it has ended before it could be watched
-    Joiner(node.bpffs, node.state_dir, Runner()).run(lambda: bool(told), stopped)
+    runner = Runner(functools.partial(leaving.stand_in, node.bpffs))
+    Joiner(node.bpffs, node.state_dir, runner).run(lambda: bool(told), stopped)
 
 
 def pause(node: Node, pod: str | None = None) -> None:

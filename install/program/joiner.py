@@ -272,7 +272,7 @@ class Joiner:
             for each in self._opened:
                 each.close()
             self._opened.clear()
-            self.runner.close()
+            self.runner.leave()
 
     def _look_for_generations(self) -> None:
         for each in [each for each in self._opened if not each.is_pinned()]:

@@ -15,6 +15,7 @@ from bpf import bpfsys, pins
 from install.program import log, passes
 from install.program.generations import Generation, Generations, opened
 from install.program.passes import PassTimeout, Runner
+from install.program.pods import attached_cgroups
 
 PATIENCE_S = 5.0
 _PAUSE_S = 0.01  # between passes: a socket leaves in three of them
@@ -97,6 +98,42 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
         os.waitpid(child, 0)
 
 
+def stand_in(bpffs: Path) -> None:
+    """Go on with the passes of a joiner that has ended, until there is another one or no socket has
+    joined: their readers get their edges, and leave."""
+    _let_go()
+    generations, began = Generations(bpffs), time.monotonic()
+    while time.monotonic() - began < _KEEP_S:
+        time.sleep(_LONGEST_PAUSE_S)
+        began_s = time.process_time()
+        try:
+            busy = [each for each in generations.complete() if each.is_whole()]
+            if any(_is_served_since(each, began) for each in busy):
+                break
+            busy = [each for each in busy if each.has_sockets()]
+            if not busy:
+                break
+            folders = [pod.path for pod in attached_cgroups(generations.program_ids())]
+            for each in busy:
+                with opened(each.folder / pins.VISIT) as visit:
+                    _visit_all(visit, folders)
+        except OSError:
+            continue  # a load or an unload is at it
+        time.sleep(50 * (time.process_time() - began_s))
+    passes.remove_cgroup(is_within=True)
+
+
+def _is_served_since(generation: Generation, began: float) -> bool:
+    silent_s = generation.joiner_silent_s()
+    return silent_s is not None and silent_s < time.monotonic() - began
+
+
+def _visit_all(visit: int, folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # gone
+            passes.visit_pod(visit, folder)
+
+
 def _let_go(*kept: int) -> None:
     """Closes all files but these: locks among them, and what a caller of this program reads."""
     os.setsid()
@@ -125,8 +162,6 @@ def _keep_on(visit: int, sockhash: int, folders: list[Path]) -> None:
     deadline, pause_s = time.monotonic() + _KEEP_S, _PAUSE_S
     while not bpfsys.map_is_empty(sockhash) and time.monotonic() < deadline:
         began_s = time.process_time()
-        for folder in folders:
-            with contextlib.suppress(OSError):  # gone
-                passes.visit_pod(visit, folder)
+        _visit_all(visit, folders)
         time.sleep(max(pause_s, 50 * (time.process_time() - began_s)))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -37,6 +37,7 @@ BETWEEN_VISITS_S = 0.0002
 MOST_LEFT = 4  # so many at once; then no new pass until one has ended
 OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
 SYS_PIDFD_GETFD = 438
+_END = b"end"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -197,8 +198,11 @@ class Runner:
 
     The process is in a cgroup of its own: what becomes of it does not keep the agent's pod from
     ending. It must be in the host's PID namespace, whose numbers cgroups show (hostPID).
+
+    stand_in: what that process does when this one has ended without close().
     """
 
+    stand_in: Callable[[], object] = lambda: None
     _worker: _Worker | None = None
     _left: list[_Worker] = field(default_factory=list)
 
@@ -218,7 +222,7 @@ class Runner:
         if len(self._left) >= MOST_LEFT:
             raise PassTimeout(f"{len(self._left)} passes have not ended; no new one is begun")
         if self._worker is None:
-            self._worker = _Worker.start()
+            self._worker = _Worker.start(self.stand_in)
         worker, self._worker = self._worker, None
         try:
             answer = worker.ask(program, what)
@@ -236,6 +240,12 @@ class Runner:
         """How many passes were left to themselves and have not ended."""
         return len(self._left)
 
+    def leave(self) -> None:
+        """Its process stands in from now on."""
+        if self._worker is not None:
+            self._worker.line.close()
+            self._worker = None
+
     def close(self) -> None:
         """Its process has ended, or is at a pass that takes long."""
         if self._worker is not None:
@@ -252,7 +262,7 @@ class _Worker:
     line: socket.socket
 
     @staticmethod
-    def start() -> _Worker:
+    def start(stand_in: Callable[[], object]) -> _Worker:
         """Forks twice, so that its end need not be waited for."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         child = os.fork()
@@ -262,7 +272,7 @@ class _Worker:
                 leave_container()
                 pid = os.fork()
                 if not pid:
-                    _serve(theirs)
+                    _serve(theirs, stand_in)
                 theirs.send(str(pid).encode())
             finally:
                 os._exit(0)
@@ -302,6 +312,7 @@ class _Worker:
     def end(self) -> None:
         """It ends when it next reads its line."""
         with contextlib.suppress(OSError):
+            self.line.send(_END)
             self.line.shutdown(socket.SHUT_WR)
 
 
@@ -337,20 +348,27 @@ def _answered(program: int, *, pod: str = "", new_pod: str = "") -> dict[str, in
     return {"cost_ns": time.process_time_ns() - began}
 
 
-def _serve(line: socket.socket) -> None:
-    """The worker: answers until its line is closed. Never returns."""
+def _serve(line: socket.socket, stand_in: Callable[[], object]) -> None:
+    """The worker: answers until it is told to end, or its line is closed. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         while True:
-            request, fds, _, _ = socket.recv_fds(line, 65_536, 1)
-            if not request or not fds:
+            try:
+                request, fds, _, _ = socket.recv_fds(line, 65_536, 1)
+            except ConnectionResetError:  # ended before it read an answer
+                break
+            if request == _END:
                 return
+            if not fds:
+                break
             try:
                 with bpfsys.closing(fds[0]) as program:
                     answer = _answered(program, **json.loads(request))
             except OSError as error:
                 answer = {"errno": error.errno or 5}
-            line.send(json.dumps(answer).encode())
+            with contextlib.suppress(BrokenPipeError):  # the next look finds the line closed
+                line.send(json.dumps(answer).encode())
+        stand_in()
     finally:
         os._exit(0)

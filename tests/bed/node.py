@@ -73,14 +73,14 @@ class NodeProgram:
             self.call("unload")
 
     @contextmanager
-    def joining(self) -> Iterator[None]:
+    def joining(self) -> Iterator[subprocess.Popen[bytes]]:
         """A joiner runs meanwhile, as the agent's would."""
         folders = ["--bpffs", str(self.bpffs), "--state-dir", str(self.state_dir)]
         with subprocess.Popen(
             [PROGRAM, "join", "--parent", str(os.getpid()), *folders], start_new_session=True
         ) as joiner:
             try:
-                yield
+                yield joiner
             finally:
                 joiner.terminate()
 

@@ -5,8 +5,13 @@ from __future__ import annotations
 
 import os
 import select
-from contextlib import closing, nullcontext
+import signal
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 from bpf.loader import Programs
 from cni_plugin import cgroup
@@ -47,27 +52,76 @@ def left_behind() -> set[str]:
     return set(procs.read_text().split()) if procs.exists() else set()
 
 
+@dataclass(frozen=True)
+class Resting:
+    """A process in the pod at rest(): the file descriptors by which it says so, and goes on."""
+
+    child: int
+    ready: int
+    going: int
+
+    def is_ready(self) -> bool:
+        return bool(select.select([self.ready], [], [], 20)[0])
+
+    def hears_all(self) -> bool:
+        os.write(self.going, b"!")
+        _, status = os.waitpid(self.child, 0)
+        return os.waitstatus_to_exitcode(status) == 0
+
+
+@contextmanager
+def resting(pod: LightPod) -> Iterator[Resting]:
+    (ready, is_ready), (go, going) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            pod.enter()
+            os._exit(0 if rest(pod, is_ready, go) else 1)
+        finally:
+            os._exit(2)
+    try:
+        yield Resting(child, ready, going)
+    finally:
+        with suppress(ProcessLookupError, ChildProcessError):  # it has ended
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        for fd in (ready, is_ready, go, going):
+            os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("number", "has_successor"),
+    [(signal.SIGTERM, False), (signal.SIGKILL, False), (signal.SIGTERM, True)],
+)
+def test_a_reader_that_rests_outlives_the_joiner(
+    number: signal.Signals, *, has_successor: bool
+) -> None:
+    """As while the DaemonSet is updated. What stands in ends when there is another joiner."""
+    before = left_behind()
+    with open_bed(bypass=False) as bed, closing(Programs(LIMITS)) as programs:  # without a joiner
+        Generations(bed.node.bpffs).publish(programs)
+        with accelerated(programs, passes=False) as pod, resting(pod) as reader:
+            with bed.node.joining() as joiner:
+                assert reader.is_ready()
+                joiner.send_signal(number)
+                joiner.wait()
+            standing_in = left_behind() - before
+            assert standing_in
+            with bed.node.joining() if has_successor else nullcontext():
+                assert not has_successor or eventually(lambda: not standing_in & left_behind())
+                assert reader.hears_all()
+    assert eventually(lambda: left_behind() <= before)
+
+
 def test_a_reader_that_rests_outlives_the_pins() -> None:
     before = left_behind()
     with open_bed() as bed, closing(Programs(LIMITS)) as programs:
         generation = Generations(bed.node.bpffs).publish(programs)
-        with accelerated(programs, passes=False) as pod:
-            (ready, is_ready), (go, going) = os.pipe(), os.pipe()
-            child = os.fork()
-            if not child:
-                try:
-                    pod.enter()
-                    os._exit(0 if rest(pod, is_ready, go) else 1)
-                finally:
-                    os._exit(2)
+        with accelerated(programs, passes=False) as pod, resting(pod) as reader:
             with repeated(pod.visit, 0.004):
-                assert select.select([ready], [], [], 20)[0]
+                assert reader.is_ready()
             assert not leaving.empty(generation, [pod.folder], patience_s=0.3)
             leaving.stay_behind(generation, [pod.folder], nullcontext)
             generation.remove()
-            os.write(going, b"!")
-            _, status = os.waitpid(child, 0)
-            assert os.waitstatus_to_exitcode(status) == 0
-            for fd in (ready, is_ready, go, going):
-                os.close(fd)
+            assert reader.hears_all()
     assert eventually(lambda: left_behind() <= before)

@@ -84,6 +84,7 @@ class Agent:
         self._runtime: tuple[Path, int, int] | None = None
         self._joiner: subprocess.Popen[bytes] | None = None
         self._joiner_began = 0.0
+        self._joiner_watch: int | None = None  # a pidfd, until it has ended
         self._switch = Task("switch", self._keep_switch, LOOK_S, 1.0, 10.0)
         self._programs = Task("programs", self._keep_programs, LOOK_S, 5.0, 600.0)
         self._files = Task("files", self._keep_files, FILES_S, 0.25, 60.0)
@@ -181,7 +182,12 @@ class Agent:
         waiting = select.poll()
         for fd in (*self._watch.descriptors(), self._stopped):
             waiting.register(fd, select.POLLIN)
-        waiting.poll(1000 * max(0.0, min(seconds, LOOK_S)))
+        if self._joiner_watch is not None:
+            waiting.register(self._joiner_watch, select.POLLIN)
+        found = waiting.poll(1000 * max(0.0, min(seconds, LOOK_S)))
+        if any(fd == self._joiner_watch for fd, _ in found):
+            self._forget_joiner_watch()
+            self._joining.wake(time.monotonic())
         self._notice()
 
     def _notice(self) -> None:
@@ -340,7 +346,14 @@ class Agent:
             *self._settings.join_options,
         ]
         self._joiner, self._joiner_began = subprocess.Popen(command, cwd=ROOT), time.monotonic()
+        self._forget_joiner_watch()
+        self._joiner_watch = os.pidfd_open(self._joiner.pid)
         return False
+
+    def _forget_joiner_watch(self) -> None:
+        if self._joiner_watch is not None:
+            os.close(self._joiner_watch)
+            self._joiner_watch = None
 
     def _kill_joiner(self, hung: subprocess.Popen[bytes]) -> int:
         """One that does nothing any more, perhaps since it was stopped; its exit status."""
