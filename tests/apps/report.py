@@ -30,12 +30,10 @@ client, the server and the sidecars of both pods run on one CPU, and all their t
 hop *outbound* the server stands in for the client's sidecar, on *inbound* the client for the
 server's; *direct* is between two pods without sidecars; *mesh* is the whole way through two
 Envoys with mTLS between them. Before it is measured, each application is checked on both kinds of
-pods, every byte. A ratio is bypass to TCP: the median of the pairs' ratios, in brackets its 95 %
-interval (bootstrap over the pairs).
+pods, every byte. A ratio is bypass to TCP: the median of the pairs' ratios.
 
 The reader decides: sockets of event loops are bypassed; a socket that an application blocks in, or
-that it splices from, stays on TCP. *bypassed* is the share of what both ends of paired connections
-sent: a load that is not bypassed compares TCP with TCP. Every row is then in
+that it splices from, stays on TCP. Each row's intervals and the share that was bypassed are then in
 `build/apps/tables.md`.
 """
 THROUGHPUT, CPU, P99 = "requests_per_s", "cpu_us_per_request", "p99_us"

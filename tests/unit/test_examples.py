@@ -101,6 +101,7 @@ PLACEHOLDERS = {
     "install ...": "install tcpip-bypass install/chart",
 }
 # Only an API server can say more than that the command exists and has these options.
+OF_UPGRADE = {"--install", "--reuse-values"}  # that `helm template` has not
 NEEDS_SERVER = {"kubectl exec", "kubectl rollout", "kubectl logs", "helm uninstall"}
 UNREACHABLE = "http://127.0.0.1:1"
 KUBECONFIG = {
@@ -188,7 +189,7 @@ def without_server(argv: list[str]) -> list[str]:
     tool, command = verb(argv).split()
     rest = argv[argv.index(command) + 1 :]
     if tool == "helm":
-        return ["helm", "template", *(each for each in rest if each != "--install")]
+        return ["helm", "template", *(each for each in rest if each not in OF_UPGRADE)]
     if "-k" in rest:
         return ["kubectl", "kustomize", rest[rest.index("-k") + 1]]
     if command in ("apply", "delete"):
