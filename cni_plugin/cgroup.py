@@ -48,9 +48,9 @@ def mount_point(text: str) -> Path | None:
     Of several, the one that shows the most of the hierarchy.
     """
     best: tuple[str, str] | None = None
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a name may hold whatever else ends a line
         before, separator, after = line.partition(" - ")
-        fields = before.split()
+        fields = before.split(" ")
         if separator and after.split(" ", 1)[0] == "cgroup2" and len(fields) > 4:
             found = (fields[3], fields[4])
             if best is None or len(found[0]) < len(best[0]):

@@ -102,8 +102,8 @@ def path_on_node(folder: Path, proc: Path) -> Path:
 
 def _mounts(process: Path) -> list[_Mount]:
     found = []
-    for line in (process / "mountinfo").read_text(errors="surrogateescape").splitlines():
-        number, _, device, root, point, options, *_ = line.split()
+    for line in (process / "mountinfo").read_bytes().strip().split(b"\n"):  # others are in names
+        number, _, device, root, point, options, *_ = map(os.fsdecode, line.split(b" "))
         found.append(
             _Mount(
                 int(number),

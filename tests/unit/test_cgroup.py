@@ -27,6 +27,7 @@ HYBRID = (
         (HYBRID, "/sys/fs/cgroup/unified"),
         ("1 2 0:3 /kubepods /pods rw - cgroup2 none rw\n" + UNIFIED, "/sys/fs/cgroup"),
         (r"1 2 0:3 / /my\040cgroups rw master:1 - cgroup2 none rw", "/my cgroups"),
+        ("1 2 0:3 / /my\u2028\vcgroups rw - cgroup2 none rw\n", "/my\u2028\vcgroups"),
         ("32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n", None),
         ("", None),
         ("garbage\n - cgroup2 none rw\n", None),
