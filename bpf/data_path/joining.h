@@ -33,7 +33,7 @@
 static __always_inline int tb_may_join(const struct tb_conn *conn, __u64 sk, __u64 now)
 {
 	return tb_is_known(conn, now) && tb_is_peer_known(conn) && !tb_is_paused(conn) &&
-	       !tb_is_under_pressure(tb_read64(sk + OFF_SOCK_PROT)) &&
+	       !tb_is_joiner_silent(now) && !tb_is_under_pressure(tb_read64(sk + OFF_SOCK_PROT)) &&
 	       tb_tcp_state(sk) == BPF_TCP_ESTABLISHED &&
 	       tb_tcp_state(conn->peer.sk) == BPF_TCP_ESTABLISHED && !tb_is_owned(sk) &&
 	       !tb_sleepers(sk) && tb_is_same_connection(conn, sk);

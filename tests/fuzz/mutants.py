@@ -187,6 +187,9 @@ EDGE_UNNOTED = _mutant(
 
 # ---- Joining ----
 
+JOINS_UNSERVED = _mutant(
+    "joining: while there is no joiner", (r"!tb_is_joiner_silent\(now\) &&", "1 &&")
+)
 JOINS_OWNED = _mutant(
     "joining: while a thread is inside a call", (r"!tb_is_owned\(sk\) &&\n", "1 &&\n")
 )

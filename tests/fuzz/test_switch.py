@@ -494,6 +494,14 @@ def out(make: Make) -> Connection:
     return connection
 
 
+def joins_without_a_joiner(make: Make) -> None:
+    """What stands in for it visits, too."""
+    connection = out(make)
+    connection.rules.host_beat()
+    connection.now += 6 * REFRESH_NS
+    joins(connection)
+
+
 def joins_inside_a_call(make: Make) -> None:
     connection = out(make)
     connection.ends[0].is_owned = True
@@ -703,6 +711,7 @@ BREAKS = [
     (mutants.EDGE_OF_THE_CLOSED, closes_behind_the_bound),
     (mutants.EDGE_FORGOTTEN, leaves_behind_the_bound),
     (mutants.EDGE_UNNOTED, joins_around_a_send),
+    (mutants.JOINS_UNSERVED, joins_without_a_joiner),
     (mutants.JOINS_OWNED, joins_inside_a_call),
     (mutants.JOINS_SLEEPER, joins_with_a_sleeper),
     (mutants.JOINS_STRANGER, joins_as_another_connection),
