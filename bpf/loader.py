@@ -44,7 +44,8 @@ MAP_PINS = (
     *(pins.PODS, pins.COUNTERS, pins.SOCKHASH, pins.CONTROL, pins.PAUSED_PODS),
     *(pins.DUE, pins.BELL, pins.BEAT),
 )
-PINS = (*PROGRAM_PINS.values(), *MAP_PINS)
+# What is needed to serve a generation of this version, or of one before.
+PINS = (pins.SOCK_OPS, pins.SK_MSG, pins.VISIT, *MAP_PINS)
 # What every version has pinned, so that a later one can take over its pods.
 PINS_OF_ALL = (
     *(pins.SOCK_OPS, pins.SK_MSG),
@@ -147,6 +148,7 @@ class Limits:
     wanted: int = 4  # so many exchanges it then makes before each packet is looked at
     exchanges: int = 8  # and so many with each packet looked at, before it may join
     age_ms: int = 50  # and so old it is
+    seeking_ms: int = 3000  # so long, at least, an end looks for the other one
 
     @property
     def before_joining(self) -> int:
@@ -206,6 +208,11 @@ def is_strict(release: str) -> bool:
     for it as long again (tcp_can_ingest, of Linux 6.17; 7.0 and stable releases took it back)."""
     version = _version(release)
     return (6, 17) <= version < (6, 18, 17) or (6, 19) <= version < (6, 19, 7)
+
+
+def takes_in(release: str) -> bool:
+    """Whether this kernel lets connections from before be paired (tb_take_in())."""
+    return _version(release) >= (6, 12)
 
 
 def _memcg_members(btf: KernelBTF) -> dict[str, _Place | None]:
@@ -351,6 +358,7 @@ class Programs:
             f"-DTB_FIRST_WANTED={limits.wanted}",
             f"-DTB_MIN_EXCHANGES={limits.exchanges}",
             f"-DTB_MIN_AGE_MS={limits.age_ms}ULL",
+            f"-DTB_SEEKING_MS={limits.seeking_ms}ULL",
             *extra_flags,
         ]
         try:

@@ -24,6 +24,7 @@ FAILURES = "failures"
 VALIDATED = "validated"
 NODE_JSON = "node.json"
 JOINER_JSON = "joiner.json"
+TAKEN_IN_JSON = "taken-in.json"  # IDs of the pods whose older connections may be paired
 PLUGIN_PROBLEM = "plugin-problem"  # text: why the node cannot run the plugin, if so
 SWITCH_JSON = "switch.json"  # what holds for the whole cluster, as the agent has read it
 AGENT_LOGS = ("agent.log.1", "agent.log")  # older lines, newer ones

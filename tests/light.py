@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -27,7 +26,15 @@ CLIENT_IP = "127.0.0.6"
 SERVER_IP = "127.0.0.1"
 # With these limits the two ends find each other and may join within so many exchanges.
 ACQUAINTANCE = 16
-LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, segments=1, exchanges=4, age_ms=0)
+LIMITS = Limits(
+    sockets=16_384,
+    pending=8_192,
+    counters=1_024,
+    segments=1,
+    exchanges=4,
+    age_ms=0,
+    seeking_ms=0,
+)
 PASSES_S = 0.003  # between two passes
 PATIENCE_S = 10.0
 
@@ -115,12 +122,6 @@ def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
     """The programs as they would be with their source edited."""
     with source_edited(edit):
         return Programs(**arguments)
-
-
-def takes_in() -> bool:
-    """Whether this kernel lets connections from before be paired: bpf/tcpip_bypass.c."""
-    major, minor = platform.release().split(".")[:2]
-    return (int(major), int(minor)) >= (6, 12)
 
 
 def away_from_pods() -> None:

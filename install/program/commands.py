@@ -224,7 +224,10 @@ def unload(node: Node) -> None:
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            written = (names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON)
+            written = (
+                *(names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON),
+                names.TAKEN_IN_JSON,
+            )
             for file in (*written, *names.AGENT_LOGS, *names.JOINER_LOGS):
                 (node.state_dir / file).unlink(missing_ok=True)
             node.note_plugin_problem("")

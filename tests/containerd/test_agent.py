@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -26,6 +27,7 @@ from pathlib import Path
 import pytest
 
 from bpf import bpfsys, pins
+from bpf.loader import takes_in
 from cni_plugin import attachment, names
 from cni_plugin.state import Key, State
 from install.program.agent import bpffs
@@ -39,7 +41,6 @@ from tests.containerd.bed import PLAIN, Pod, RuntimeBed, open_bare_bed, run
 from tests.containerd.cri import Wishes
 from tests.containerd.inventory import attached
 from tests.containerd.traffic import Report, Traffic
-from tests.light import takes_in
 
 OURS = [pins.SOCK_OPS_NAME]
 REWRITES, REWRITE_EVERY_S = 50, 0.2
@@ -156,7 +157,7 @@ def test_install_into_a_node_with_pods(started_agent: Agent) -> None:
             assert accelerated([*mesh, *others]) == [True, True, False, False, False]
             before, _ = bytes_of(agent, mesh[0])
             agent.wait_until("bypassing", lambda: bytes_of(agent, mesh[0])[0] > before)
-            if takes_in():  # the lasting connections are older than the agent
+            if takes_in(platform.release()):  # the lasting connections are older than the agent
                 agent.wait_until("taken in", lambda: members(agent) >= 2 * traffic.LASTING)
             assert_whole(load.end())
         assert plugins_in(agent.conflist) == ["bridge", "tcpip-bypass"]

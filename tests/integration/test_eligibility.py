@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 import socket
 import struct
@@ -12,12 +13,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from bpf import abi
-from bpf.loader import TAKE_IN, Programs
+from bpf.loader import TAKE_IN, Programs, takes_in
 from install.program import passes
 from tests import light
 from tests.bed import APP_UID, PROXY_UID
@@ -449,13 +451,29 @@ def test_connections_from_before_are_taken_in(
         exchange(ours, theirs, rounds=SEEKING)
         assert node.sockets() == 0
         taken = sum(take_in(pod) for pod in pods)
-        assert taken == (2 if light.takes_in() else 0)
+        assert taken == (2 if takes_in(platform.release()) else 0)
         sent = exchange(ours, theirs)
         assert node.sockets() == taken
         assert sum(take_in(pod) for pod in pods) == 0
     if taken:
         assert eventually(lambda: bypassed(*pods) == sent - FIRST_BYTES)
         assert outcomes(*pods) == {"paired": 2}
+
+
+@pytest.mark.skipif(not takes_in(platform.release()), reason="before Linux 6.12 none is")
+def test_one_end_waits_for_the_other_to_be_taken_in() -> None:
+    """The pods of a node are taken in one after another, while their connections are busy."""
+    with (
+        traffic_pods.node(replace(light.LIMITS, seeking_ms=3000)) as node,
+        node.pod(A, accelerated=False) as client,
+        node.pod(B, accelerated=False) as server,
+        connected(client, server) as (ours, theirs),
+    ):
+        for pod in (client, server):
+            pod.attach()
+            assert take_in(pod) == 1
+            exchange(ours, theirs, rounds=4 * SEEKING)
+        assert node.sockets() == 2
 
 
 def take_in(pod: LightPod) -> int:

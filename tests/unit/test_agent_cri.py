@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from bpf import bpfsys
 from cni_plugin import names, protocol, results
+from cni_plugin.state import Key
 from install.program import exits, host, report
 from install.program import status as tables
 from install.program.agent import repair
@@ -30,9 +32,11 @@ from install.program.check import node as of_node
 from install.program.check import pods
 from install.program.conf_dir import ConfDir, Ours
 from install.program.conflist import Entry
+from install.program.generations import Generation
 from install.program.host import OWN_PROC
 from install.program.installer import Places
 from install.program.node import Node
+from install.program.passes import PassTimeout
 from install.program.pods import has_cgroup
 from tests.bed import cgroups
 from tests.bed.bed import REPOSITORY
@@ -217,9 +221,9 @@ def test_a_folder_that_was_made_anew_ends_the_agent(tmp_path: Path, which: str) 
 def test_a_mount_of_the_node_need_not_be_text(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     lines = Path("/proc/self/mountinfo").read_bytes()
-    odd = b"999 1 0:99 / /mnt/caf\xe9 rw - tmpfs tmpfs rw\n"
+    odd = b"999 1 0:99 / /mnt/caf\xe9\x0b\xe2\x80\xa8 rw - tmpfs tmpfs rw\n"
     (tmp_path / "1/mountinfo").write_bytes(odd + lines)
-    assert host._mounts(tmp_path / "1")[0].point == Path("/mnt/caf\udce9")
+    assert host._mounts(tmp_path / "1")[0].point == Path("/mnt/caf\udce9\v\u2028")
 
 
 def test_a_record_of_the_clocks_future_is_young_for_so_long_and_no_longer(tmp_path: Path) -> None:
@@ -254,6 +258,41 @@ def test_a_pod_that_runs_under_another_runtime_keeps_its_record(
     collect(node, "pods", [SANDBOX], tally)
     assert (running.exists(), empty.exists(), forgotten.exists()) == (True, False, False)
     assert (tally.removed, tally.failed) == (2, 0)
+
+
+def test_each_pod_is_taken_in_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, taken = Node(tmp_path / "bpffs", tmp_path / "state"), list[str]()
+
+    class Runner:
+        def take_in(self, _program: int, folder: Path) -> int:
+            taken.append(folder.name)
+            if folder.name == "odd":
+                raise PassTimeout
+            if folder.name == "last":
+                raise KeyboardInterrupt
+            return 1
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(repair, "Runner", Runner)
+    monkeypatch.setattr(repair, "opened", lambda _: nullcontext(0))
+    monkeypatch.setattr(repair, "takes_in", lambda _: True)
+    keys = list[Key]()
+    for name in ("first", "odd", "last"):
+        record(node, name, 0, cgroup=tmp_path / name)
+        state = node.state.read(Key(name, "eth0"))
+        assert state is not None
+        node.state.write(state._replace(pod_id=len(keys) + 1))
+        keys.append(Key(name, "eth0"))
+    current = Generation(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        repair.take_in(node, current, keys)
+    assert taken == ["first", "odd", "last"]
+    repair.take_in(node, current, keys[:2])
+    assert taken[3:] == ["first", "odd"]  # it was broken off
+    repair.take_in(node, current, keys[:2])
+    assert taken[5:] == []
 
 
 def test_one_cgroup_that_cannot_be_opened_keeps_no_other_record(tmp_path: Path) -> None:

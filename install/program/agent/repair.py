@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import platform
 import subprocess
 import time
 from collections.abc import Iterable
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bpf import abi, pins
+from bpf.loader import takes_in
 from cni_plugin import attachment, names, policy
 from cni_plugin.netconf import NetConf
 from cni_plugin.policy import Plan
 from cni_plugin.state import Key
-from install.program import log
+from install.program import log, whole_file
 from install.program.agent.cri import CriError, Network, Runtime, Sandbox, connected
 from install.program.conf_dir import ConfDir
 from install.program.generations import Generation, opened
@@ -162,11 +164,14 @@ def adopt(
     program_id = current.sock_ops_id()
     now = _in_force(node, plugin)
     conf = now.conf
-    adopted = []
+    attached = []
     for sandbox in sandboxes:
         # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
         plan = _plan(now, sandbox) if sandbox.ready else None
-        if plan is None or _is_attached(node, sandbox, program_id, conf, plan):
+        if plan is None:
+            continue
+        if _is_attached(node, sandbox, program_id, conf, plan):
+            attached.append(Key(sandbox.id, IFNAME))
             continue
         about = {"pod": f"{sandbox.pod_namespace}/{sandbox.pod_name}", "container": sandbox.id}
         try:
@@ -177,29 +182,45 @@ def adopt(
             continue
         if _is_attached(node, sandbox, program_id, conf, plan):
             tally.attached += 1
-            adopted.append(Key(sandbox.id, IFNAME))
+            attached.append(Key(sandbox.id, IFNAME))
             log.info("pod_repaired", "accelerated a pod that had been running without", **about)
         elif said:
             log.info("pod_left_alone", said, **about)
-    take_in(node, current, adopted)
+    take_in(node, current, attached)
 
 
-def take_in(node: Node, current: Generation, adopted: Iterable[Key]) -> None:
-    """The open connections of these pods. Once all are attached: both ends look for each other."""
-    records = [record for key in adopted if (record := node.state.read(key))]
-    if not records:
+def take_in(node: Node, current: Generation, keys: Iterable[Key]) -> None:
+    """The older connections of attached pods, once for each pod.
+
+    After all are attached, since both ends look for each other.
+    """
+    records = [record for key in keys if (record := node.state.read(key))]
+    before = _taken_in(node)
+    new = [record for record in records if record.pod_id not in before]
+    if not new or not takes_in(platform.release()):
         return
     runner = Runner()
     try:
         with opened(current.folder / pins.TAKE_IN) as program:
-            for record in records:
+            for record in new:
                 try:
                     runner.take_in(program, Path(record.cgroup))
                 except (PassTimeout, EOFError, OSError) as error:
-                    why = f"the pod's open connections stay on TCP: {error}"
+                    why = f"the pod's open connections may stay on TCP: {error}"
                     log.warning("connections_not_taken_in", why, **log.of(record))
     finally:
         runner.close()
+    with contextlib.suppress(OSError):  # a full disk: once more, then
+        done = sorted(record.pod_id for record in records)
+        whole_file.write(node.state_dir / names.TAKEN_IN_JSON, json.dumps(done))
+
+
+def _taken_in(node: Node) -> set[int]:
+    """The IDs of pods."""
+    try:
+        return set(json.loads((node.state_dir / names.TAKEN_IN_JSON).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def _in_force(node: Node, plugin: Plugin) -> InForce:
