@@ -148,7 +148,6 @@ class Limits:
     wanted: int = 4  # so many exchanges it then makes before each packet is looked at
     exchanges: int = 8  # and so many with each packet looked at, before it may join
     age_ms: int = 50  # and so old it is
-    seeking_ms: int = 3000  # so long, at least, an end looks for the other one
 
     @property
     def before_joining(self) -> int:
@@ -358,7 +357,6 @@ class Programs:
             f"-DTB_FIRST_WANTED={limits.wanted}",
             f"-DTB_MIN_EXCHANGES={limits.exchanges}",
             f"-DTB_MIN_AGE_MS={limits.age_ms}ULL",
-            f"-DTB_SEEKING_MS={limits.seeking_ms}ULL",
             *extra_flags,
         ]
         try:

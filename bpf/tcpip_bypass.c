@@ -203,7 +203,7 @@ int tb_visit_file(__u64 *context)
  */
 int tb_take_in(struct bpf_sockopt *option)
 {
-	__u32 flags = TB_CALL_PER_ROUND_TRIP, in_flight;
+	__u32 flags = TB_CALL_PER_ROUND_TRIP | TB_OLDER, in_flight;
 	struct bpf_sock *socket = option->sk;
 	__u64 sk = 0, sent;
 

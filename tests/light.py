@@ -26,15 +26,7 @@ CLIENT_IP = "127.0.0.6"
 SERVER_IP = "127.0.0.1"
 # With these limits the two ends find each other and may join within so many exchanges.
 ACQUAINTANCE = 16
-LIMITS = Limits(
-    sockets=16_384,
-    pending=8_192,
-    counters=1_024,
-    segments=1,
-    exchanges=4,
-    age_ms=0,
-    seeking_ms=0,
-)
+LIMITS = Limits(sockets=16_384, pending=8_192, counters=1_024, segments=1, exchanges=4, age_ms=0)
 PASSES_S = 0.003  # between two passes
 PATIENCE_S = 10.0
 

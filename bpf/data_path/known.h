@@ -147,7 +147,8 @@ static __always_inline void tb_complete_round_trip(struct bpf_sock_ops *skops,
 	tb_note_exchange(conn, skops->rcv_nxt, tb_sent(conn->me.sk));
 	outcome = tb_peers_refusal(conn);
 	if (!tb_has_peer(conn) && conn->exchanges > conn->wanted + TB_SEEKING &&
-	    tb_has_passed(TB_SEEKING_NS, conn->since, tb_tick_ns())) {
+	    (!(skops->bpf_sock_ops_cb_flags & TB_OLDER) ||
+	     tb_has_passed(TB_SEEKING_NS, conn->since, tb_tick_ns()))) {
 		if (conn->me.is_client && !tb_is_paired(conn))
 			halves.delete(&conn->half);
 		outcome = TB_OUTCOME_NO_PEER; /* or the peer has not found this end */

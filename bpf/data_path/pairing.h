@@ -16,10 +16,10 @@
  * TB_FIRST_WANTED exchanges until each of its packets is looked at. Younger than this it does not
  * join. Most connections are shorter, and pay little. */
 #define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
-/* So many exchanges an end looks for the other one, which may receive fewer segments in each, and
- * so long: the pods of a node are taken in one after another (tb_take_in()). */
+/* So many exchanges an end looks for the other one, which may receive fewer segments in each. One
+ * that was taken in, also so long: pods are taken in one after another (tb_take_in()). */
 #define TB_SEEKING (TB_MIN_SEGMENTS + 16)
-#define TB_SEEKING_NS (TB_SEEKING_MS * 1000000ULL)
+#define TB_SEEKING_NS (3 * NS_PER_S)
 
 /*
  * The id of this connection's end. Not the socket's cookie alone: a socket that disconnects

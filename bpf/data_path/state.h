@@ -236,6 +236,8 @@ enum tb_calls {
 /* Tells a client's socket from a server's later on: a flag for calls that come seldom. Flags stay
  * when the programs are loaded anew. */
 #define TB_CLIENT BPF_SOCK_OPS_RTO_CB_FLAG
+/* Tells one that is older than its pod's attachment: likewise. */
+#define TB_OLDER BPF_SOCK_OPS_RETRANS_CB_FLAG
 
 static __always_inline void tb_set_flags(struct bpf_sock_ops *skops, int flags)
 {

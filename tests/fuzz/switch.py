@@ -64,7 +64,7 @@ def compiled(
     library = folder / Path(host).with_suffix(".so")
     limits = [f"-DTB_MAX_{name}=1" for name in ("SOCKETS", "PENDING", "COUNTERS")]
     numbers = [f"-DTB_{name}=1" for name in ("MIN_SEGMENTS", "FIRST_WANTED", "MIN_EXCHANGES")]
-    numbers += ["-DTB_MIN_AGE_MS=0ULL", "-DTB_SEEKING_MS=0ULL"]
+    numbers.append("-DTB_MIN_AGE_MS=0ULL")
     warnings = ["-Wall", "-Wno-unused-function", "-Wno-unknown-pragmas"]
     folders = [f"-I{HOST}", f"-I{loader.SOURCE.parent}"]
     source = [f'-DPROGRAM="{program}"', str(HOST / host)]

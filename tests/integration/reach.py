@@ -27,8 +27,7 @@ from tests.integration.traffic_pods import Maker
 Ends = tuple[socket.socket, socket.socket]
 PASSES_S = 0.01  # between two passes
 KNOWN = Limits()  # what a connection must have made of exchanges, and its age
-SEEKING = 3 * KNOWN.segments  # rounds, after which an end that has found no peer gives up,
-SEEKING_S = KNOWN.seeking_ms / 1000  # if it is as old
+SEEKING = 3 * KNOWN.segments  # rounds, after which an end that has found no peer gives up
 
 
 def in_process(bed: Bed) -> Node:

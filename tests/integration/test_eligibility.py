@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -461,10 +460,9 @@ def test_connections_from_before_are_taken_in(
 
 
 @pytest.mark.skipif(not takes_in(platform.release()), reason="before Linux 6.12 none is")
-def test_one_end_waits_for_the_other_to_be_taken_in() -> None:
+def test_one_end_waits_for_the_other_to_be_taken_in(node: LightNode) -> None:
     """The pods of a node are taken in one after another, while their connections are busy."""
     with (
-        traffic_pods.node(replace(light.LIMITS, seeking_ms=3000)) as node,
         node.pod(A, accelerated=False) as client,
         node.pod(B, accelerated=False) as server,
         connected(client, server) as (ours, theirs),
