@@ -44,12 +44,17 @@ def rest(pod: LightPod, ready: int, go: int) -> bool:
     return heard < sent and heard + heard_by_edges(edges, ends.server, sent - heard) == sent
 
 
-def left_behind() -> set[str]:
-    """Processes for passes."""
+def left_behind(of: str) -> set[str]:
+    """Processes for passes, with this in their command line."""
     mount = cgroup.mount()
     assert mount is not None
-    procs: Path = mount / OWN_CGROUP / "cgroup.procs"
-    return set(procs.read_text().split()) if procs.exists() else set()
+    found = set()
+    with suppress(FileNotFoundError):  # there is none
+        for pid in (mount / OWN_CGROUP / "cgroup.procs").read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if of in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.add(pid)
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,24 +102,27 @@ def test_a_reader_that_rests_outlives_the_joiner(
     number: signal.Signals, *, has_successor: bool
 ) -> None:
     """As while the DaemonSet is updated. What stands in ends when there is another joiner."""
-    before = left_behind()
     with open_bed(bypass=False) as bed, closing(Programs(LIMITS)) as programs:  # without a joiner
+        folder = str(bed.node.bpffs)
         Generations(bed.node.bpffs).publish(programs)
         with accelerated(programs, passes=False) as pod, resting(pod) as reader:
             with bed.node.joining() as joiner:
                 assert reader.is_ready()
                 joiner.send_signal(number)
                 joiner.wait()
-            standing_in = left_behind() - before
+            standing_in = left_behind(folder)
             assert standing_in
             with bed.node.joining() if has_successor else nullcontext():
-                assert not has_successor or eventually(lambda: not standing_in & left_behind())
+                assert not has_successor or eventually(
+                    lambda: not standing_in & left_behind(folder)
+                )
                 assert reader.hears_all()
-    assert eventually(lambda: left_behind() <= before)
+    assert eventually(lambda: not left_behind(folder))
 
 
 def test_a_reader_that_rests_outlives_the_pins() -> None:
-    before = left_behind()
+    own = Path("/proc/self/cmdline").read_text()
+    before = left_behind(own)
     with open_bed() as bed, closing(Programs(LIMITS)) as programs:
         generation = Generations(bed.node.bpffs).publish(programs)
         with accelerated(programs, passes=False) as pod, resting(pod) as reader:
@@ -124,4 +132,4 @@ def test_a_reader_that_rests_outlives_the_pins() -> None:
             leaving.stay_behind(generation, [pod.folder], nullcontext)
             generation.remove()
             assert reader.hears_all()
-    assert eventually(lambda: left_behind() <= before)
+    assert eventually(lambda: left_behind(own) <= before)
