@@ -115,8 +115,9 @@ def wake_reader(pid: int, fd: int) -> None:
     kernel does not let this process have another's files (pidfd_getfd(2)).
     """
     with _copied(pid, fd) as reader:
-        lowat = reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, lowat)
+        # A member has 1. With another the number is by now that of a socket which sets its own.
+        if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _copied(pid: int, fd: int) -> socket.socket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from bpf import abi
-from install.program import joiner, log
+from install.program import joiner, log, passes
 from install.program.generations import Generation, Generations
 from install.program.joiner import BURST_NS, FORGET_S, SHARE, Joiner
 from install.program.passes import Runner
@@ -148,6 +149,20 @@ def test_sockets_of_old_generations_leave_on_the_budget(
     made._joins.credit_ns = 0
     made._retire()
     assert len(scans) == 1
+
+
+@pytest.mark.parametrize(("mark", "writes"), [(1, [1]), (5, [])])
+def test_an_edge_leaves_a_socket_with_a_mark_of_its_own_alone(
+    monkeypatch: pytest.MonkeyPatch, mark: int, writes: list[int]
+) -> None:
+    """The file's number is another socket's by now: what it sets meanwhile must stand."""
+    written: list[int] = []
+    copy = SimpleNamespace(
+        getsockopt=lambda *_: mark, setsockopt=lambda *option: written.append(option[-1])
+    )
+    monkeypatch.setattr(passes, "_copied", lambda *_: nullcontext(copy))
+    passes.wake_reader(1, 2)
+    assert written == writes
 
 
 def test_a_generation_whose_pins_are_gone_is_served_while_sockets_must_leave(made: Joiner) -> None:
