@@ -97,11 +97,14 @@ def taking_in(program: int, folder: Path) -> Iterator[None]:
 def take_in_process(pid: int) -> int:
     """Those of one process. Sockets that cannot be taken in refuse the option."""
     taken = 0
-    with contextlib.suppress(OSError):  # it has ended
+    with (
+        contextlib.suppress(OSError),
+        bpfsys.closing(os.pidfd_open(pid)) as process,
+    ):  # it has ended
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):  # closed, or no such connection
                 if str(fd.readlink()).startswith("socket:"):
-                    with _copied(pid, int(fd.name)) as copy:
+                    with _copied(process, int(fd.name)) as copy:
                         copy.setsockopt(socket.IPPROTO_TCP, abi.TAKE_IN, 0)
                     taken += 1
     return taken
@@ -114,16 +117,15 @@ def wake_reader(pid: int, fd: int) -> None:
     ``fd`` is the socket's number in process ``pid``. Raises OSError, PermissionError where the
     kernel does not let this process have another's files (pidfd_getfd(2)).
     """
-    with _copied(pid, fd) as reader:
+    with bpfsys.closing(os.pidfd_open(pid)) as process, _copied(process, fd) as reader:
         # A member has 1. With another the number is by now that of a socket which sets its own.
         if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
-def _copied(pid: int, fd: int) -> socket.socket:
-    """Another process's socket, to be closed; raises as wake_reader() does."""
-    with bpfsys.closing(os.pidfd_open(pid)) as process:
-        copy: int = _libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
+def _copied(process: int, fd: int) -> socket.socket:
+    """Another process's socket, by its pidfd, to be closed; raises as wake_reader() does."""
+    copy: int = _libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
     if copy < 0:
         raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
     try:

@@ -249,14 +249,20 @@ class Connection:
         ``meanwhile`` comes between the verdict and TCP's queue.
         """
         end = self.ends[sender]
-        message = Message(end.said, size, size, frozenset(end.ended))
-        end.said += 1
+        message = self._said(sender, size)
         if self._decide(sender, size):
             end.redirects.append(message)
         else:
             meanwhile()
             self._send_by_tcp(sender, message)
         return end.went_by_bypass
+
+    def _said(self, sender: int, size: int) -> Message:
+        """A sender's next message."""
+        end = self.ends[sender]
+        message = Message(end.said, size, size, frozenset(end.ended))
+        end.said += 1
+        return message
 
     def _decide(self, sender: int, size: int) -> bool:
         end = self.ends[sender]
@@ -341,10 +347,7 @@ class Connection:
 
     def end_of_an_earlier_send(self, sender: int, size: int) -> None:
         """By a thread that has been inside send since before the socket joined."""
-        end = self.ends[sender]
-        message = Message(end.said, size, size, frozenset(end.ended))
-        end.said += 1
-        self._send_by_tcp(sender, message)
+        self._send_by_tcp(sender, self._said(sender, size))
 
     # ---- Reading ----
 

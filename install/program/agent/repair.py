@@ -194,10 +194,12 @@ def take_in(node: Node, current: Generation, keys: Iterable[Key]) -> None:
 
     After all are attached, since both ends look for each other.
     """
+    if not takes_in(platform.release()):
+        return
     records = [record for key in keys if (record := node.state.read(key))]
     before = _taken_in(node)
     new = [record for record in records if record.pod_id not in before]
-    if not new or not takes_in(platform.release()):
+    if not new:
         return
     runner = Runner()
     try:
