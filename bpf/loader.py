@@ -184,7 +184,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * nonagle.lowest_bit:#x}",
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",
-        f"-DTB_STRICT={int(is_strict(platform.release()))}",
+        f"-DTB_STRICT={int(has_hard_receive_limit(platform.release()))}",
         f"-DTB_INACTIVE_FILE={btf.enumerator('node_stat_item', 'NR_INACTIVE_FILE')}",
         f"-DPAGE_SIZE={resource.getpagesize()}",  # bcc's ring buffers are made of pages, too
         f"-DBIT_SOCK_DONE={btf.enumerator('sock_flags', 'SOCK_DONE')}",
@@ -202,9 +202,9 @@ def _version(release: str) -> tuple[int, ...]:
     return tuple(int(number or 0) for number in found.groups()) if found else ()
 
 
-def is_strict(release: str) -> bool:
-    """Whether this kernel's TCP drops whatever passes sk_rcvbuf, so that a reader who rests waits
-    for it as long again (tcp_can_ingest, of Linux 6.17; 7.0 and stable releases took it back)."""
+def has_hard_receive_limit(release: str) -> bool:
+    """Whether this kernel's TCP drops segments beyond sk_rcvbuf, and the sender waits for a timer
+    (tcp_can_ingest, of Linux 6.17; 7.0 and stable releases took it back)."""
     version = _version(release)
     return (6, 17) <= version < (6, 18, 17) or (6, 19) <= version < (6, 19, 7)
 

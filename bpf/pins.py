@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the programs and their maps are called on a node.
 
-Constants only and no imports: every command of the plugin loads this module.
+Constants only and no imports: the plugin loads this module.
 """
 
 from __future__ import annotations

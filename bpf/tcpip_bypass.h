@@ -43,7 +43,7 @@ struct tb_pod {
 	__u64 id; /* unique per attachment, cni_plugin/attachment.py: pod_id() */
 	__u32 flags;
 	__u32 proxy_uid;  /* the sidecar's user, as the host counts uids */
-	__u32 reserved_1; /* keeps the layout of version 0.1, whose records an upgrade reads */
+	__u32 reserved_1; /* keeps the first edition's layout: an upgrade reads its records */
 	__u32 ip_count;
 	__u32 excluded_count;
 	__u32 netns;		       /* inode of the network namespace; 0: not known */

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every path, pin, annotation and key that the plugin shares with other programs.
+"""Every path, annotation and key that the plugin shares with other programs.
 
 Constants only and no imports: every command of the plugin loads this module.
 """

@@ -85,7 +85,7 @@ def decide(conf: NetConf, pod: Pod, mode: tuple[str, str]) -> Decision:
     try:
         enabled = _boolean(pod, names.ENABLED)
         proxy_only = _boolean(pod, names.PROXY_ONLY) or mode[0] == "proxy-only"
-        ports = parse_ports(pod.annotations.get(names.EXCLUDE_PORTS, ""))
+        ports = _excluded_ports(pod)
         proxy_uid = _proxy_uid(pod, conf)
     except ValueError as error:
         return Decision(None, f"warning: bad annotation: {error}")
@@ -140,17 +140,24 @@ def _proxy_uid(pod: Pod, conf: NetConf) -> int:
     return int(text)
 
 
+def _excluded_ports(pod: Pod) -> list[tuple[int, int]]:
+    try:
+        return parse_ports(pod.annotations.get(names.EXCLUDE_PORTS, ""))
+    except ValueError as error:
+        raise ValueError(f"{names.EXCLUDE_PORTS} has {error}") from error
+
+
 def parse_ports(text: str) -> list[tuple[int, int]]:
-    """``"3306,8000-8100"`` as ranges; raises ValueError that names annotation and value."""
+    """``"3306,8000-8100"`` as ranges; raises ValueError that names the part that is none."""
     ranges = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         first, dash, last = (each.strip() for each in part.partition("-"))
         if not dash:
             last = first
         if not (_is_number(first) and _is_number(last)):
-            raise ValueError(f"{names.EXCLUDE_PORTS} has {part!r:.80}, no port and no range")
+            raise ValueError(f"{part!r:.80}, no port and no range")
         if not 1 <= int(first) <= int(last) <= MAX_PORT:
-            raise ValueError(f"{names.EXCLUDE_PORTS} has {part!r:.80}, not within 1 to {MAX_PORT}")
+            raise ValueError(f"{part!r:.80}, not within 1 to {MAX_PORT}")
         ranges.append((int(first), int(last)))
     return ranges
 

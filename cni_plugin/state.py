@@ -60,7 +60,7 @@ class Key(NamedTuple):
 
 
 class State:
-    """The state folder. Every method raises OSError as the file system does."""
+    """The state folder. Methods raise OSError as the file system does, or say what else."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -165,16 +165,16 @@ class State:
             with contextlib.suppress(*_ABSENT):
                 each.unlink()
 
-    def keys(self, container_id: str = "") -> list[Key]:
+    def keys(self, id_prefix: str = "") -> list[Key]:
         """All attachments with a file here, torn and half-written ones and failures included.
 
-        Those of one container cost no more on a node with a thousand of others.
+        Of those containers alone whose ID begins with `id_prefix`.
         """
         found: list[str] = []
         for folder in (self._attachments, self._failures):
             with contextlib.suppress(*_ABSENT):
                 names_here = os.listdir(folder)  # noqa: PTH208 - a Path for each costs more
-                found += [name for name in names_here if name.startswith(container_id)]
+                found += [name for name in names_here if name.startswith(id_prefix)]
         keys = set()
         for name in found:
             container_id, colon, rest = name.partition(":")
@@ -222,7 +222,7 @@ def _decode(text: bytes, key: Key) -> Attachment | None:
     """The record in ``text`` if it is whole, of the right types and this attachment's own."""
     try:
         members = json.loads(text)
-        members.pop("keepalive_s", None)  # version 0.1 wrote it
+        members.pop("keepalive_s", None)  # the first edition wrote it
         found = Attachment(**members)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None

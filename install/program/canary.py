@@ -43,8 +43,8 @@ def _mark(conns: int, canary: socket.socket) -> None:
     bpfsys.map_update(conns, canary.fileno().to_bytes(4, sys.byteorder), marked)
 
 
-def _is_noted(splicers: int, canary: socket.socket) -> bool:
-    """Whether the program that refuses splice(2) sees the one that is called now."""
+def _try_splice(splicers: int, canary: socket.socket) -> bool:
+    """Calls splice(2); returns whether the program that refuses it has seen the call."""
     cookie = canary.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
     with contextlib.suppress(FileNotFoundError):
         bpfsys.map_delete(splicers, cookie)
@@ -113,7 +113,7 @@ class Canary:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # somebody holds it for long: this is graver
                 stack.enter_context(state.locked(LOCK_PATIENCE_S))
-            self._retire(not is_well)
+            self._set_retired(not is_well)
         name = self.generation.folder.name
         if is_well:
             log.info("mend_recovered", f"all programs of {name} run again", generation=name)
@@ -133,7 +133,7 @@ class Canary:
         for each in self._sockets:
             if self.traces.keys() & {*pins.MENDS} and unread_bytes(each) != abi.CANARY_ANSWER:
                 return "FIONREAD is mended no more"
-            if self._splicers is not None and not _is_noted(self._splicers, each):
+            if self._splicers is not None and not _try_splice(self._splicers, each):
                 return "splice(2) is refused no more"
         return ""
 
@@ -141,8 +141,8 @@ class Canary:
         """Whether any are in the sockhash, with or without its pin."""
         return not bpfsys.map_is_empty(self._sockhash)
 
-    def _retire(self, retired: bool) -> None:
-        """As Generation.retire() does through the pin. One that is not current stays retired."""
+    def _set_retired(self, retired: bool) -> None:
+        """As Generation.set_retired(), without the pin. One that is not current stays retired."""
         current = Generations(self.generation.folder.parent).current()
         if not retired and current != self.generation:
             return

@@ -116,7 +116,9 @@ def _agent_options(parser: argparse.ArgumentParser) -> None:
         help="the DaemonSet that the agent is of: when it is deleted, uninstall on SIGTERM",
     )
     parser.add_argument(
-        "--listen", metavar="HOST:PORT", help="serve /healthz, /readyz and /metrics there"
+        "--listen",
+        metavar="HOST:PORT",
+        help="serve probes (/startupz, /healthz, /readyz) and /metrics there",
     )
     parser.add_argument(
         "--per-pod-metrics", action="store_true", help="also series for each pod, in /metrics"

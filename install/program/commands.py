@@ -86,7 +86,7 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
             log.warning("mode", said, mode=verdict.mode)
         else:
             log.warning("untried", said, mode=verdict.mode)
-    if not verdict.is_mended and _was_missing_alone(node, verdict):
+    if not verdict.is_mended and _keep_verdict_alone(node, verdict):
         return
     try:
         programs = Programs()
@@ -111,16 +111,16 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
             generation = generations.publish(programs)
         except BaseException:
             for older in in_use:  # they go on as before
-                older.retire(False)
+                older.set_retired(False)
             raise
-        pauses.settle(node)  # ADD waits for the lock: no pod sees programs that should be paused
+        pauses.apply(node)  # ADD waits for the lock: no pod sees programs that should be paused
         try:
             _move_pods(node, generation, ours, verdict.mode)
             for older in left if verdict.mode == names.MODES[-1] else ():
                 # The joiner finds no pods any more.
                 leaving.stay_behind(older, folders, _lock(node))
         finally:
-            # Version 0.1's, which can only be paused: after this one took the pauses over.
+            # The first edition's, which can only be paused: after this one took the pauses over.
             leaving.empty_all([each for each in before if not each.is_whole()], [])
             generations.remove_idle(_attached_ids(generations))
         if verdict.is_mended:
@@ -128,8 +128,8 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
         _write_node_json(node, verdict, freshness.mark(node, generation))
 
 
-def _was_missing_alone(node: Node, verdict: selftests.Verdict) -> bool:
-    """Whether only the self-test was missing: the programs stay, and its verdict is kept."""
+def _keep_verdict_alone(node: Node, verdict: selftests.Verdict) -> bool:
+    """If only the self-test was missing, keeps its verdict and the programs; returns whether so."""
     with node.locked():
         current = node.generations.current()
         is_alone = freshness.reason_to_try(node) and not freshness.reason_to_publish(node)
@@ -318,8 +318,8 @@ def pause(node: Node, pod: str | None = None) -> None:
     with _locked_if_possible(node):
         if pod is not None:
             pods = _ids_of(node, pod)
-            pauses.settle(node, lambda own: replace(own, pods=own.pods | pods))
-        elif not pauses.settle(node, lambda own: replace(own, node=True, is_trial=False)):
+            pauses.apply(node, lambda own: replace(own, pods=own.pods | pods))
+        elif not pauses.apply(node, lambda own: replace(own, node=True, is_trial=False)):
             raise NodeError(f"nothing is loaded below {node.bpffs}; there is nothing to pause")
     _name_those_that_bypass(node, pods)
 
@@ -369,8 +369,8 @@ def resume(node: Node, pod: str | None = None) -> None:
     with _locked_if_possible(node):
         if pod is not None:
             pods = _ids_of(node, pod)
-            pauses.settle(node, lambda own: replace(own, pods=own.pods - pods))
-        elif not pauses.settle(node, lambda _: pauses.Pauses()):
+            pauses.apply(node, lambda own: replace(own, pods=own.pods - pods))
+        elif not pauses.apply(node, lambda _: pauses.Pauses()):
             raise NodeError(f"nothing is loaded below {node.bpffs}; run tcpip-bypass-node load")
         held = switches.kept(node.state) or switches.Kept()
     if held.holds_node or held.held_pods:

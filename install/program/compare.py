@@ -83,7 +83,7 @@ def run(node: Node, host_proc: Path, arguments: argparse.Namespace) -> int:
         least = 2 * PAIRS * (SETTLE_S + SHORTEST_PHASE_S)
         raise NodeError(f"--seconds must be at least {least:.0f}: {2 * PAIRS} phases have to fit")
     records = _accelerated(node)
-    with switch(node) as set_paused:
+    with pausing(node) as set_paused:
         found = measure(Meter(node, records, host_proc), set_paused, length)
     if arguments.json:
         print(json.dumps(as_json(found), indent=1))
@@ -108,7 +108,7 @@ def _accelerated(node: Node) -> list[Attachment]:
 
 
 @contextlib.contextmanager
-def switch(node: Node) -> Iterator[Callable[[bool], None]]:
+def pausing(node: Node) -> Iterator[Callable[[bool], None]]:
     """Pauses and resumes the node; it is resumed on leaving, also after a signal.
 
     What is yielded raises NodeError once an operator has paused or resumed the node meanwhile, and
@@ -125,13 +125,13 @@ def switch(node: Node) -> Iterator[Callable[[bool], None]]:
             if (found.node, found.is_trial) != (is_paused, is_paused):
                 raise NodeError("the node was paused or resumed meanwhile; nothing is compared")
             is_paused = is_paused or paused
-            pauses.settle(node, lambda own: replace(own, node=paused, is_trial=paused))
+            pauses.apply(node, lambda own: replace(own, node=paused, is_trial=paused))
             is_paused = paused
 
     def resume() -> None:
         if is_paused:
             with node.locked():
-                pauses.settle(node, _ended)
+                pauses.apply(node, _ended)
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
         if not told:

@@ -135,7 +135,7 @@ class ConfDir:
         """
         if any(map(_first_edition, self._files((_LIST,)))):
             self.withdraw()
-        outcome = self._until_settled(lambda: self._put_in(entry, dry=False))
+        outcome = self._retried(lambda: self._put_in(entry, dry=False))
         if outcome.conflist and self._withdrawn.exists():
             _unlink(self._withdrawn)
         return outcome
@@ -165,7 +165,7 @@ class ConfDir:
         Raises:
             OSError: as with put_in; our entry may be left then.
         """
-        return self._until_settled(lambda: self._take_out(for_good=True))
+        return self._retried(lambda: self._take_out(for_good=True))
 
     def withdraw(self) -> Outcome:
         """As take_out(), for a while: put_in() gives the entry its options back.
@@ -175,7 +175,7 @@ class ConfDir:
         """
         if ours := self.ours():
             _write(self._withdrawn, json.dumps(ours.entry), ours.path.stat())
-        return self._until_settled(lambda: self._take_out(for_good=False))
+        return self._retried(lambda: self._take_out(for_good=False))
 
     @property
     def _withdrawn(self) -> Path:
@@ -189,7 +189,7 @@ class ConfDir:
             found.insert(0, json.loads(_read(self._withdrawn) or b"null"))
         return replace(entry, withdrawn=next((e for e in found if isinstance(e, dict)), {}))
 
-    def _until_settled(self, change: Callable[[], Outcome]) -> Outcome:
+    def _retried(self, change: Callable[[], Outcome]) -> Outcome:
         for _ in range(_TRIES):
             try:
                 return change()
@@ -228,7 +228,7 @@ class ConfDir:
             try:
                 used, changed = self._written(file, before, mine, entry, dry=dry)
             except ConfError as error:
-                changed = self._is_spared(file, dry=dry)
+                changed = self._remove_unusable_entry(file, dry=dry)
                 done = "no longer has our entry" if changed else "is left alone"
                 problems.append(f"{file.path} {done}: {error}")
             break
@@ -239,8 +239,11 @@ class ConfDir:
                 changed |= self._let_go(file, files, dry=dry)
         return Outcome(used, changed, tuple(problems))
 
-    def _is_spared(self, file: _File, *, dry: bool) -> bool:
-        """Whether our entry had to go: in the list's version we answer each ADD with an error."""
+    def _remove_unusable_entry(self, file: _File, *, dry: bool) -> bool:
+        """Takes our entry out of a list in whose version each ADD of ours is an error.
+
+        Returns whether there was such an entry.
+        """
         if file.is_single:
             return False
         is_one_of_several = 0 < len(file.chain.ours()) < len(file.chain.plugins)

@@ -95,8 +95,8 @@ class Generation:
         others = self.flags() & ~(abi.CONTROL_PAUSED | abi.CONTROL_TRIAL)
         self.set_flags(others | (pause if paused else 0))
 
-    def retire(self, retired: bool = True) -> None:
-        """From now on every visit takes its sockets out of the sockhash; or again not."""
+    def set_retired(self, retired: bool) -> None:
+        """Whether every visit takes its sockets out of the sockhash."""
         others = self.flags() & ~abi.CONTROL_LEAVE
         self.set_flags(others | (abi.CONTROL_LEAVE if retired else 0))
 

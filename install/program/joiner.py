@@ -25,7 +25,7 @@ from cni_plugin.state import State
 from install.program import canary, log
 from install.program.canary import Canary
 from install.program.generations import Generation, Generations, kept_open, opened
-from install.program.passes import MOST_LEFT, Passes, PassTimeout, Runner
+from install.program.passes import MOST_HUNG, Passes, PassTimeout, Runner
 from install.program.pods import attached_cgroups
 
 SHARE = 0.02  # of a CPU, for all passes but those for edges, which have as much
@@ -99,7 +99,7 @@ class Budget:
 
 
 @dataclass
-class Opened:
+class Served:
     """A generation that the joiner serves."""
 
     generation: Generation
@@ -110,7 +110,7 @@ class Opened:
     canary: Canary | None
 
     @staticmethod
-    def of(generation: Generation) -> Opened:
+    def of(generation: Generation) -> Served:
         with contextlib.ExitStack() as stack:
             visit, due, beat = (
                 kept_open(stack, generation.folder / pin)
@@ -121,7 +121,7 @@ class Opened:
             stack.callback(bell.close)
             canary = Canary.of(generation)
             stack.pop_all()
-        return Opened(generation, visit, due, beat, bell, canary)
+        return Served(generation, visit, due, beat, bell, canary)
 
     def show_life(self) -> None:
         """Tells the programs that there is a joiner; else all goes by TCP after 5 s."""
@@ -205,8 +205,8 @@ def is_hung(state_dir: Path, current: Generation | None) -> bool:
 
 
 @dataclass
-class Step:
-    """When the next pass over a pod may be that no waiting connection has earned: for the steps of
+class Backoff:
+    """When a pod may have its next pass that no waiting connection has earned: for the steps of
     sockets that leave. One whose reader rests may take for ever, so the pauses grow."""
 
     pause_s: float = FIRST_STEP_S
@@ -235,17 +235,17 @@ class Joiner:
     state_dir: Path
     runner: Runner
     done: Passes = field(default_factory=Passes)
-    _opened: list[Opened] = field(default_factory=list)
+    _served: list[Served] = field(default_factory=list)
     _folders: dict[int, Path] = field(default_factory=dict)
-    _steps: dict[tuple[int, int], Step] = field(default_factory=dict)  # by `due` and pod
+    _backoffs: dict[tuple[int, int], Backoff] = field(default_factory=dict)  # by `due` and pod
     _joins: Budget = field(default_factory=Budget)  # and leaves, and what the joiner takes itself
     _edges: Budget = field(default_factory=Budget)
     _is_edge_late: bool = False  # a pass for one is due and has not been made
     _costs: dict[int, int] = field(default_factory=dict)  # of a pass over a pod, in exchanges
     _scanned_at: float = -math.inf
     _written_at: float = -math.inf
-    _retiring: Step = field(default_factory=Step)
-    _retired_at: dict[int, float] = field(default_factory=dict)  # by pod: not always the same ones
+    _emptying: Backoff = field(default_factory=Backoff)
+    _emptied_at: dict[int, float] = field(default_factory=dict)  # by pod: not always the same ones
     _counted_at: float = field(default_factory=time.monotonic)
     _own_ns: int = field(default_factory=time.process_time_ns)
     _forgot_at: float = field(default_factory=time.monotonic)
@@ -259,41 +259,41 @@ class Joiner:
                 self._look_for_generations()
                 self._look_at_canaries()
                 wait_s = self._serve()
-                self.done = replace(self.done, left=self.runner.left())
-                is_silent = self._opened and time.monotonic() - self._written_at >= BEAT_S
+                self.done = replace(self.done, hung=self.runner.hung())
+                is_silent = self._served and time.monotonic() - self._written_at >= BEAT_S
                 if self.done != before or is_silent:
                     self.done.write(self.state_dir)
                     self._written_at = time.monotonic()
-                fds = [each.bell.fd for each in self._opened]
+                fds = [each.bell.fd for each in self._served]
                 select.select([*fds, *([] if wake is None else [wake])], [], [], wait_s)
-                for each in self._opened:
+                for each in self._served:
                     each.bell.drain()
         finally:
-            for each in self._opened:
+            for each in self._served:
                 each.close()
-            self._opened.clear()
-            self.runner.leave()
+            self._served.clear()
+            self.runner.hand_over()
 
     def _look_for_generations(self) -> None:
-        for each in [each for each in self._opened if not each.is_pinned()]:
+        for each in [each for each in self._served if not each.is_pinned()]:
             if not each.is_needed():
-                self._opened.remove(each)
-                for step in [step for step in self._steps if step[0] == each.due]:
-                    del self._steps[step]
+                self._served.remove(each)
+                for backoff in [backoff for backoff in self._backoffs if backoff[0] == each.due]:
+                    del self._backoffs[backoff]
                 each.close()
                 self.runner.close()  # the fork that runs passes has all that was open here
-        known = {each.generation for each in self._opened if each.is_pinned()}
+        known = {each.generation for each in self._served if each.is_pinned()}
         for generation in Generations(self.bpffs).complete():
             if generation not in known and generation.is_whole():
                 with contextlib.suppress(FileNotFoundError):
-                    made = Opened.of(generation)
-                    self._opened.append(made)
+                    made = Served.of(generation)
+                    self._served.append(made)
                     # A joiner that was killed may have begun passes that did not come.
                     for pod_id in made.pods():
                         made.begin(pod_id, abi.FIRST_COST, pending=1)
 
     def _look_at_canaries(self) -> None:
-        for each in self._opened:
+        for each in self._served:
             if each.canary:
                 each.canary.look(State(str(self.state_dir)))
 
@@ -301,48 +301,48 @@ class Joiner:
         """Runs the passes that are due and affordable; returns how long to wait, in seconds."""
         self._earn()
         self._show_life()
+        edges = [each.bell.take_edge() for each in self._served]
         due = [
             (waiting, each, pod_id)
-            for each in (self._opened if self._is_worth_a_look() else ())
+            for each in (self._served if self._can_pay(any(edges)) else ())
             for pod_id, waiting in each.pending().items()
         ]
         self._is_edge_late = False
-        has_canary = any(each.canary for each in self._opened)
+        has_canary = any(each.canary for each in self._served)
         wait_s = canary.LOOK_S if has_canary else LOOK_S
         for waiting, each, pod_id in sorted(due, key=self._last_pass):
             budget = self._edges if waiting.edge else self._joins
-            step = self._steps.setdefault((each.due, pod_id), Step())
-            is_step = waiting.missed < waiting.cost or step.held
-            left_s = budget.rest_s() or (step.left_s() if is_step else 0.0)
+            backoff = self._backoffs.setdefault((each.due, pod_id), Backoff())
+            is_step = waiting.missed < waiting.cost or backoff.held
+            left_s = budget.rest_s() or (backoff.left_s() if is_step else 0.0)
             if left_s > 0:
                 wait_s = min(wait_s, left_s)
                 self._is_edge_late |= bool(waiting.edge)
                 continue
-            step.take(again=is_step)
-            step.held = not self._pass(each, pod_id, budget)
-            if step.held:
-                step.hold()
+            backoff.take(again=is_step)
+            backoff.held = not self._pass(each, pod_id, budget)
+            if backoff.held:
+                backoff.hold()
             else:
-                step.held_s = FIRST_HELD_S
-        self._retire()
+                backoff.held_s = FIRST_HELD_S
+        self._empty_retired()
         self._forget_gone()
         return min(wait_s, self._joins.rest_s() or wait_s)
 
     def _show_life(self) -> None:
         """Not while it makes no passes: then no reader gets a new edge."""
-        if self.runner.left() < MOST_LEFT:
-            for each in self._opened:
+        if self.runner.hung() < MOST_HUNG:
+            for each in self._served:
                 each.show_life()
 
-    def _is_worth_a_look(self) -> bool:
-        """At all pods, which costs, too: not while nothing that may be due can be paid."""
-        has_edge = [each.bell.take_edge() for each in self._opened]
-        return not self._joins.is_spent or self._is_edge_late or any(has_edge)
+    def _can_pay(self, has_edge: bool) -> bool:
+        """Whether a look at all pods, which costs, too, may find a pass that can be paid."""
+        return not self._joins.is_spent or self._is_edge_late or has_edge
 
-    def _last_pass(self, due: tuple[abi.Due, Opened, int]) -> float:
+    def _last_pass(self, due: tuple[abi.Due, Served, int]) -> float:
         """When it may have had one, so that every pod has its turn."""
-        step = self._steps.get((due[1].due, due[2]))
-        return step.not_before if step else 0.0
+        backoff = self._backoffs.get((due[1].due, due[2]))
+        return backoff.not_before if backoff else 0.0
 
     def _earn(self) -> None:
         """What this process itself takes is paid like the passes."""
@@ -358,56 +358,58 @@ class Joiner:
         if time.monotonic() - self._forgot_at < FORGET_S:
             return
         self._forgot_at = time.monotonic()
-        listed = [(each, pod_id) for each in self._opened for pod_id in each.pods()]
+        listed = [(each, pod_id) for each in self._served for pod_id in each.pods()]
         self._scan()
         for each, pod_id in listed:
             if pod_id not in self._folders:
                 self._forget(each, pod_id)
 
-    def _forget(self, opened: Opened, pod_id: int) -> None:
-        opened.forget(pod_id)
+    def _forget(self, served: Served, pod_id: int) -> None:
+        served.forget(pod_id)
         self._costs.pop(pod_id, None)
-        self._steps.pop((opened.due, pod_id), None)
-        self._retired_at.pop(pod_id, None)
+        self._backoffs.pop((served.due, pod_id), None)
+        self._emptied_at.pop(pod_id, None)
         self._troubled.pop(pod_id, None)
 
-    def _retire(self) -> None:
-        """Old generations: what a load could not take out of them leaves when it can. So it does
-        from one whose canary has found FIONREAD wrong."""
-        if self._retiring.left_s() > 0 or self._joins.is_spent:
+    def _empty_retired(self) -> None:
+        """Passes over old generations: what a load could not take out leaves when it can.
+
+        So it does from a generation whose canary has found FIONREAD wrong.
+        """
+        if self._emptying.left_s() > 0 or self._joins.is_spent:
             return
         current = Generations(self.bpffs).current()
-        old = [each for each in self._opened if each.generation != current or not each.is_well]
+        old = [each for each in self._served if each.generation != current or not each.is_well]
         if not any(each.has_sockets() for each in old):
             return
-        self._retiring.take(again=True)
+        self._emptying.take(again=True)
         if time.monotonic() - self._scanned_at >= FORGET_S:  # a pass made others known
             self._scan()
         for each in old:
-            for pod_id in sorted(self._folders, key=lambda one: self._retired_at.get(one, 0.0)):
+            for pod_id in sorted(self._folders, key=lambda one: self._emptied_at.get(one, 0.0)):
                 if not self._joins.is_spent:
-                    self._retired_at[pod_id] = time.monotonic()
+                    self._emptied_at[pod_id] = time.monotonic()
                     self._pass(each, pod_id, self._joins)
 
-    def _pass(self, opened: Opened, pod_id: int, budget: Budget) -> bool:
-        """Whether it ended in time."""
+    def _pass(self, served: Served, pod_id: int, budget: Budget) -> bool:
+        """Runs one; returns whether it ended in time."""
         folder = self._folder(pod_id)
         if folder is None:
             return True
         self._show_life()  # the ones before may have taken long
         cost = self._costs.get(pod_id, abi.FIRST_COST)
-        opened.begin(pod_id, cost)
+        served.begin(pod_id, cost)
         try:
-            spent_ns = self.runner.run(opened.visit, folder)
+            spent_ns = self.runner.run(served.visit, folder)
         except BlockingIOError:  # a load is at it: its passes are of another generation
-            self._put_off(opened, pod_id, cost)
+            self._put_off(served, pod_id, cost)
             return True
         except (PassTimeout, EOFError, OSError) as error:
             if pod_id not in self._troubled:
                 self._troubled[pod_id] = f"{folder}: {error}"
                 log.warning("pass_failed", self._troubled[pod_id], **self._named(pod_id))
             self.done = replace(self.done, failed=self.done.failed + 1)
-            self._put_off(opened, pod_id, cost)
+            self._put_off(served, pod_id, cost)
             return False
         if problem := self._troubled.pop(pod_id, ""):
             log.info("pass_recovered", f"this is over: {problem}", **self._named(pod_id))
@@ -418,9 +420,9 @@ class Joiner:
         self._costs[pod_id] = max(LEAST_COST, (3 * cost + spent_ns // EXCHANGE_NS) // 4)
         return True
 
-    def _put_off(self, opened: Opened, pod_id: int, cost: int) -> None:
+    def _put_off(self, served: Served, pod_id: int, cost: int) -> None:
         """A pass that did not come is due again. It may be for an edge: the visits did not tell."""
-        opened.begin(pod_id, cost, pending=1)
+        served.begin(pod_id, cost, pending=1)
         self._is_edge_late = True
 
     def _named(self, pod_id: int) -> dict[str, str]:
@@ -439,14 +441,14 @@ class Joiner:
             return None
         self._scan()
         if pod_id not in self._folders:
-            for each in self._opened:
+            for each in self._served:
                 self._forget(each, pod_id)
         return self._folders.get(pod_id)
 
     def _scan(self) -> None:
         self._scanned_at = time.monotonic()
         ours = Generations(self.bpffs).program_ids()
-        ours |= {each.canary.programs_id for each in self._opened if each.canary}
+        ours |= {each.canary.programs_id for each in self._served if each.canary}
         self._folders = {
             pod.record.id: pod.path for pod in attached_cgroups(ours) if pod.record is not None
         }

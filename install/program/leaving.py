@@ -22,14 +22,16 @@ _PAUSE_S = 0.01  # between passes: a socket leaves in three of them
 _LONGEST_PAUSE_S, _KEEP_S = 1.0, 24 * 3600.0  # of a process that is left behind
 
 
-def empty(generation: Generation, folders: Iterable[Path], patience_s: float = PATIENCE_S) -> bool:
-    """Whether no socket is in the generation's sockhash any more.
+def take_out_sockets(
+    generation: Generation, folders: Iterable[Path], patience_s: float = PATIENCE_S
+) -> bool:
+    """Takes every socket out of the generation's sockhash; returns whether none is left.
 
     ``folders`` are the cgroups of the pods. A socket with unread bypassed bytes stays until its
     reader has read them, and one that no process has open (in flight between two) cannot leave.
     """
-    generation.retire()
-    if not generation.is_whole():  # version 0.1: its sockets leave as they close
+    generation.set_retired(True)
+    if not generation.is_whole():  # the first edition's: its sockets leave as they close
         generation.set_paused(True)
         return not generation.has_sockets()
     deadline = time.monotonic() + patience_s
@@ -56,7 +58,7 @@ def empty_all(generations: Iterable[Generation], folders: Iterable[Path]) -> lis
     """The same for several; says which of them have not come to their end, and returns them."""
     pods, left = list(folders), []
     for generation in generations:
-        if not empty(generation, pods):
+        if not take_out_sockets(generation, pods):
             left.append(generation)
             log.warning(
                 "sockets_left",

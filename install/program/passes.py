@@ -34,7 +34,7 @@ from install.program import lock, whole_file
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
 MOST_VISITS = 4  # of a process in one pass: leaving takes three
 BETWEEN_VISITS_S = 0.0002
-MOST_LEFT = 4  # so many at once; then no new pass until one has ended
+MOST_HUNG = 4  # so many at once; then no new pass until one has ended
 OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
 SYS_PIDFD_GETFD = 438
 _END = b"end"
@@ -176,7 +176,7 @@ class Passes:
     passes: int = 0
     cpu_ns: int = 0
     failed: int = 0
-    left: int = 0  # passes that were left to themselves and have not ended
+    hung: int = 0  # passes that were left to themselves and have not ended
 
     @staticmethod
     def read(state_dir: Path) -> Passes:
@@ -207,7 +207,7 @@ class Runner:
 
     stand_in: Callable[[], object] = lambda: None
     _worker: _Worker | None = None
-    _left: list[_Worker] = field(default_factory=list)
+    _hung: list[_Worker] = field(default_factory=list)
 
     def run(self, visit: int, folder: Path) -> int:
         """One pass; returns the CPU time that it took, in nanoseconds.
@@ -221,16 +221,16 @@ class Runner:
         return int(self._ask(program, {"new_pod": str(folder)})["taken_in"])
 
     def _ask(self, program: int, what: dict[str, str]) -> dict[str, Any]:
-        self._left = [worker for worker in self._left if not worker.has_ended()]
-        if len(self._left) >= MOST_LEFT:
-            raise PassTimeout(f"{len(self._left)} passes have not ended; no new one is begun")
+        self._hung = [worker for worker in self._hung if not worker.has_ended()]
+        if len(self._hung) >= MOST_HUNG:
+            raise PassTimeout(f"{len(self._hung)} passes have not ended; no new one is begun")
         if self._worker is None:
             self._worker = _Worker.start(self.stand_in)
         worker, self._worker = self._worker, None
         try:
             answer = worker.ask(program, what)
         except PassTimeout:
-            self._left.append(worker)
+            self._hung.append(worker)
             worker.end()
             raise
         except (OSError, EOFError):
@@ -239,11 +239,11 @@ class Runner:
         self._worker = worker
         return answer
 
-    def left(self) -> int:
+    def hung(self) -> int:
         """How many passes were left to themselves and have not ended."""
-        return len(self._left)
+        return len(self._hung)
 
-    def leave(self) -> None:
+    def hand_over(self) -> None:
         """Its process stands in from now on."""
         if self._worker is not None:
             self._worker.line.close()

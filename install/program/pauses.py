@@ -48,7 +48,7 @@ def in_kernel(generations: Iterable[Generation]) -> Pauses:
     return Pauses(is_paused, frozenset(pods), is_trial)
 
 
-def settle(
+def apply(
     node: Node,
     change: Callable[[Pauses], Pauses] = lambda own: own,
     switch: Switch | None = None,
@@ -96,7 +96,7 @@ def _alive(node: Node) -> frozenset[int]:
 def _into_kernel(
     node: Node, generations: Iterable[Generation], now: Pauses, wanted: Pauses
 ) -> None:
-    """A load that found the kernel unfit has paused older generations, and they stay so."""
+    """What a load that found the kernel unfit has paused, of the first edition, stays paused."""
     current = node.generations.current()
     is_unfit = node.state.node_mode()[0] == "off"
     for generation in generations:

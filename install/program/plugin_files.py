@@ -185,7 +185,7 @@ class PluginFiles:
         shutil.rmtree(part, ignore_errors=True)
         try:
             shutil.copytree(self.source, part, symlinks=True)
-            _settle(part)
+            _make_durable(part)
             self._try(part / names.PLUGIN)
             part.rename(folder)
         except BaseException:
@@ -268,8 +268,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _settle(folder: Path) -> None:
-    """Readable by all whatever the umask was, and on the disk."""
+def _make_durable(folder: Path) -> None:
+    """Makes it readable by all, whatever the umask was, and writes it to the disk."""
     for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
             continue

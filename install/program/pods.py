@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pods that have our programs, as the kernel knows them.
 
-The state folder says what ADD meant to do; the kernel says what is. Whoever moves or takes out
-programs goes by the kernel: a record may be lost, and of two records for one cgroup (a sandbox that
-was re-created) only the kernel knows whose it is now.
+The state folder records what ADD intended; the kernel has what is attached. Moving and removing
+programs follows the kernel. A record may be lost. Where two records name one cgroup (a sandbox that
+was re-created), only the kernel knows its owner.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What there is on this node: read from the kernel and the state folder, told to nobody yet."""
+"""What is on this node, read from the kernel and the state folder: for `status` and the metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from install.program import VERSION, exits, in_force, pauses
 from install.program import switch as switches
 from install.program.conf_dir import ConfDir
 from install.program.generations import Generation, opened
-from install.program.passes import MOST_LEFT, Passes
+from install.program.passes import MOST_HUNG, Passes
 from install.program.pods import has_cgroup, programs_of
 from install.program.switch import Kept
 
@@ -147,7 +147,7 @@ def facts(node: Node) -> Facts:
         forced=forced_mode(node),
         lost_answers=_lost_answers(complete),
         joining_problem=_joining_problem(
-            complete, node.generations.current(), Passes.read(node.state_dir).left
+            complete, node.generations.current(), Passes.read(node.state_dir).hung
         ),
     )
 
@@ -183,9 +183,9 @@ def _lost_answers(generations: Iterable[Generation]) -> int | None:
 
 
 def _joining_problem(
-    generations: list[Generation], current: Generation | None, stuck: int = 0
+    generations: list[Generation], current: Generation | None, hung: int = 0
 ) -> str:
-    """``stuck`` passes have not ended, as the joiner has last said."""
+    """``hung`` passes have not ended, as the joiner has last said."""
     if current not in generations:
         return ""  # nothing is loaded, or half of it, which is said elsewhere
     with contextlib.suppress(FileNotFoundError):  # it has just been removed
@@ -194,7 +194,7 @@ def _joining_problem(
             return RETIRED
         if silent_s is None:
             return NO_JOINER
-        if silent_s > JOINER_PATIENCE_S and stuck >= MOST_LEFT:
+        if silent_s > JOINER_PATIENCE_S and hung >= MOST_HUNG:
             return STUCK
         if silent_s > JOINER_PATIENCE_S:
             return f"{NO_JOINER}; the last one fell silent {silent_s:.0f} s ago"

@@ -49,7 +49,7 @@ class Rules:
 def built(
     folder: Path, edit: Callable[[str], str] = lambda source: source, *, strict: bool = False
 ) -> Rules:
-    """The rules from the source as edited; `strict`: for kernels as bpf/loader.py: is_strict()."""
+    """The rules from the source as edited; `strict`: for a kernel with has_hard_receive_limit()."""
     numbers = [f"-DTB_STRICT={int(strict)}"]
     library = compiled(folder, "switch.c", edit, numbers)
     return Rules(library, STRICT_BOUND if strict else BOUND)

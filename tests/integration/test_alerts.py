@@ -82,9 +82,9 @@ def test_a_generation_whose_sockets_must_leave(bed: Bed, metrics: Metrics) -> No
     """As the canary does when a program on a function of the kernel does not run."""
     current = Node(bed.node.bpffs, bed.node.state_dir).generations.current()
     assert current
-    current.retire()
+    current.set_retired(True)
     assert firing(metrics) == {"TcpipBypassNotJoining"}
-    current.retire(False)
+    current.set_retired(False)
     assert firing(metrics) == set()
 
 

@@ -128,7 +128,7 @@ def test_a_reader_that_rests_outlives_the_pins() -> None:
         with accelerated(programs, passes=False) as pod, resting(pod) as reader:
             with repeated(pod.visit, 0.004):
                 assert reader.is_ready()
-            assert not leaving.empty(generation, [pod.folder], patience_s=0.3)
+            assert not leaving.take_out_sockets(generation, [pod.folder], patience_s=0.3)
             leaving.stay_behind(generation, [pod.folder], nullcontext)
             generation.remove()
             assert reader.hears_all()

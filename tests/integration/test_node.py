@@ -167,7 +167,7 @@ def test_load_when_the_current_generation_is_damaged(bed: Bed, lost: str) -> Non
 
 
 def test_an_upgrade_from_a_version_that_can_only_be_paused_pauses_nothing_else(bed: Bed) -> None:
-    """Version 0.1 has no map `due`. Its sockets leave as they close, paused until then."""
+    """The first edition has no map `due`. Its sockets leave as they close, paused until then."""
     (bed.node.bpffs / "current" / "due").unlink()
     bed.node.load()
     current = Generations(bed.node.bpffs).current()

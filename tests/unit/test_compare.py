@@ -116,7 +116,7 @@ def node() -> FakeNode:
 
 
 def paused_until(node: FakeNode, fault: Callable[[], None]) -> None:
-    with compare.switch(node) as set_paused:
+    with compare.pausing(node) as set_paused:
         set_paused(True)
         fault()
 
@@ -134,7 +134,7 @@ def test_anothers_pause_stays(node: FakeNode) -> None:
     """An operator's, or that of the cluster's switch, between two phases."""
 
     def compared() -> None:
-        with compare.switch(node) as set_paused:
+        with compare.pausing(node) as set_paused:
             set_paused(True)
             set_paused(False)
             node.generation.set_paused(True)

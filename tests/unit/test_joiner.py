@@ -19,7 +19,7 @@ from install.program.joiner import BURST_NS, FORGET_S, SHARE, Joiner
 from install.program.passes import Runner
 
 
-class Opened:
+class FakeServed:
     """A generation with these pods in its map `due`, none of them pending."""
 
     generation: Generation | None = None
@@ -78,13 +78,13 @@ def visited_by_another(_visit: int, _folder: Path) -> int:
 
 
 def test_pods_that_are_no_more_are_forgotten(made: Joiner) -> None:
-    opened = Opened(1, 2, 3)
-    made._opened.append(opened)  # type: ignore[arg-type]
+    served = FakeServed(1, 2, 3)
+    made._served.append(served)  # type: ignore[arg-type]
     made._serve()
-    assert (opened.left, opened.beats) == ([1, 2, 3], 1)
+    assert (served.left, served.beats) == ([1, 2, 3], 1)
     made._forgot_at -= FORGET_S
     made._serve()
-    assert opened.left == [1]
+    assert served.left == [1]
 
 
 def test_what_the_joiner_takes_itself_is_paid(made: Joiner) -> None:
@@ -103,9 +103,9 @@ def test_a_pod_that_another_process_visits_has_its_turn_later(
     made: Joiner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(made.runner, "run", visited_by_another)
-    opened: Any = Opened(1)
-    assert made._pass(opened, 1, made._joins)
-    assert (opened.rung, made.done.failed) == ([1], 0)
+    served: Any = FakeServed(1)
+    assert made._pass(served, 1, made._joins)
+    assert (served.rung, made.done.failed) == ([1], 0)
 
 
 @pytest.mark.parametrize("is_well", [True, False])
@@ -119,10 +119,10 @@ def test_sockets_leave_where_fionread_has_become_wrong(
         return 0
 
     monkeypatch.setattr(made.runner, "run", run)
-    opened: Any = Opened(1)
-    opened.is_well = is_well
-    made._opened.append(opened)
-    made._retire()
+    served: Any = FakeServed(1)
+    served.is_well = is_well
+    made._served.append(served)
+    made._empty_retired()
     assert bool(visited) is not is_well
 
 
@@ -138,16 +138,16 @@ def test_sockets_of_old_generations_leave_on_the_budget(
 
     monkeypatch.setattr(joiner, "attached_cgroups", scan)
     monkeypatch.setattr(made.runner, "run", lambda *_: 0)
-    opened: Any = Opened(1)
-    opened.is_well = False
-    made._opened.append(opened)
+    served: Any = FakeServed(1)
+    served.is_well = False
+    made._served.append(served)
     for _ in range(3):
-        made._retire()
-        made._retiring.not_before = 0.0
+        made._empty_retired()
+        made._emptying.not_before = 0.0
     assert len(scans) == 1
     made._scanned_at = -math.inf
     made._joins.credit_ns = 0
-    made._retire()
+    made._empty_retired()
     assert len(scans) == 1
 
 
@@ -166,34 +166,34 @@ def test_an_edge_leaves_a_socket_with_a_mark_of_its_own_alone(
 
 
 def test_a_generation_whose_pins_are_gone_is_served_while_sockets_must_leave(made: Joiner) -> None:
-    opened: Any = Opened(1)
-    made._opened.append(opened)
-    opened.pinned = False
+    served: Any = FakeServed(1)
+    made._served.append(served)
+    served.pinned = False
     made._look_for_generations()
-    assert made._opened == [opened]
-    opened.needed = False
+    assert made._served == [served]
+    served.needed = False
     made._look_for_generations()
-    assert made._opened == []
+    assert made._served == []
 
 
 def test_a_later_generation_of_the_same_name_is_another_one(
     made: Joiner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first: Any = Opened(1)
-    second: Any = Opened(1)
+    first: Any = FakeServed(1)
+    second: Any = FakeServed(1)
     generation = Generation(made.bpffs / "gen-1")
     first.generation = second.generation = generation
-    made._opened.append(first)
+    made._served.append(first)
     monkeypatch.setattr(Generations, "complete", lambda _: [generation])
     monkeypatch.setattr(Generation, "is_whole", lambda _: True)
-    monkeypatch.setattr(joiner.Opened, "of", lambda _: second)
+    monkeypatch.setattr(joiner.Served, "of", lambda _: second)
     made._look_for_generations()
-    assert made._opened == [first]
+    assert made._served == [first]
     first.pinned = False  # the bpffs was unmounted; a load has made the second one
     made._look_for_generations()
-    assert made._opened == [first, second]
+    assert made._served == [first, second]
     made._look_for_generations()
-    assert (made._opened, second.rung) == ([first, second], [1])
+    assert (made._served, second.rung) == ([first, second], [1])
 
 
 def test_a_pass_that_fails_is_said_once_and_said_to_be_over(
@@ -211,8 +211,8 @@ def test_a_pass_that_fails_is_said_once_and_said_to_be_over(
     for level in ("info", "warning"):
         monkeypatch.setattr(log, level, lambda event, *_text, **_about: said.append(event))
     monkeypatch.setattr(made.runner, "run", run)
-    opened: Any = Opened(1)
-    assert [made._pass(opened, 1, made._joins) for _ in range(4)] == [False, False, True, True]
+    served: Any = FakeServed(1)
+    assert [made._pass(served, 1, made._joins) for _ in range(4)] == [False, False, True, True]
     assert said == ["pass_failed", "pass_recovered"]
 
 
@@ -230,15 +230,15 @@ def test_a_joiner_in_debt_comes_to_its_passes(
     monkeypatch.setattr("install.program.joiner.time.monotonic", lambda: now_s)
     monkeypatch.setattr("install.program.joiner.time.process_time_ns", lambda: own_ns)
     monkeypatch.setattr(made.runner, "run", run)
-    opened: Any = Opened(1)
+    served: Any = FakeServed(1)
 
     def pending() -> dict[int, abi.Due]:
         nonlocal own_ns
         own_ns += 8_000_000  # many pods
         return {1: abi.Due(missed=1_000, cost=100, pending=1)}
 
-    opened.pending = pending
-    made._opened.append(opened)
+    served.pending = pending
+    made._served.append(served)
     made._joins.credit_ns = -1_000_000.0
     for _ in range(20):
         own_ns += 1_000_000
@@ -262,12 +262,12 @@ def test_edges_and_joins_wait_for_their_own_budget(
     monkeypatch.setattr(made.runner, "run", run)
     folders = {pod_id: made.state_dir / str(pod_id) for pod_id in range(1, 5)}
     monkeypatch.setattr(made, "_folder", folders.get)
-    opened: Any = Opened(*folders)
+    served: Any = FakeServed(*folders)
     waiting = {pod_id: abi.Due(1_000, 100, pending=1, edge=pod_id == 3) for pod_id in folders}
-    opened.pending = lambda: waiting
+    served.pending = lambda: waiting
     heard = [True, False]
-    opened.bell = SimpleNamespace(take_edge=heard.pop)
-    made._opened.append(opened)
+    served.bell = SimpleNamespace(take_edge=heard.pop)
+    made._served.append(served)
     if spent:
         getattr(made, f"_{spent}").credit_ns = -BURST_NS
     made._serve()
@@ -282,11 +282,11 @@ def test_a_pass_for_an_edge_that_did_not_come_is_tried_again_in_debt(
 ) -> None:
     monkeypatch.setattr(made.runner, "run", visited_by_another)
     made._joins.credit_ns = -BURST_NS
-    assert not made._is_worth_a_look()
-    made._pass(Opened(1), 1, made._edges)  # type: ignore[arg-type]
-    assert made._is_worth_a_look()
+    assert not made._can_pay(False)
+    made._pass(FakeServed(1), 1, made._edges)  # type: ignore[arg-type]
+    assert made._can_pay(False)
 
 
 def test_a_generation_that_is_removed_meanwhile_has_no_sockets(tmp_path: Path) -> None:
-    opened: Any = SimpleNamespace(canary=None, generation=Generation(tmp_path / "gen-1"))
-    assert not joiner.Opened.has_sockets(opened)
+    served: Any = SimpleNamespace(canary=None, generation=Generation(tmp_path / "gen-1"))
+    assert not joiner.Served.has_sockets(served)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bpf.loader import is_strict, names_modules
+from bpf.loader import has_hard_receive_limit, names_modules
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from bpf.loader import is_strict, names_modules
     ],
 )
 def test_kernels_that_drop_what_passes_the_receive_buffer(release: str, strict: bool) -> None:
-    assert is_strict(release) is strict
+    assert has_hard_receive_limit(release) is strict
 
 
 @pytest.mark.parametrize(

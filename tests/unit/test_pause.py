@@ -36,7 +36,7 @@ def node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Node:
         ]
 
     monkeypatch.setattr(report, "counters", counters)
-    monkeypatch.setattr(pauses, "settle", lambda _node, _change: 1)
+    monkeypatch.setattr(pauses, "apply", lambda _node, _change: 1)
     monkeypatch.setattr(commands, "LOOK_S", 0)
     monkeypatch.setattr(Node, "attachments", attachments)
     return Node(tmp_path / "bpffs", tmp_path / "state")

@@ -171,7 +171,7 @@ class ScratchNode:
         change: Callable[[Pauses], Pauses] = lambda own: own,
         wanted: Switch | None = None,
     ) -> None:
-        pauses.settle(cast(Node, self), change, wanted)
+        pauses.apply(cast(Node, self), change, wanted)
 
 
 @pytest.fixture(autouse=True)

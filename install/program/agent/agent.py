@@ -285,7 +285,7 @@ class Agent:
             stands = json.dumps(wanted.as_json())
             wrong = f"the ConfigMap in {folder} is wrong: {error}; until it is mended: {stands}"
         with node.locked():
-            pauses.settle(node, switch=wanted)
+            pauses.apply(node, switch=wanted)
         self._metrics.set_switch(is_valid=not wrong, is_stop=wanted.is_stop)
         if wanted != (before.switch if before else Switch()):
             log.info("switch", "the cluster's switch has changed", **wanted.as_json())
@@ -452,7 +452,7 @@ class Agent:
         return True
 
     def _child(self, command: str, options: list[str], timeout_s: float) -> str:
-        """Waits for a command; whoever changes files meanwhile does not have to."""
+        """Runs a command as a child. The tasks `switch` and `files` go on meanwhile."""
 
         def meanwhile() -> None:
             self._notice()

@@ -59,20 +59,20 @@ class Health:
         """The agent has tried everything once, or knows that it has to wait for another agent."""
         self._started.set()
 
-    def not_started(self, patience_s: float) -> list[str]:
+    def why_not_started(self, patience_s: float) -> list[str]:
         """Waits for the start to be over, `patience_s` seconds at most; why it is not."""
         return [] if self._started.wait(patience_s) else list(self._reasons)
 
-    def alive(self) -> list[str]:
+    def why_not_alive(self) -> list[str]:
         """Why the agent should be started again; empty when it should not."""
         silent_s = time.monotonic() - self._beat
         if silent_s <= self._silence_s:
             return []
         return [f"the agent's loop has not come round for {silent_s:.0f} s"]
 
-    def ready(self) -> list[str]:
+    def why_not_ready(self) -> list[str]:
         """Why pods that start now are not accelerated as they should be; empty when they are."""
-        return [*self.alive(), *self._reasons]
+        return [*self.why_not_alive(), *self._reasons]
 
 
 class Server:
@@ -189,11 +189,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/startupz":
-            self._answer_why_not(self.server.health.not_started(START_PATIENCE_S))
+            self._answer_why_not(self.server.health.why_not_started(START_PATIENCE_S))
         elif path == "/healthz":
-            self._answer_why_not(self.server.health.alive())
+            self._answer_why_not(self.server.health.why_not_alive())
         elif path == "/readyz":
-            reasons = self.server.health.ready()
+            reasons = self.server.health.why_not_ready()
             self._answer_why_not(reasons, () if reasons else self.server.health.remarks())
         elif path == "/metrics":
             self._answer(HTTPStatus.OK, self.server.metrics.render(), CONTENT_TYPE_LATEST)

@@ -225,7 +225,7 @@ def _passes(done: Passes) -> Iterator[Metric]:
         ("pass_errors", "Passes that failed or took too long", done.failed),
     ):
         yield CounterMetricFamily(f"{PREFIX}{name}", text, value)
-    yield _gauge("passes_stuck", "Passes that took too long and have not ended", done.left)
+    yield _gauge("passes_stuck", "Passes that took too long and have not ended", done.hung)
 
 
 def _sockets(generation: Generation) -> tuple[int, int] | None:

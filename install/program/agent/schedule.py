@@ -27,9 +27,9 @@ class Task:
     """One thing that is to be right on a node, looked at again and again.
 
     ``work`` returns whether it was right already, or raises. If it was not, the next look comes
-    after a pause and not before. The pause doubles each time, and starts anew when all was quiet
-    for as long as the longest pause: whoever keeps undoing our work is never fought, and gets us
-    again when it stops. Times are seconds of time.monotonic(), which nobody sets.
+    after a pause and not before. The pause doubles each time. It starts anew after a quiet as long
+    as the longest pause. So a program that keeps undoing our work is not fought. Times are seconds
+    of time.monotonic().
     """
 
     name: str

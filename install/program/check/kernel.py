@@ -13,10 +13,8 @@ from install.program.check import finding, tracing
 from install.program.check.finding import Finding
 from install.program.generations import is_bpffs
 
-OLDEST = (
-    6,
-    1,
-)  # bpf_iter/task_file over the files of one process: install/program/selftest.py tries it
+# bpf_iter/task_file over the files of one process: install/program/selftest.py tries it.
+OLDEST = (6, 1)
 FOR_THE_MEND = ("lockdown", "tracing")  # of FIONREAD
 _BTF = Path("/sys/kernel/btf/vmlinux")
 _LOCKDOWN = Path("sys/kernel/security/lockdown")
