@@ -61,8 +61,8 @@ def intercept(netns: NetNamespace, proxy: int, wanted: Interception, *, ipv6: bo
         _run(netns, family.restore, "--wait", "5", stdin=tables)
 
 
-# As istio-iptables writes them (istio/istio, tools/istio-iptables/pkg/capture/run.go): Istio 1.24
-# and newer, where OUTPUT jumps for UDP as well.
+# As istio-iptables writes them for istio-init (tools/istio-iptables/pkg/capture/run.go): the same
+# from Istio 1.25 to 1.31 (1.31.0-rc.0, and release-1.31 of 2026-08-20).
 def _nat(family: _Family, proxy: int, wanted: Interception) -> str:
     lines = [
         "*nat",

@@ -25,6 +25,7 @@ GATEWAY = "10.244.0.1"  # the node, on the pods' bridge
 ROOT = 1_000_000  # the host's user that is root of the first pod with users of its own
 PYTHON = Path("/usr/bin/python3")  # what a user that the host does not know may read
 FROZEN_S = 1.0
+SMALL_PERCENT = 5  # of a CPU
 KNOWN_S = 3.0  # in which a connection would join
 
 
@@ -67,6 +68,23 @@ class End:
     def talking(self, *arguments: str) -> list[str | Path]:
         """The command line of one side of the traffic, as a container's."""
         return self.pod.entering(self.sandbox, talker(*arguments))
+
+    def beside_pause(self, argv: Sequence[str | Path]) -> list[str | Path]:
+        """The same command in the sandbox' PID namespace, which its containers then share."""
+        pid = self.bed.cri.sandbox_status(self.sandbox).pid
+        return ["nsenter", f"--pid=/proc/{pid}/ns/pid", "--", *argv]
+
+    def limit_cpu(self, percent: int | None) -> None:
+        """What kubelet writes into the pod's cgroup for a resize in place; None: no limit."""
+        cgroup = Path("/sys/fs/cgroup/cpu") / self.pod.identity.cgroup_parent[1:]
+        if (self.pod.cgroup / "cpu.max").exists():
+            quota = "max" if percent is None else percent * 1000
+            (self.pod.cgroup / "cpu.max").write_text(f"{quota} 100000")
+            return
+        for process in (self.pod.cgroup / "app" / "cgroup.procs").read_text().split():
+            (cgroup / "cgroup.procs").write_text(process)
+        quota = -1 if percent is None else percent * 1000
+        (cgroup / "cpu.cfs_quota_us").write_text(str(quota))
 
     def as_its_proxy(self, *arguments: str) -> list[str | Path]:
         """The same by the sidecar's user of the pod's own user namespace."""
@@ -166,6 +184,30 @@ def test_a_pod_that_is_frozen_for_a_while(bed: RuntimeBed, frozen: str) -> None:
             assert bypassed(bed)[frozen] == before[frozen]
             (cgroup / "cgroup.freeze").write_text("0")
             wait_for_more(bed, before)
+            assert_whole(load.end())
+
+
+def test_a_pod_whose_containers_share_their_processes(bed: RuntimeBed) -> None:
+    """shareProcessNamespace: the joiner visits them all, by their numbers outside."""
+    with made(bed, Kind()) as (client, server), joining(bed):
+        serve = server.beside_pause(server.talking("serve"))
+        ask = client.beside_pause(client.talking("ask", server.address))
+        with exchanging(serve, ask) as load:
+            wait_for_more(bed, {"client": 0, "server": 0})
+            assert_whole(load.end())
+
+
+@pytest.mark.parametrize("resized", ["client", "server"])
+def test_a_pod_that_is_resized_in_place(bed: RuntimeBed, resized: str) -> None:
+    """Down to a fraction of a CPU, and up again, with messages under way."""
+    with made(bed, Kind()) as (client, server), joining(bed):
+        serve, ask = server.talking("serve"), client.talking("ask", server.address)
+        with exchanging(serve, ask) as load:
+            wait_for_more(bed, {"client": 0, "server": 0})
+            end = {"client": client, "server": server}[resized]
+            for percent in (SMALL_PERCENT, None):
+                end.limit_cpu(percent)
+                wait_for_more(bed, bypassed(bed))
             assert_whole(load.end())
 
 

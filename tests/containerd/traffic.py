@@ -8,6 +8,7 @@ one, which ends with SIGTERM and then prints a Report.
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import socket
@@ -117,9 +118,15 @@ class Traffic:
 
     def end(self) -> Report:
         """End it; what it has seen."""
-        self._process.send_signal(signal.SIGTERM)
+        os.kill(innermost(self._process.pid), signal.SIGTERM)
         out, _ = self._process.communicate(timeout=TIMEOUT_S)
         return Report(**json.loads(out))
+
+
+def innermost(pid: int) -> int:
+    """The process itself, or its child: nsenter(1) forks to enter a PID namespace."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return innermost(int(children[0])) if children else pid
 
 
 @contextmanager
@@ -131,6 +138,8 @@ def started(argv: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
             assert process.stdout.readline()
             yield process
         finally:
+            if process.poll() is None:
+                os.kill(innermost(process.pid), signal.SIGKILL)
             process.kill()
 
 
