@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -205,10 +205,12 @@ def visit_files(prog_fd: int, pid: int) -> bytes:
         closing(_bpf(_LINK_CREATE, attr)) as link,
         closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator,
     ):
-        parts = []
-        while part := os.read(iterator, 4096):
-            parts.append(part)
-    return b"".join(parts)
+        parts = [b""]
+        while True:
+            with suppress(BlockingIOError):  # after a million files without a word
+                if not (part := os.read(iterator, 4096)):
+                    return b"".join(parts)
+                parts.append(part)
 
 
 def prog_open(prog_id: int) -> int:

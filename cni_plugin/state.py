@@ -92,6 +92,7 @@ class State:
                     yield
                     return
             finally:
+                fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked meanwhile would keep the lock
                 os.close(fd)
 
     def _is_current(self, fd: int) -> bool:

@@ -15,7 +15,8 @@
  * joined goes by TCP, without a verdict. A FIN needs no edge. */
 static __always_inline void tb_note_unasked(struct tb_conn *conn, __u32 tcp_state)
 {
-	if (conn->path != TB_PATH_BYPASS || tcp_state != BPF_TCP_ESTABLISHED ||
+	if (conn->path != TB_PATH_BYPASS ||
+	    (tcp_state != BPF_TCP_ESTABLISHED && tcp_state != BPF_TCP_CLOSE_WAIT) ||
 	    tb_read32(conn->me.sk + OFF_TCP_SOCK_WRITE_SEQ) == conn->tcp_seq)
 		return;
 	conn->path = TB_PATH_BEHIND;

@@ -226,7 +226,7 @@ def unload(node: Node) -> None:
         with contextlib.suppress(OSError):
             written = (
                 *(names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON),
-                names.TAKEN_IN_JSON,
+                names.TAKE_IN_JSON,
             )
             for file in (*written, *names.AGENT_LOGS, *names.JOINER_LOGS):
                 (node.state_dir / file).unlink(missing_ok=True)

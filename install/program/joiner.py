@@ -25,13 +25,14 @@ from cni_plugin.state import State
 from install.program import canary, log
 from install.program.canary import Canary
 from install.program.generations import Generation, Generations, kept_open, opened
-from install.program.passes import MOST_HUNG, Passes, PassTimeout, Runner
+from install.program.passes import Passes, PassTimeout, Runner
 from install.program.pods import attached_cgroups
 
 SHARE = 0.02  # of a CPU, for all passes but those for edges, which have as much
 BURST_NS = 50_000_000
 # A spent budget rests until it has earned so much: many times what the joiner takes meanwhile.
 LEAST_CREDIT_NS = 5_000_000
+MOST_PAID_NS = 5_000_000  # of one pass
 EXCHANGE_NS = 4_000  # what an exchange over the bypass saves
 LEAST_COST = 50
 LOOK_S = 1.0  # how often for new generations, and for events that were lost
@@ -96,6 +97,10 @@ class Budget:
     def rest_s(self) -> float:
         """How long it earns until the next pass."""
         return (LEAST_CREDIT_NS - self.credit_ns) / 1e9 / SHARE if self.is_spent else 0.0
+
+    def pay(self, cost_ns: int) -> None:
+        """For a pass. What is above MOST_PAID_NS keeps its own pod waiting: Backoff.rest()."""
+        self.credit_ns -= min(cost_ns, MOST_PAID_NS)
 
 
 @dataclass
@@ -186,7 +191,7 @@ def is_hung(state_dir: Path, current: Generation | None) -> bool:
     """Whether a joiner that was started HUNG_S ago, or earlier, does nothing any more.
 
     It has neither written its file, which a full disk can prevent, nor told the programs that it
-    runs, which it stops to do while too many passes have not ended.
+    runs.
     """
     try:
         silent_s = time.time() - (state_dir / names.JOINER_JSON).stat().st_mtime
@@ -211,11 +216,19 @@ class Backoff:
 
     pause_s: float = FIRST_STEP_S
     not_before: float = 0.0
+    rests_until: float = 0.0  # also if it has been earned
     held: bool = False  # the last pass did not end, or failed
     held_s: float = FIRST_HELD_S
 
-    def left_s(self) -> float:
-        return self.not_before - time.monotonic()
+    def left_s(self, *, is_earned: bool = False) -> float:
+        """How long until the pod may have its pass, in seconds."""
+        until = self.rests_until if is_earned else max(self.not_before, self.rests_until)
+        return until - time.monotonic()
+
+    def rest(self, cost_ns: int) -> None:
+        """After a pass: a pod with many files takes SHARE of a CPU, and keeps no other waiting."""
+        rest_s = max(0, cost_ns - MOST_PAID_NS) / 1e9 / SHARE
+        self.rests_until = time.monotonic() + rest_s
 
     def hold(self) -> None:
         """After a pass that did not end, or failed."""
@@ -272,7 +285,8 @@ class Joiner:
             for each in self._served:
                 each.close()
             self._served.clear()
-            self.runner.hand_over()
+            with contextlib.suppress(OSError):
+                self.runner.hand_over()
 
     def _look_for_generations(self) -> None:
         for each in [each for each in self._served if not each.is_pinned()]:
@@ -312,28 +326,24 @@ class Joiner:
         wait_s = canary.LOOK_S if has_canary else LOOK_S
         for waiting, each, pod_id in sorted(due, key=self._last_pass):
             budget = self._edges if waiting.edge else self._joins
-            backoff = self._backoffs.setdefault((each.due, pod_id), Backoff())
+            backoff = self._backoff(each, pod_id)
             is_step = waiting.missed < waiting.cost or backoff.held
-            left_s = budget.rest_s() or (backoff.left_s() if is_step else 0.0)
+            left_s = budget.rest_s() or backoff.left_s(is_earned=not is_step)
             if left_s > 0:
                 wait_s = min(wait_s, left_s)
                 self._is_edge_late |= bool(waiting.edge)
                 continue
-            backoff.take(again=is_step)
-            backoff.held = not self._pass(each, pod_id, budget)
-            if backoff.held:
-                backoff.hold()
-            else:
-                backoff.held_s = FIRST_HELD_S
+            self._try_pass(each, pod_id, budget, again=is_step)
         self._empty_retired()
         self._forget_gone()
         return min(wait_s, self._joins.rest_s() or wait_s)
 
     def _show_life(self) -> None:
-        """Not while it makes no passes: then no reader gets a new edge."""
-        if self.runner.hung() < MOST_HUNG:
-            for each in self._served:
-                each.show_life()
+        """Not without a process for passes, which would stand in: readers rely on their edges."""
+        if self._served:
+            self.runner.prepare()
+        for each in self._served:
+            each.show_life()
 
     def _can_pay(self, has_edge: bool) -> bool:
         """Whether a look at all pods, which costs, too, may find a pass that can be paid."""
@@ -359,9 +369,11 @@ class Joiner:
             return
         self._forgot_at = time.monotonic()
         listed = [(each, pod_id) for each in self._served for pod_id in each.pods()]
+        before = self._folders
         self._scan()
         for each, pod_id in listed:
-            if pod_id not in self._folders:
+            was = before.get(pod_id)
+            if pod_id not in self._folders and not (was and was.exists()):
                 self._forget(each, pod_id)
 
     def _forget(self, served: Served, pod_id: int) -> None:
@@ -387,9 +399,19 @@ class Joiner:
             self._scan()
         for each in old:
             for pod_id in sorted(self._folders, key=lambda one: self._emptied_at.get(one, 0.0)):
-                if not self._joins.is_spent:
+                if not (self._joins.is_spent or self._backoff(each, pod_id).left_s() > 0):
                     self._emptied_at[pod_id] = time.monotonic()
-                    self._pass(each, pod_id, self._joins)
+                    self._try_pass(each, pod_id, self._joins, again=True)
+
+    def _try_pass(self, served: Served, pod_id: int, budget: Budget, *, again: bool) -> None:
+        """One pass, and when the pod may have its next one that nothing has earned."""
+        backoff = self._backoff(served, pod_id)
+        backoff.take(again=again)
+        backoff.held = not self._pass(served, pod_id, budget)
+        if backoff.held:
+            backoff.hold()
+        else:
+            backoff.held_s = FIRST_HELD_S
 
     def _pass(self, served: Served, pod_id: int, budget: Budget) -> bool:
         """Runs one; returns whether it ended in time."""
@@ -400,7 +422,7 @@ class Joiner:
         cost = self._costs.get(pod_id, abi.FIRST_COST)
         served.begin(pod_id, cost)
         try:
-            spent_ns = self.runner.run(served.visit, folder)
+            cost_ns = self.runner.run(served.visit, folder)
         except BlockingIOError:  # a load is at it: its passes are of another generation
             self._put_off(served, pod_id, cost)
             return True
@@ -409,16 +431,22 @@ class Joiner:
                 self._troubled[pod_id] = f"{folder}: {error}"
                 log.warning("pass_failed", self._troubled[pod_id], **self._named(pod_id))
             self.done = replace(self.done, failed=self.done.failed + 1)
+            if isinstance(error, PassTimeout):
+                self._backoff(served, pod_id).rest(error.cost_ns)
             self._put_off(served, pod_id, cost)
             return False
         if problem := self._troubled.pop(pod_id, ""):
             log.info("pass_recovered", f"this is over: {problem}", **self._named(pod_id))
-        budget.credit_ns -= spent_ns
+        budget.pay(cost_ns)
+        self._backoff(served, pod_id).rest(cost_ns)
         self.done = replace(
-            self.done, passes=self.done.passes + 1, cpu_ns=self.done.cpu_ns + spent_ns
+            self.done, passes=self.done.passes + 1, cpu_ns=self.done.cpu_ns + cost_ns
         )
-        self._costs[pod_id] = max(LEAST_COST, (3 * cost + spent_ns // EXCHANGE_NS) // 4)
+        self._costs[pod_id] = max(LEAST_COST, (3 * cost + cost_ns // EXCHANGE_NS) // 4)
         return True
+
+    def _backoff(self, served: Served, pod_id: int) -> Backoff:
+        return self._backoffs.setdefault((served.due, pod_id), Backoff())
 
     def _put_off(self, served: Served, pod_id: int, cost: int) -> None:
         """A pass that did not come is due again. It may be for an edge: the visits did not tell."""

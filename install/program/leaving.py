@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -90,8 +89,12 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
             try:
                 passes.leave_container()
                 if not os.fork():
-                    _let_go(visit, sockhash)
-                    _keep_on(visit, sockhash, list(folders))
+                    passes.detach(visit, sockhash)
+                    pods = list(folders)
+                    _go_on(
+                        lambda: not bpfsys.map_is_empty(sockhash),
+                        lambda runner: _visit_all(runner, visit, pods),
+                    )
                     with locked():
                         _remove_empty(generation, sockhash)
                     passes.remove_cgroup(is_within=True)
@@ -103,25 +106,23 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
 def stand_in(bpffs: Path) -> None:
     """Go on with the passes of a joiner that has ended, until there is another one or no socket has
     joined: their readers get their edges, and leave."""
-    _let_go()
     generations, began = Generations(bpffs), time.monotonic()
-    while time.monotonic() - began < _KEEP_S:
-        time.sleep(_LONGEST_PAUSE_S)
-        began_s = time.process_time()
-        try:
-            busy = [each for each in generations.complete() if each.is_whole()]
-            if any(_is_served_since(each, began) for each in busy):
-                break
-            busy = [each for each in busy if each.has_sockets()]
-            if not busy:
-                break
-            folders = [pod.path for pod in attached_cgroups(generations.program_ids())]
-            for each in busy:
-                with opened(each.folder / pins.VISIT) as visit:
-                    _visit_all(visit, folders)
-        except OSError:
-            continue  # a load or an unload is at it
-        time.sleep(50 * (time.process_time() - began_s))
+
+    def busy() -> list[Generation]:
+        found = [each for each in generations.complete() if each.is_whole()]
+        if any(_is_served_since(each, began) for each in found):
+            return []
+        return [each for each in found if each.has_sockets()]
+
+    def visit_all(runner: Runner) -> float:
+        folders = [pod.path for pod in attached_cgroups(generations.program_ids())]
+        spent_s = 0.0
+        for each in busy():
+            with opened(each.folder / pins.VISIT) as visit:
+                spent_s += _visit_all(runner, visit, folders)
+        return spent_s
+
+    _go_on(busy, visit_all)
     passes.remove_cgroup(is_within=True)
 
 
@@ -130,23 +131,34 @@ def _is_served_since(generation: Generation, began: float) -> bool:
     return silent_s is not None and silent_s < time.monotonic() - began
 
 
-def _visit_all(visit: int, folders: list[Path]) -> None:
+def _visit_all(runner: Runner, visit: int, folders: Iterable[Path]) -> float:
+    """Returns the CPU time that the passes took, in seconds."""
+    spent_ns = 0
     for folder in folders:
-        with contextlib.suppress(OSError):  # gone
-            passes.visit_pod(visit, folder)
+        try:
+            spent_ns += runner.run(visit, folder)
+        except PassTimeout as timeout:
+            spent_ns += timeout.cost_ns
+        except (EOFError, OSError):
+            continue  # gone
+    return spent_ns / 1e9
 
 
-def _let_go(*kept: int) -> None:
-    """Closes all files but these: locks among them, and what a caller of this program reads."""
-    os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    devnull = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(devnull, fd)
-    for fd in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
-        if fd > 2 and fd not in kept:
-            with contextlib.suppress(OSError):  # the listing's own
-                os.close(fd)
+def _go_on(is_needed: Callable[[], object], visit_all: Callable[[Runner], float]) -> None:
+    """Passes while they are needed, for _KEEP_S at most; a fiftieth of a CPU, as the joiner."""
+    deadline, pause_s, runner = time.monotonic() + _KEEP_S, _PAUSE_S, Runner()
+    while time.monotonic() < deadline:
+        began_s, spent_s = time.process_time(), 0.0
+        try:
+            if not is_needed():
+                break
+            spent_s = visit_all(runner)
+        except OSError:
+            pass  # a load or an unload is at it
+        spent_s += time.process_time() - began_s
+        time.sleep(max(pause_s, 50 * spent_s))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    runner.close()
 
 
 def _remove_empty(generation: Generation, sockhash: int) -> None:
@@ -157,13 +169,3 @@ def _remove_empty(generation: Generation, sockhash: int) -> None:
         if is_its_own and bpfsys.map_is_empty(sockhash) and others.current() != generation:
             generation.remove()
             others.root.rmdir()
-
-
-def _keep_on(visit: int, sockhash: int, folders: list[Path]) -> None:
-    """At most a fiftieth of a CPU, as the joiner takes."""
-    deadline, pause_s = time.monotonic() + _KEEP_S, _PAUSE_S
-    while not bpfsys.map_is_empty(sockhash) and time.monotonic() < deadline:
-        began_s = time.process_time()
-        _visit_all(visit, folders)
-        time.sleep(max(pause_s, 50 * (time.process_time() - began_s)))
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

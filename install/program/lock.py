@@ -56,5 +56,6 @@ class FolderLock:
 
     def release(self) -> None:
         if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)  # as in held()
             os.close(self._fd)
         self._fd = -1

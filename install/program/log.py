@@ -70,6 +70,12 @@ def keep(folder: Path, files: tuple[str, str]) -> None:
     _tail = Tail(folder, files)
 
 
+def forget() -> None:
+    """Lines are not kept any more: their file has been closed."""
+    global _tail
+    _tail = None
+
+
 def info(event: str, message: str, **fields: object) -> None:
     """Say that something happened. `event` names its kind; fields that are None are left out."""
     _say("info", event, message, fields)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import select
@@ -29,34 +30,34 @@ from typing import Any
 
 from bpf import abi, bpfsys
 from cni_plugin import cgroup, names
-from install.program import lock, whole_file
+from install.program import lock, log, whole_file
 
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
+LOW_PRIORITY = 19  # of a pass that takes longer
 MOST_VISITS = 4  # of a process in one pass: leaving takes three
 BETWEEN_VISITS_S = 0.0002
-MOST_HUNG = 4  # so many at once; then no new pass until one has ended
 OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
 SYS_PIDFD_GETFD = 438
+PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _END = b"end"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def visit_pod(visit: int, folder: Path) -> int:
-    """One pass over the processes below a cgroup; returns how many there were.
+def visit_pod(visit: int, folder: Path) -> None:
+    """One pass over the processes below a cgroup.
 
     ``visit`` is the program, by its file descriptor. Raises OSError when the kernel refuses it;
     BlockingIOError while another process runs a pass over the same pod, since two visits to one
     socket at once would write the same memory.
     """
     with lock.held(folder / "cgroup.procs"):
-        first = left = list(_processes(folder))
+        left = list(_processes(folder))
         for _ in range(MOST_VISITS):
             left = [pid for pid in left if visit_process(visit, pid)]
             if not left:
                 break
             time.sleep(BETWEEN_VISITS_S)
-    return len(first)
 
 
 def visit_process(visit: int, pid: int) -> bool:
@@ -68,7 +69,7 @@ def visit_process(visit: int, pid: int) -> bool:
         found = array.array("I", bpfsys.visit_files(visit, pid))
     except ProcessLookupError:  # it has just ended
         return False
-    for fd in found:
+    for fd in dict.fromkeys(found):
         with contextlib.suppress(OSError):  # closed meanwhile, or the process has ended
             if fd != abi.VISIT_AGAIN:
                 wake_reader(pid, fd)
@@ -98,9 +99,9 @@ def take_in_process(pid: int) -> int:
     """Those of one process. Sockets that cannot be taken in refuse the option."""
     taken = 0
     with (
-        contextlib.suppress(OSError),
+        contextlib.suppress(OSError),  # it has ended
         bpfsys.closing(os.pidfd_open(pid)) as process,
-    ):  # it has ended
+    ):
         for fd in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):  # closed, or no such connection
                 if str(fd.readlink()).startswith("socket:"):
@@ -117,10 +118,18 @@ def wake_reader(pid: int, fd: int) -> None:
     ``fd`` is the socket's number in process ``pid``. Raises OSError, PermissionError where the
     kernel does not let this process have another's files (pidfd_getfd(2)).
     """
-    with bpfsys.closing(os.pidfd_open(pid)) as process, _copied(process, fd) as reader:
+    with bpfsys.closing(_process_with_files(pid)) as process, _copied(process, fd) as reader:
         # A member has 1. With another the number is by now that of a socket which sets its own.
         if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
+def _process_with_files(pid: int) -> int:
+    """A pidfd of a process; of another thread if the first one has ended. Raises OSError."""
+    if not Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].startswith(b"Z"):
+        return os.pidfd_open(pid)
+    threads = [int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()]
+    return os.pidfd_open(max(threads, key=lambda thread: thread != pid), PIDFD_THREAD)
 
 
 def _copied(process: int, fd: int) -> socket.socket:
@@ -192,7 +201,14 @@ class Passes:
 
 
 class PassTimeout(Exception):
-    """A pass has taken too long and was left to itself."""
+    """A pass has taken too long and was left to itself.
+
+    cost_ns: the CPU time of such a pass that has ended since; no new one has begun.
+    """
+
+    def __init__(self, message: str, cost_ns: int = 0) -> None:
+        super().__init__(message)
+        self.cost_ns = cost_ns
 
 
 @dataclass
@@ -207,12 +223,18 @@ class Runner:
 
     stand_in: Callable[[], object] = lambda: None
     _worker: _Worker | None = None
-    _hung: list[_Worker] = field(default_factory=list)
+    _hung: dict[str, _Worker] = field(default_factory=dict)  # by the pod's folder
+
+    def prepare(self) -> None:
+        """Starts its process, which can stand in from now on; raises OSError."""
+        if self._worker is None or self._worker.has_ended():
+            self._worker = _Worker.start(self.stand_in)
 
     def run(self, visit: int, folder: Path) -> int:
         """One pass; returns the CPU time that it took, in nanoseconds.
 
-        Raises PassTimeout, also while too many have not ended, and OSError if the kernel refuses.
+        Raises PassTimeout, also while an earlier one over this pod has not ended and once when it
+        has, and OSError if the kernel refuses.
         """
         return int(self._ask(visit, {"pod": str(folder)})["cost_ns"])
 
@@ -221,33 +243,46 @@ class Runner:
         return int(self._ask(program, {"new_pod": str(folder)})["taken_in"])
 
     def _ask(self, program: int, what: dict[str, str]) -> dict[str, Any]:
-        self._hung = [worker for worker in self._hung if not worker.has_ended()]
-        if len(self._hung) >= MOST_HUNG:
-            raise PassTimeout(f"{len(self._hung)} passes have not ended; no new one is begun")
-        if self._worker is None:
-            self._worker = _Worker.start(self.stand_in)
+        """`what` is a pod's folder, under the name of what is asked for."""
+        [path] = what.values()
+        self._look_at_hung(path)
+        self.prepare()
         worker, self._worker = self._worker, None
+        assert worker is not None
         try:
             answer = worker.ask(program, what)
         except PassTimeout:
-            self._hung.append(worker)
+            self._hung[path] = worker
             worker.end()
             raise
         except (OSError, EOFError):
             worker.end()
             raise
         self._worker = worker
+        if "errno" in answer:
+            raise OSError(answer["errno"], os.strerror(answer["errno"]), path)
         return answer
+
+    def _look_at_hung(self, path: str) -> None:
+        worker = self._hung.get(path)
+        if worker is None:
+            return
+        if not worker.has_ended():
+            raise PassTimeout(f"an earlier pass over {path} has not ended")
+        del self._hung[path]
+        cost_ns = worker.late_cost_ns()
+        raise PassTimeout(f"a pass over {path} took {cost_ns / 1e9:.1f} s of CPU time", cost_ns)
 
     def hung(self) -> int:
         """How many passes were left to themselves and have not ended."""
         return len(self._hung)
 
     def hand_over(self) -> None:
-        """Its process stands in from now on."""
-        if self._worker is not None:
-            self._worker.line.close()
-            self._worker = None
+        """Its process stands in from now on; raises OSError if there is none."""
+        self.prepare()
+        assert self._worker is not None
+        self._worker.line.close()
+        self._worker = None
 
     def close(self) -> None:
         """Its process has ended, or is at a pass that takes long."""
@@ -271,10 +306,10 @@ class _Worker:
         child = os.fork()
         if not child:
             try:
-                ours.close()
                 leave_container()
                 pid = os.fork()
                 if not pid:
+                    detach(theirs.fileno())
                     _serve(theirs, stand_in)
                 theirs.send(str(pid).encode())
             finally:
@@ -287,18 +322,24 @@ class _Worker:
         return _Worker(int(first), ours)
 
     def ask(self, program: int, what: dict[str, str]) -> dict[str, Any]:
-        """`what` is one path, under the name of its kind; returns what was found there."""
-        [path] = what.values()
+        """What _answered() has found, or an errno. Raises PassTimeout, OSError, EOFError."""
         socket.send_fds(self.line, [json.dumps(what).encode()], [program])
         if not select.select([self.line], [], [], PATIENCE_S)[0]:
+            with contextlib.suppress(OSError):  # it has just ended
+                os.setpriority(os.PRIO_PROCESS, self.pid, LOW_PRIORITY)
+            [path] = what.values()
             raise PassTimeout(f"a pass over {path} takes longer than {PATIENCE_S:.0f} s")
         answer = self.line.recv(4096)
         if not answer:
             raise EOFError("the process for passes has ended")
         found: dict[str, Any] = json.loads(answer)
-        if "errno" in found:
-            raise OSError(found["errno"], os.strerror(found["errno"]), path)
         return found
+
+    def late_cost_ns(self) -> int:
+        """What a pass took that ended after its time; 0 when its process was killed."""
+        with contextlib.suppress(OSError, ValueError):
+            return int(json.loads(self.line.recv(4096)).get("cost_ns", 0))
+        return 0
 
     def has_ended(self) -> bool:
         """Its end of the line is closed with the process."""
@@ -342,8 +383,23 @@ def remove_cgroup(*, is_within: bool = False) -> None:
             (mount / OWN_CGROUP).rmdir()
 
 
+def detach(*kept: int) -> None:
+    """Closes all files but these: locks among them, and what a caller of this program reads."""
+    gc.freeze()  # nothing of before closes a number that is used again
+    log.forget()
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(devnull, fd)
+    for fd in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
+        if fd > 2 and fd not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(fd)
+
+
 def _answered(program: int, *, pod: str = "", new_pod: str = "") -> dict[str, int]:
-    """What the worker was asked: one of the two. Raises OSError."""
+    """What the worker was asked: a pass over a pod, or to take one in. Raises OSError."""
     if new_pod:
         return {"taken_in": take_in(program, Path(new_pod))}
     began = time.process_time_ns()
@@ -354,7 +410,6 @@ def _answered(program: int, *, pod: str = "", new_pod: str = "") -> dict[str, in
 def _serve(line: socket.socket, stand_in: Callable[[], object]) -> None:
     """The worker: answers until it is told to end, or its line is closed. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         while True:
             try:

@@ -21,7 +21,6 @@ from install.program import VERSION, exits, in_force, pauses
 from install.program import switch as switches
 from install.program.conf_dir import ConfDir
 from install.program.generations import Generation, opened
-from install.program.passes import MOST_HUNG, Passes
 from install.program.pods import has_cgroup, programs_of
 from install.program.switch import Kept
 
@@ -32,7 +31,6 @@ OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 
 JOINER_PATIENCE_S = 5.0  # TB_SILENCE: after that the programs send all bytes by TCP
 NO_JOINER = "no joiner runs: the agent runs it, or tcpip-bypass-node join"
-STUCK = "too many passes have not ended: see `pass_failed` in the log"
 RETIRED = "its sockets were told to leave: see `mend_lost` in the log, or load again"
 
 # MISMATCH is the outcome of a connection whose addresses do not fit. Then comes what to do.
@@ -146,9 +144,7 @@ def facts(node: Node) -> Facts:
         switch=switches.kept(node.state) or Kept(),
         forced=forced_mode(node),
         lost_answers=_lost_answers(complete),
-        joining_problem=_joining_problem(
-            complete, node.generations.current(), Passes.read(node.state_dir).hung
-        ),
+        joining_problem=_joining_problem(complete, node.generations.current()),
     )
 
 
@@ -182,10 +178,7 @@ def _lost_answers(generations: Iterable[Generation]) -> int | None:
     return sum(lost) if lost else None
 
 
-def _joining_problem(
-    generations: list[Generation], current: Generation | None, hung: int = 0
-) -> str:
-    """``hung`` passes have not ended, as the joiner has last said."""
+def _joining_problem(generations: list[Generation], current: Generation | None) -> str:
     if current not in generations:
         return ""  # nothing is loaded, or half of it, which is said elsewhere
     with contextlib.suppress(FileNotFoundError):  # it has just been removed
@@ -194,8 +187,6 @@ def _joining_problem(
             return RETIRED
         if silent_s is None:
             return NO_JOINER
-        if silent_s > JOINER_PATIENCE_S and hung >= MOST_HUNG:
-            return STUCK
         if silent_s > JOINER_PATIENCE_S:
             return f"{NO_JOINER}; the last one fell silent {silent_s:.0f} s ago"
     return ""

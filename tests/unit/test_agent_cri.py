@@ -36,7 +36,6 @@ from install.program.generations import Generation
 from install.program.host import OWN_PROC
 from install.program.installer import Places
 from install.program.node import Node
-from install.program.passes import PassTimeout
 from install.program.pods import has_cgroup
 from tests.bed import cgroups
 from tests.bed.bed import REPOSITORY
@@ -260,14 +259,16 @@ def test_a_pod_that_runs_under_another_runtime_keeps_its_record(
     assert (tally.removed, tally.failed) == (2, 0)
 
 
-def test_each_pod_is_taken_in_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pods_with_older_connections_are_taken_in_until_it_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node, taken = Node(tmp_path / "bpffs", tmp_path / "state"), list[str]()
 
     class Runner:
         def take_in(self, _program: int, folder: Path) -> int:
             taken.append(folder.name)
             if folder.name == "odd":
-                raise PassTimeout
+                raise EOFError
             if folder.name == "last":
                 raise KeyboardInterrupt
             return 1
@@ -287,12 +288,39 @@ def test_each_pod_is_taken_in_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         keys.append(Key(name, "eth0"))
     current = Generation(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        repair.take_in(node, current, keys)
+        repair.take_in(node, current, keys, set())
     assert taken == ["first", "odd", "last"]
-    repair.take_in(node, current, keys[:2])
+    repair.take_in(node, current, keys[:2], set())
     assert taken[3:] == ["first", "odd"]  # it was broken off
-    repair.take_in(node, current, keys[:2])
-    assert taken[5:] == []
+    repair.take_in(node, current, keys[:2], set())
+    assert taken[5:] == ["odd"]
+    with pytest.raises(KeyboardInterrupt):  # it was ADDed just now
+        repair.take_in(node, current, keys, {keys[2]})
+    assert taken[6:] == ["odd", "last"]
+
+
+def test_a_pod_that_a_runtime_has_added_has_no_older_connections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair, "takes_in", lambda _: True)
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    (tmp_path / "state").mkdir()
+    monkeypatch.setattr(repair, "opened", lambda _: nullcontext(0))
+    repair.take_in(node, Generation(tmp_path), [], set())
+    record(node, "new", 0)
+    monkeypatch.setattr(repair, "opened", lambda _: pytest.fail("it was taken in"))
+    repair.take_in(node, Generation(tmp_path), [Key("new", "eth0")], set())
+
+
+def test_programs_of_an_older_version_take_in_no_pod(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair, "takes_in", lambda _: True)
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    record(node, "pod", 0)
+    for added in (set[Key](), {Key("pod", "eth0")}):
+        repair.take_in(node, Generation(tmp_path / "gen-1"), [Key("pod", "eth0")], added)
+        assert repair._waiting(node) == {BLANK.pod_id}
 
 
 def test_one_cgroup_that_cannot_be_opened_keeps_no_other_record(tmp_path: Path) -> None:

@@ -542,20 +542,17 @@ class Joined(Generation):
 
 
 @pytest.mark.parametrize(
-    ("retired", "silent_s", "stuck", "says"),
+    ("retired", "silent_s", "says"),
     [
-        (False, 1.0, 0, ""),
-        (False, None, 0, report.NO_JOINER),
-        (False, 70.0, 0, f"{report.NO_JOINER}; the last one fell silent 70 s ago"),
-        (False, 70.0, 4, report.STUCK),
-        (True, 1.0, 0, report.RETIRED),
+        (False, 1.0, ""),
+        (False, None, report.NO_JOINER),
+        (False, 70.0, f"{report.NO_JOINER}; the last one fell silent 70 s ago"),
+        (True, 1.0, report.RETIRED),
     ],
 )
-def test_why_no_connection_joins(
-    *, retired: bool, silent_s: float | None, stuck: int, says: str
-) -> None:
+def test_why_no_connection_joins(*, retired: bool, silent_s: float | None, says: str) -> None:
     current = Joined(GENERATION.folder, retired, silent_s)
-    assert report._joining_problem([current], current, stuck) == says
+    assert report._joining_problem([current], current) == says
     assert report._joining_problem([], current) == ""
     status = replace(WELL, joining_problem=says).exit_status
     assert status == (exits.LESS if says else exits.WELL)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,10 +17,12 @@ from typing import Any
 import pytest
 
 from bpf import abi
+from cni_plugin.state import State
 from install.program import joiner, log, passes
 from install.program.generations import Generation, Generations
-from install.program.joiner import BURST_NS, FORGET_S, SHARE, Joiner
-from install.program.passes import Runner
+from install.program.joiner import BURST_NS, FORGET_S, MOST_PAID_NS, SHARE, Joiner
+from install.program.lock import FolderLock
+from install.program.passes import PassTimeout, Runner
 
 
 class FakeServed:
@@ -149,6 +155,31 @@ def test_sockets_of_old_generations_leave_on_the_budget(
     made._joins.credit_ns = 0
     made._empty_retired()
     assert len(scans) == 1
+
+
+LEADERLESS = """
+import ctypes, platform, socket, threading, time
+opened = socket.socket()
+threading.Thread(target=time.sleep, args=(60,)).start()
+print(opened.fileno(), flush=True)
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)  # exit(2)
+"""
+
+
+def test_an_edge_reaches_a_process_whose_main_thread_has_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", LEADERLESS], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        fd = int(process.stdout.readline())
+        deadline = time.monotonic() + 10
+        while ") Z" not in Path(f"/proc/{process.pid}/stat").read_text():
+            assert time.monotonic() < deadline
+        passes.wake_reader(process.pid, fd)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            passes.wake_reader(process.pid, fd + 1)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(("mark", "writes"), [(1, [1]), (5, [])])
@@ -285,6 +316,127 @@ def test_a_pass_for_an_edge_that_did_not_come_is_tried_again_in_debt(
     assert not made._can_pay(False)
     made._pass(FakeServed(1), 1, made._edges)  # type: ignore[arg-type]
     assert made._can_pay(False)
+
+
+@pytest.mark.parametrize("cost_ns", [2_000_000, 200_000_000])
+def test_a_pod_with_many_files_keeps_no_other_waiting(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch, cost_ns: int
+) -> None:
+    """It pays by its own pause, whatever it has earned."""
+    now_s, own_ns = made._counted_at, made._own_ns
+    passes = []
+
+    def run(_visit: int, folder: Path) -> int:
+        passes.append(int(folder.name))
+        return cost_ns if folder.name == "1" else 1_000_000
+
+    monkeypatch.setattr("install.program.joiner.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("install.program.joiner.time.process_time_ns", lambda: own_ns)
+    monkeypatch.setattr(made.runner, "run", run)
+    folders = {pod_id: made.state_dir / str(pod_id) for pod_id in (1, 2)}
+    monkeypatch.setattr(made, "_folder", folders.get)
+    served: Any = FakeServed(*folders)
+    served.pending = lambda: {pod: abi.Due(1_000, 100, pending=1) for pod in folders}
+    made._served.append(served)
+    for _ in range(40):
+        made._serve()
+        now_s += 0.25
+    rest_s = max(0, cost_ns - MOST_PAID_NS) / 1e9 / SHARE
+    assert passes.count(1) == (40 if not rest_s else 2)
+    assert passes.count(2) == 40
+
+
+def test_a_pass_that_took_long_is_paid_when_it_has_ended(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: object) -> int:
+        raise PassTimeout("it took long", cost_ns=10_000_000_000)
+
+    monkeypatch.setattr(made.runner, "run", run)
+    served: Any = FakeServed(1)
+    assert not made._pass(served, 1, made._joins)
+    assert made._backoff(served, 1).left_s(is_earned=True) == pytest.approx(10 / SHARE, rel=0.01)
+
+
+def test_a_pod_whose_pass_hangs_keeps_no_other_from_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here five of them, each held for as long as another process has a lock."""
+    gate, hung = tmp_path / "gate", [tmp_path / str(number) for number in range(5)]
+    gate.touch()
+    well = tmp_path / "well"
+    for folder in (*hung, well):
+        folder.mkdir()
+
+    def visit(_visit: int, folder: Path) -> None:
+        with gate.open() as file:
+            if folder != well:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                until = time.process_time() + 0.05
+                while time.process_time() < until:
+                    pass
+
+    monkeypatch.setattr(passes, "visit_pod", visit)
+    monkeypatch.setattr(passes, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(passes, "leave_container", lambda: None)
+    runner = Runner()
+    with gate.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for folder in (*hung, hung[0]):
+            with pytest.raises(PassTimeout) as found:
+                runner.run(0, folder)
+            assert found.value.cost_ns == 0
+            assert runner.run(0, well) >= 0
+        assert runner.hung() == len(hung)
+    deadline = time.monotonic() + 10
+    while not (found.value.cost_ns >= 50_000_000):
+        assert time.monotonic() < deadline
+        with pytest.raises(PassTimeout) as found:
+            runner.run(0, hung[0])
+    monkeypatch.setattr(passes, "PATIENCE_S", 10)
+    assert runner.run(0, hung[0]) >= 50_000_000
+    runner.close()
+
+
+def test_a_process_that_hangs_in_a_pass_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of one that is let go, nor of one whose holder was killed."""
+    ends = os.pipe()
+    monkeypatch.setattr(passes, "visit_pod", lambda *_: os.read(ends[0], 1))
+    monkeypatch.setattr(passes, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(passes, "leave_container", lambda: None)
+    monkeypatch.setattr(passes, "detach", lambda *_: None)  # as if it had not been there
+    state, runner = State(str(tmp_path)), Runner()
+    state.make()
+    folder, other = (FolderLock(tmp_path / "folder") for _ in range(2))
+    assert folder.take()
+    with state.locked(0), pytest.raises(PassTimeout):
+        runner.run(ends[0], tmp_path)
+    folder.release()
+    try:
+        with state.locked(0):
+            assert other.take()
+            other.release()
+    finally:
+        os.write(ends[1], b"x")
+        runner.close()
+
+
+def test_a_failed_pass_leaves_a_process_that_can_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "leave_container", lambda: None)
+    stood_in = tmp_path / "stood in"
+    runner = Runner(stood_in.touch)
+    with pytest.raises(FileNotFoundError):
+        runner.run(0, tmp_path / "gone")
+    assert runner._worker is not None
+    runner.hand_over()
+    deadline = time.monotonic() + 10
+    while not stood_in.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_generation_that_is_removed_meanwhile_has_no_sockets(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from bpf.loader import takes_in
 from cni_plugin import attachment, names, policy
 from cni_plugin.netconf import NetConf
 from cni_plugin.policy import Plan
-from cni_plugin.state import Key
+from cni_plugin.state import Attachment, Key
 from install.program import log, whole_file
 from install.program.agent.cri import CriError, Network, Runtime, Sandbox, connected
 from install.program.conf_dir import ConfDir
@@ -164,14 +164,15 @@ def adopt(
     program_id = current.sock_ops_id()
     now = _in_force(node, plugin)
     conf = now.conf
-    attached = []
+    attached, added = list[Key](), set[Key]()
     for sandbox in sandboxes:
         # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
         plan = _plan(now, sandbox) if sandbox.ready else None
         if plan is None:
             continue
+        key = Key(sandbox.id, IFNAME)
         if _is_attached(node, sandbox, program_id, conf, plan):
-            attached.append(Key(sandbox.id, IFNAME))
+            attached.append(key)
             continue
         about = {"pod": f"{sandbox.pod_namespace}/{sandbox.pod_name}", "container": sandbox.id}
         try:
@@ -182,47 +183,68 @@ def adopt(
             continue
         if _is_attached(node, sandbox, program_id, conf, plan):
             tally.attached += 1
-            attached.append(Key(sandbox.id, IFNAME))
+            attached.append(key)
+            added.add(key)
             log.info("pod_repaired", "accelerated a pod that had been running without", **about)
         elif said:
             log.info("pod_left_alone", said, **about)
-    take_in(node, current, attached)
+    take_in(node, current, attached, added)
 
 
-def take_in(node: Node, current: Generation, keys: Iterable[Key]) -> None:
-    """The older connections of attached pods, once for each pod.
+def take_in(node: Node, current: Generation, attached: Iterable[Key], added: set[Key]) -> None:
+    """The older connections of the pods that were ``added`` just now, and of those that could not
+    be taken in before. At first of all: there may be some from before an earlier agent.
 
     After all are attached, since both ends look for each other.
     """
     if not takes_in(platform.release()):
         return
-    records = [record for key in keys if (record := node.state.read(key))]
-    before = _taken_in(node)
-    new = [record for record in records if record.pod_id not in before]
-    if not new:
-        return
-    runner = Runner()
+    waiting = _waiting(node)
+    records = [record for key in attached if (record := node.state.read(key))]
+    due = [
+        record
+        for record in records
+        if waiting is None
+        or record.pod_id in waiting
+        or Key(record.container_id, record.ifname) in added
+    ]
+    if due or waiting is None:
+        _write_waiting(node, [record.pod_id for record in due])  # if this process is ended
+        _write_waiting(node, _take_in_all(current, due))
+
+
+def _take_in_all(current: Generation, due: list[Attachment]) -> list[int]:
+    """Returns the IDs of the pods that could not be taken in."""
+    left, runner = [], Runner()
     try:
         with opened(current.folder / pins.TAKE_IN) as program:
-            for record in new:
+            for record in due:
                 try:
                     runner.take_in(program, Path(record.cgroup))
-                except (PassTimeout, EOFError, OSError) as error:
-                    why = f"the pod's open connections may stay on TCP: {error}"
+                except PassTimeout:
+                    continue  # it goes on by itself
+                except (EOFError, OSError) as error:
+                    left.append(record.pod_id)
+                    why = f"the pod's open connections stay on TCP, for now: {error}"
                     log.warning("connections_not_taken_in", why, **log.of(record))
+    except FileNotFoundError:  # programs of an older version
+        return [record.pod_id for record in due]
     finally:
         runner.close()
-    with contextlib.suppress(OSError):  # a full disk: once more, then
-        done = sorted(record.pod_id for record in records)
-        whole_file.write(node.state_dir / names.TAKEN_IN_JSON, json.dumps(done))
+    return left
 
 
-def _taken_in(node: Node) -> set[int]:
-    """The IDs of pods."""
+def _write_waiting(node: Node, pod_ids: list[int]) -> None:
+    with contextlib.suppress(OSError):  # a full disk: all once more
+        whole_file.write(node.state_dir / names.TAKE_IN_JSON, json.dumps(pod_ids))
+
+
+def _waiting(node: Node) -> set[int] | None:
+    """The IDs of pods that could not be taken in yet; None when none was tried so far."""
     try:
-        return set(json.loads((node.state_dir / names.TAKEN_IN_JSON).read_bytes()))
+        return set(json.loads((node.state_dir / names.TAKE_IN_JSON).read_bytes()))
     except (OSError, ValueError, TypeError):
-        return set()
+        return None
 
 
 def _in_force(node: Node, plugin: Plugin) -> InForce:
