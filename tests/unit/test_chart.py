@@ -214,6 +214,7 @@ def test_values_arrive_where_they_belong() -> None:
         switch={"paused": True, "excludeNamespaces": ["a", "b"], "excludePorts": [22, "80-90"]},
         criSocket="/run/crio/crio.sock",
         perPodMetrics=True,
+        imagePullSecrets=["registry"],
     )
     arguments = build_parser().parse_args(manifests.arguments(objects))
     assert json.loads(arguments.conf_json) == conf
@@ -222,6 +223,7 @@ def test_values_arrive_where_they_belong() -> None:
     assert arguments.per_pod_metrics
     spec = manifests.pod_spec(objects)
     assert spec["nodeSelector"] == {"kubernetes.io/os": "linux", "tcpip-bypass/try": "true"}
+    assert spec["imagePullSecrets"] == [{"name": "registry"}]
     volumes = {each["name"]: each.get("hostPath", {}).get("path") for each in spec["volumes"]}
     assert volumes["cni-bin"] == "/elsewhere/bin"
     assert manifests.agent(objects)["image"] == f"registry/bypass@sha256:{64 * 'a'}"

@@ -105,6 +105,22 @@ def test_least_privilege() -> None:
     assert rule["resourceNames"] == [manifests.daemonset(BASE)["metadata"]["name"]]
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_account_that_asks_outlives_the_daemonset(name: str) -> None:
+    """Not where an SCC is bound to it; both bindings name the account that the pods have."""
+    objects = manifests.kustomized(manifests.OVERLAYS / name)
+    spec = manifests.pod_spec(objects)
+    ours = [each["metadata"]["name"] for each in objects if each["kind"] == "ServiceAccount"]
+    assert ours == (["tcpip-bypass-node"] if name == "openshift" else [])
+    assert [spec["serviceAccountName"]] == (ours or ["default"])
+    assert spec["automountServiceAccountToken"]  # whatever the default account says
+    bindings = [each for each in objects if each["kind"] == "RoleBinding"]
+    assert len(bindings) == 1 + len(ours)
+    for binding in bindings:
+        (subject,) = binding["subjects"]
+        assert subject["name"] == spec["serviceAccountName"]
+
+
 def test_mounts_do_not_live_on_in_the_pod() -> None:
     """A folder below which the node mounts and unmounts comes with propagation."""
     mounts = {each["name"]: each for each in manifests.agent(BASE)["volumeMounts"]}

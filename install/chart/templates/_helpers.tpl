@@ -26,6 +26,15 @@ app.kubernetes.io/managed-by: {{ .Values.managedBy | default .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{- /*
+The account of the DaemonSet's pods. On OpenShift an SCC is bound to it, which the default account must not get. So
+there the DaemonSet has to be deleted before the account is.
+*/ -}}
+{{- define "tcpip-bypass.account" -}}
+{{- $platform := include "tcpip-bypass.platform" . | fromYaml -}}
+{{ ternary "tcpip-bypass-node" "default" (hasKey $platform "scc") }}
+{{- end -}}
+
 {{- /* Kubernetes before 1.30 knows AppArmor by an annotation, and refuses the field. Empty: no. */ -}}
 {{- define "tcpip-bypass.has_apparmor_field" -}}
 {{- if semverCompare ">=1.30-0" .Capabilities.KubeVersion.Version }}true{{ end -}}
