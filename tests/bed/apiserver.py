@@ -37,6 +37,7 @@ GONE: Answer = (
         "details": {"name": NAME, "group": "apps", "kind": "daemonsets"},
     },
 )
+UNAUTHORIZED: Answer = (401, {"kind": "Status", "message": "Unauthorized"})
 FORBIDDEN: Answer = (403, {"kind": "Status", "reason": "Forbidden", "message": "cannot get"})
 
 

@@ -671,10 +671,14 @@ def test_sigterm_means_leaving_only_when_the_daemonset_is_deleted(
         boxes = run(pods)
         with talking(pods, boxes) as load:
             agent.start_and_wait()
-            assert agent.end() == 0  # a rolling update
-            assert accelerated(pods) == [True, True]
-            assert agent.entry() is not None
-            agent.start_and_wait()
+            # A rolling update, and a token that was refused because its pod is gone.
+            for answer in (apiserver.WANTED, apiserver.UNAUTHORIZED):
+                server.answer = answer
+                assert agent.end() == 0
+                assert accelerated(pods) == [True, True]
+                assert agent.entry() is not None
+                server.answer = apiserver.WANTED
+                agent.start_and_wait()
             agent.wait_until("bypassing", lambda: bytes_of(agent, pods[0])[0] > 0)
             server.answer = apiserver.GONE
             with churning(bed):

@@ -17,10 +17,17 @@ from install.program.agent.metrics import Metrics
 from install.program.agent.schedule import NotDone, Waiting
 from install.program.node import Node
 from tests.bed import apiserver
-from tests.bed.apiserver import BEING_DELETED, FORBIDDEN, GONE, WANTED, Answer, ApiServer
+from tests.bed.apiserver import (
+    BEING_DELETED,
+    FORBIDDEN,
+    GONE,
+    UNAUTHORIZED,
+    WANTED,
+    Answer,
+    ApiServer,
+)
 
 OURS = DaemonSet(apiserver.NAMESPACE, apiserver.NAME)
-UNAUTHORIZED: Answer = (401, {"kind": "Status", "message": "Unauthorized"})
 
 
 @pytest.fixture
@@ -65,15 +72,22 @@ def test_it_is_not_known_to_be_deleted(server: ApiServer, answer: Answer) -> Non
     assert len(server.asked) == 1
 
 
-@pytest.mark.parametrize("refusal", [FORBIDDEN, UNAUTHORIZED])
-def test_it_is_deleted_when_the_right_to_ask_was_taken_away(
-    server: ApiServer, refusal: Answer
-) -> None:
+def test_it_is_deleted_when_the_right_to_ask_was_taken_away(server: ApiServer) -> None:
     question = Question(OURS)
     assert question.may_be_asked().status == 200
-    server.answer = refusal
+    server.answer = FORBIDDEN
     assert question.ask().deleted
     assert len(server.asked) > 2  # it was no passing mood
+
+
+def test_a_refused_token_is_no_removal(server: ApiServer) -> None:
+    """It ends with its pod: one that was deleted by force, or while kubelet was down."""
+    question = Question(OURS)
+    assert question.may_be_asked().status == 200
+    server.answer = UNAUTHORIZED
+    found = question.ask()
+    assert (found.status, found.deleted) == (401, False)
+    assert "Unauthorized" in found.why
 
 
 def test_a_refusal_that_passes_is_none(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,14 +69,14 @@ class Question:
     def ask(self) -> Answer:
         """Takes REFUSED_S and twice TIMEOUT_S at most.
 
-        `kubectl delete -f` deletes our service account and its role in the same second as the
-        DaemonSet. So when the API server itself refuses, and goes on refusing, what it told us
-        before, that is an answer, too.
+        `kubectl delete -f` deletes the role and its binding in the same second as the DaemonSet.
+        So when the API server itself forbids, and goes on forbidding, what it told us before,
+        that is an answer, too. A refused token is none: it ends with its pod, for any reason.
         """
         deadline = time.monotonic() + REFUSED_S
         while True:
             answer = _ask(self._daemonset)
-            if not (self._was_allowed and answer.status in REFUSALS):
+            if not (self._was_allowed and answer.status == http.client.FORBIDDEN):
                 return answer
             if time.monotonic() > deadline:
                 return Answer(answer.status, True, f"our access was taken away: {answer.why}")
