@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from cni_plugin import schema
-from install.program import VERSION, switch
+from cni_plugin import names, schema
+from install.program import VERSION, installer, switch
 from install.program.cli import build_parser
 from tests import manifests
 from tests.manifests import CHART, render
@@ -229,6 +230,17 @@ def test_values_arrive_where_they_belong() -> None:
     assert manifests.agent(objects)["image"] == f"registry/bypass@sha256:{64 * 'a'}"
     data = by_name(objects)["ConfigMap", "tcpip-bypass-switch"]["data"]
     assert switch.parse(data) == switch.Switch(True, None, ("a", "b"), ("22", "80-90"))
+
+
+@pytest.mark.parametrize("values", [{}, {"conf": {}}, {"conf": None}])
+def test_keys_taken_out_of_the_configuration_leave_our_entry(values: manifests.Json) -> None:
+    """Without the option the agent would keep what the entry has."""
+    arguments = build_parser().parse_args(manifests.arguments(chart(**values)))
+    assert arguments.conf_json == "{}"
+    entry = installer.entry(
+        Path(names.BPFFS), Path(names.STATE_DIR), installer.parse_options(arguments.conf_json)
+    )
+    assert "scope" not in entry.over({"type": names.PLUGIN, "scope": "annotated"})
 
 
 def test_applying_again_leaves_the_switch_alone() -> None:
