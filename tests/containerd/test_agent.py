@@ -412,7 +412,7 @@ def test_a_disk_that_cannot_be_written(agent: Agent) -> None:
     agent.wait_until("ready", lambda: agent.reasons() == [])
 
 
-def test_two_agents_at_once(agent: Agent) -> None:
+def test_two_agents_at_once(agent: Agent, tmp_path: Path) -> None:
     second = Agent(agent.bed, port=agent.port + 1)
     try:
         second.start()
@@ -427,6 +427,28 @@ def test_two_agents_at_once(agent: Agent) -> None:
     finally:
         second.kill()
     agent.wait_until("ready again", lambda: agent.reasons() == [])
+    with api_server(second, tmp_path) as server:
+        server.answer = apiserver.GONE
+        seen = len(second.events())
+        second.start()
+        second.wait_for("waiting", since=seen)
+        assert second.end() == 0
+    assert "another agent" in second.said("stopped", seen)[0]["msg"]
+    assert agent.entry() is not None
+    assert agent.reasons() == []
+
+
+@contextmanager
+def api_server(agent: Agent, folder: Path) -> Iterator[apiserver.ApiServer]:
+    """One on the node, which the agent asks from its next start on."""
+    node = agent.bed.node
+    with ExitStack() as stack:
+        with node.host.entered():
+            server = stack.enter_context(apiserver.running(folder))
+        server.write_service_account(node.outside(SERVICE_ACCOUNT))
+        stack.callback(shutil.rmtree, node.outside(SERVICE_ACCOUNT.parents[1]))
+        agent.environment, agent.options = server.environment, DAEMONSET
+        yield server
 
 
 def test_a_port_that_is_taken_is_waited_for(agent: Agent) -> None:
@@ -662,11 +684,7 @@ def test_sigterm_means_leaving_only_when_the_daemonset_is_deleted(
     bed = agent.bed
     agent.end()
     with ExitStack() as stack:
-        with bed.node.host.entered():
-            server = stack.enter_context(apiserver.running(tmp_path))
-        server.write_service_account(bed.node.outside(SERVICE_ACCOUNT))
-        stack.callback(shutil.rmtree, bed.node.outside(SERVICE_ACCOUNT.parents[1]))
-        agent.environment, agent.options = server.environment, DAEMONSET
+        server = stack.enter_context(api_server(agent, tmp_path))
         pods = stack.enter_context(made(bed, "client", "server"))
         boxes = run(pods)
         with talking(pods, boxes) as load:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from install.program import installer
+from install.program import commands, installer
 from install.program.agent import kubernetes
 from install.program.agent.agent import Agent, Settings
 from install.program.agent.http import Health
 from install.program.agent.kubernetes import DaemonSet, Question
 from install.program.agent.metrics import Metrics
 from install.program.agent.schedule import NotDone, Waiting
+from install.program.lock import FolderLock
 from install.program.node import Node
 from tests.bed import apiserver
 from tests.bed.apiserver import (
@@ -132,16 +133,47 @@ def test_a_daemonset_is_named_in_full(text: str) -> None:
         DaemonSet.parse(text)
 
 
+def agent_of(node: Node) -> Agent:
+    folder = node.state_dir.parent
+    places = installer.Places(*(folder / name for name in ("conf", "bin", "plugin", "proc")))
+    entry = installer.entry(node.bpffs, node.state_dir, None)
+    settings = Settings(places, entry, [], [], [], (), Question(OURS), None, once=False)
+    return Agent(node, settings, Metrics(node), Health())
+
+
+@pytest.mark.parametrize("is_another_there", [True, False])
+def test_an_agent_uninstalls_no_node_of_another(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_another_there: bool
+) -> None:
+    """It waited all the time, and its own DaemonSet was deleted."""
+    node, uninstalled = Node(tmp_path / "bpffs", tmp_path / "state"), list[object]()
+    monkeypatch.setattr(commands, "uninstall", lambda *_, **__: uninstalled.append(True))
+    server.answer = GONE
+    other = FolderLock(node.state_dir)
+    assert not is_another_there or other.take()
+    agent_of(node)._leave()
+    other.release()
+    assert uninstalled == ([] if is_another_there else [True])
+
+
+def test_a_state_folder_that_cannot_be_used_is_no_other_agents(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, uninstalled = Node(tmp_path / "bpffs", tmp_path / "state"), list[object]()
+    monkeypatch.setattr(commands, "uninstall", lambda *_, **__: uninstalled.append(True))
+    server.answer = GONE
+    agent = agent_of(node)
+    node.state_dir.touch()
+    agent._leave()
+    assert uninstalled == [True]
+
+
 def test_an_api_server_that_comes_late_is_waited_for(
     server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kube-proxy starts after us: that is a warning, tried again soon, and said to be over."""
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
-    node = Node(tmp_path / "bpffs", tmp_path / "state")
-    places = installer.Places(*(tmp_path / name for name in ("conf", "bin", "plugin", "proc")))
-    entry = installer.entry(node.bpffs, node.state_dir, None)
-    settings = Settings(places, entry, [], [], [], (), Question(OURS), None, once=False)
-    task = Agent(node, settings, Metrics(node), Health())._daemonset
+    task = agent_of(Node(tmp_path / "bpffs", tmp_path / "state"))._daemonset
     failure = task.run(lambda: 0.0)
     assert isinstance(failure, Waiting)
     assert "cannot be asked" in str(failure)

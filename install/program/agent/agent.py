@@ -163,11 +163,11 @@ class Agent:
         said = ""
         while not self._leaving:
             try:
-                if self._lock.take():
+                reason = self._take_lock()
+                if not reason:
                     if said:
                         log.info("owning", f"this is over: {said}")
                     return
-                reason = f"another agent is on this node: it holds {self._lock.folder}"
             except OSError as error:
                 reason = f"the state folder cannot be used: {error}"
             if reason != said:
@@ -176,6 +176,12 @@ class Agent:
             self._health.set_ready([reason])
             self._health.set_started()
             self._sleep(LOCK_POLL_S)
+
+    def _take_lock(self) -> str:
+        """Returns why this agent has it not; empty when it has. Raises OSError."""
+        if self._lock.take():
+            return ""
+        return f"another agent is on this node: it holds {self._lock.folder}"
 
     def _sleep(self, seconds: float) -> None:
         """Until that time is over, something has changed, or a signal has come."""
@@ -468,8 +474,12 @@ class Agent:
         if question is None:
             return
         answer = question.ask()
-        if not answer.deleted:
-            log.info("stopped", f"everything stays as it is: {answer.why}")
+        why_not = "" if answer.deleted else answer.why
+        if answer.deleted:
+            with contextlib.suppress(OSError):  # no agent has a folder that cannot be used
+                why_not = self._take_lock()
+        if why_not:
+            log.info("stopped", f"everything stays as it is: {why_not}")
             return
         log.info("leaving", f"taking everything off this node: {answer.why}")
         commands.uninstall(self._node, self._settings.places, purge=False)
