@@ -412,6 +412,26 @@ def test_a_disk_that_cannot_be_written(agent: Agent) -> None:
     agent.wait_until("ready", lambda: agent.reasons() == [])
 
 
+def test_a_removal_from_a_disk_that_cannot_be_written(agent: Agent, tmp_path: Path) -> None:
+    node, folder = agent.bed.node, agent.conf_dir
+    agent.end()
+    with api_server(agent, tmp_path) as server, made(agent.bed, "before", "after") as pods:
+        agent.start_and_wait()
+        run(pods[:1])
+        assert accelerated(pods[:1]) == [True]
+        server.answer = apiserver.GONE
+        node.run(["mount", "--bind", folder, folder])
+        node.run(["mount", "-o", "remount,bind,ro", folder])
+        try:
+            assert agent.end() == 1
+        finally:
+            node.run(["umount", folder])
+        assert agent.generations() == []
+        assert agent.entry() is not None
+        run(pods[1:])  # the plugin is there, and passes them on
+        assert accelerated(pods) == [False, False]
+
+
 def test_two_agents_at_once(agent: Agent, tmp_path: Path) -> None:
     second = Agent(agent.bed, port=agent.port + 1)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -166,6 +167,22 @@ def test_a_state_folder_that_cannot_be_used_is_no_other_agents(
     node.state_dir.touch()
     agent._leave()
     assert uninstalled == [True]
+
+
+def test_where_no_file_can_be_removed_the_kernel_is_emptied_all_the_same(
+    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unloaded = list[Node]()
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(commands, "uninstall", refuse)
+    monkeypatch.setattr(commands, "unload", unloaded.append)
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    server.answer = GONE
+    assert agent_of(node)._leave() == 1
+    assert unloaded == [node]
 
 
 def test_an_api_server_that_comes_late_is_waited_for(

@@ -121,8 +121,7 @@ class Agent:
                 self._sleep(min(task.due for task in self._tasks) - time.monotonic())
                 self._own_the_node()
             self._end_joiner()
-            self._leave()
-            return 0
+            return self._leave()
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -468,11 +467,14 @@ class Agent:
 
         return child.run([command, *options], timeout_s, lambda: self._leaving, meanwhile)
 
-    def _leave(self) -> None:
-        """A restart, a rolling update or a drained node changes nothing; a removal everything."""
+    def _leave(self) -> int:
+        """A restart, a rolling update or a drained node changes nothing; a removal everything.
+
+        Returns the exit status.
+        """
         question = self._settings.question
         if question is None:
-            return
+            return 0
         answer = question.ask()
         why_not = "" if answer.deleted else answer.why
         if answer.deleted:
@@ -480,10 +482,17 @@ class Agent:
                 why_not = self._take_lock()
         if why_not:
             log.info("stopped", f"everything stays as it is: {why_not}")
-            return
+            return 0
         log.info("leaving", f"taking everything off this node: {answer.why}")
-        commands.uninstall(self._node, self._settings.places, purge=False)
+        try:
+            commands.uninstall(self._node, self._settings.places, purge=False)
+        except OSError as error:
+            then = "the plugin stays, without effect; mend that, then install and remove again"
+            log.error("not_left", f"our files cannot be taken off this node: {error}; {then}")
+            commands.unload(self._node)
+            return 1
         log.info("left", "nothing of ours is in use on this node any more")
+        return 0
 
 
 def _identity(socket: Path) -> tuple[Path, int, int] | None:
