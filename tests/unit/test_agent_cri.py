@@ -20,7 +20,7 @@ import pytest
 from bpf import bpfsys
 from cni_plugin import names, protocol, results
 from cni_plugin.state import Key
-from install.program import exits, host, report
+from install.program import exits, host, log, report
 from install.program import status as tables
 from install.program.agent import repair
 from install.program.agent.agent import Agent, Settings
@@ -205,16 +205,25 @@ def test_a_runtime_that_was_started_again_is_asked_at_once(tmp_path: Path) -> No
         assert (agent._sandboxes.due < math.inf) == is_new
 
 
-@pytest.mark.parametrize("which", ["conf_dir", "bin_dir"])
-def test_a_folder_that_was_made_anew_ends_the_agent(tmp_path: Path, which: str) -> None:
+@pytest.mark.parametrize("which", ["conf_dir", "bin_dir", "state_dir", "cri_sockets"])
+def test_a_folder_that_was_made_anew_ends_the_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
     """A pod that is started again is given the new one."""
-    agent = agent_of(Node(tmp_path / "bpffs", tmp_path / "state"), tmp_path)
+    said = list[str]()
+    monkeypatch.setattr(log, "error", lambda event, *_, **__: said.append(event))
     (tmp_path / "old").mkdir()
-    with bpfsys.closing(os.open(tmp_path / "old", os.O_RDONLY)) as old:
+    with bpfsys.closing(os.open(tmp_path / "old", os.O_RDONLY)) as fd:
         (tmp_path / "old").rmdir()  # as a bind mount has it
-        places = replace(agent._settings.places, **{which: Path(f"/proc/self/fd/{old}")})
-        agent._settings = replace(agent._settings, places=places)
+        old = Path(f"/proc/self/fd/{fd}")
+        state_dir = old if which == "state_dir" else tmp_path / "state"
+        sockets = [old / "cri.sock"] if which == "cri_sockets" else []
+        agent = agent_of(Node(tmp_path / "bpffs", state_dir), tmp_path, *sockets)
+        if which in ("conf_dir", "bin_dir"):
+            places = replace(agent._settings.places, **{which: old})
+            agent._settings = replace(agent._settings, places=places)
         assert agent.run(None) == 1
+    assert said == ["folder_gone"]
 
 
 def test_a_mount_of_the_node_need_not_be_text(tmp_path: Path) -> None:

@@ -111,9 +111,8 @@ class Agent:
                 self._listen(serve, stack)
             self._own_the_node()
             while not self._leaving:
-                places = self._settings.places
-                for folder in filter(_is_orphaned, (places.conf_dir, places.bin_dir)):
-                    log.error("folder_gone", f"{folder} was made anew; ending")
+                for folder in filter(_is_orphaned, self._mounted()):
+                    log.error("folder_gone", f"{folder} was removed or made anew; ending")
                     return 1  # a pod that is started again is given the new one
                 self._turn()
                 if self._settings.once:
@@ -122,6 +121,12 @@ class Agent:
                 self._own_the_node()
             self._end_joiner()
             return self._leave()
+
+    def _mounted(self) -> set[Path]:
+        """The folders of the node that a pod has a mount of, and that may be made anew there."""
+        places = self._settings.places
+        runtimes = {socket.parent for socket in self._settings.cri_sockets}
+        return {places.conf_dir, places.bin_dir, self._node.state_dir, *runtimes}
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
