@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from bpf import bpfsys
@@ -203,6 +205,24 @@ def test_a_runtime_that_was_started_again_is_asked_at_once(tmp_path: Path) -> No
         agent._sandboxes.due = math.inf
         agent._look_at_runtime()
         assert (agent._sandboxes.due < math.inf) == is_new
+
+
+def test_a_runtime_that_cannot_be_asked_is_counted(tmp_path: Path) -> None:
+    path, ours = tmp_path / "cri.sock", {"type": names.PLUGIN}
+    conflist = {"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "bridge"}, ours]}
+    (tmp_path / "10-pods.conflist").write_text(json.dumps(conflist))
+    agent = agent_of(Node(tmp_path / "bpffs", tmp_path / "state"), tmp_path, path)
+    options = ["--cni-conf-dir", str(tmp_path), "--state-dir", str(tmp_path / "state")]
+    agent._settings = replace(agent._settings, gc_options=options)
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_insecure_port(f"unix:{path}")
+    server.start()
+    agent._look_at_runtime()
+    failure = agent._sandboxes.run(time.monotonic)
+    server.stop(None).wait()
+    assert "UNIMPLEMENTED" in str(failure)
+    failed = 'tcpip_bypass_repair_errors_total{what="sandbox"}'
+    assert f"{failed} 1.0" in agent._metrics.render().decode()
 
 
 @pytest.mark.parametrize("which", ["conf_dir", "bin_dir", "state_dir", "cri_sockets"])

@@ -436,7 +436,11 @@ class Agent:
             raise Waiting("our entry is in no network configuration yet")
         socket, *_ = self._runtime
         options = ["--adopt", "--json", "--cri-socket", str(socket), *self._settings.gc_options]
-        done = json.loads(self._child("gc", options, GC_S))
+        try:
+            done = json.loads(self._child("gc", options, GC_S))
+        except NotDone:
+            self._metrics.failed("sandbox")
+            raise
         log.info("sandboxes_checked", "compared attachments with the runtime's sandboxes", **done)
         for what, count in (("sandbox", done["attached"]), ("attachment", done["removed"])):
             for _ in range(count):
