@@ -335,10 +335,12 @@ class ConfDir:
 
 
 def _read(path: Path) -> bytes:
-    """Empty when it has just gone, or is a link to nothing."""
+    """Empty when it has just gone, or is a link that leads to no file."""
     try:
         return path.read_bytes()
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
         return b""
 
 

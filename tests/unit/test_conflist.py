@@ -242,6 +242,23 @@ def test_link_without_a_target_is_reported(conf: ConfDir) -> None:
     assert "a link to /not/mounted/here, which is not to be seen here" in problem
 
 
+@pytest.mark.parametrize("name", ["05-odd.conf", "05-odd.conflist", "05-odd.conflist.cilium_bak"])
+@pytest.mark.parametrize("target", ["nothing", "10-flannel.conflist/nothing", "itself"])
+def test_link_that_leads_to_no_file_is_in_no_ones_way(
+    conf: ConfDir, name: str, target: str
+) -> None:
+    link, used = conf.path / name, conf.path / "10-flannel.conflist"
+    link.symlink_to(name if target == "itself" else target)
+    used.write_text(FLANNEL)
+    assert conf.put_in(PLAIN).conflist == used
+    ours = conf.ours()
+    assert ours is not None
+    assert ours.path == used
+    assert conf.take_out().conflist == used
+    assert used.read_text() == FLANNEL
+    assert link.is_symlink()
+
+
 def at_first_sync(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Call `act` when our file is written but not yet in place."""
     real, pending = os.fsync, [act]
