@@ -85,24 +85,36 @@ def install(places: Places, entry: Entry) -> Installed:
 
     Raises:
         DoesNotRun: the node cannot run the new plugin, or no longer the installed one.
-        InstallError: the source is missing, or the plugin could not be tried.
-        OSError: something cannot be read or written.
+        InstallError: the plugin is missing, or cannot be read, written or tried.
+        OSError: a configuration cannot be read or written.
     """
-    places.bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with _as_install_error():
+        places.bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with alone(places.bin_dir):
         files, conf = places.files, ConfDir(places.conf_dir)
         try:
-            intact = files.is_intact()  # reads 23 MB: once, when all is well
-            if not intact:
-                _check_writable(places.bin_dir)
+            with _as_install_error():
+                intact = files.is_intact()  # reads 23 MB: once, when all is well
+                if not intact:
+                    _check_writable(places.bin_dir)
             if conf.lacks(entry):
                 _check_writable(places.conf_dir)
-            changed = not intact and files.install()
+            with _as_install_error():
+                changed = not intact and files.install()
             if intact:
                 files.check_runs()
         except (InstallError, OSError) as error:
             _spare_pods(files, conf, error)
         return Installed(changed, conf.put_in(entry))
+
+
+@contextlib.contextmanager
+def _as_install_error() -> Iterator[None]:
+    """What the disk refuses of the plugin. An OSError is then about the configuration."""
+    try:
+        yield
+    except OSError as error:
+        raise InstallError(str(error)) from error
 
 
 def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoReturn:

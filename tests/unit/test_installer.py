@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -21,7 +22,11 @@ import pytest
 
 from cni_plugin import names
 from install.program import installer, trial
-from install.program.conf_dir import Outcome
+from install.program import node as program
+from install.program.agent.agent import Agent, Settings
+from install.program.agent.http import Health
+from install.program.agent.metrics import Metrics
+from install.program.conf_dir import ConfDir, Outcome
 from install.program.conflist import Entry
 from install.program.installer import Places, Uninstalled
 from install.program.plugin_files import DoesNotRun, InstallError
@@ -138,6 +143,31 @@ def test_without_a_plugin_no_entry_is_made(node: Node) -> None:
     with pytest.raises(InstallError):
         installer.install(node.places, PLAIN)
     assert node.files() == before
+
+
+@pytest.mark.parametrize(
+    ("fails", "what"),
+    [
+        ((Path, "mkdir"), "plugin"),
+        ((shutil, "copytree"), "plugin"),
+        ((ConfDir, "put_in"), "conflist"),
+    ],
+)
+def test_the_agent_counts_what_the_full_disk_has_kept_out(
+    node: Node, monkeypatch: pytest.MonkeyPatch, fails: tuple[object, str], what: str
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(28, "No space left on device")
+
+    settings = Settings(node.places, PLAIN, [], [], [], (), None, None, once=True)
+    of_agent = program.Node(node.folder / "bpffs", node.folder / "state")
+    metrics = Metrics(of_agent)
+    agent = Agent(of_agent, settings, metrics, Health())
+    with monkeypatch.context() as patched:
+        patched.setattr(*fails, refuse)
+        assert "No space left" in str(agent._files.run(time.monotonic))
+    failed = re.findall(r'repair_errors_total{what="(\w+)"} 1\.0', metrics.render().decode())
+    assert failed == [what]
 
 
 def break_source(node: Node) -> None:
