@@ -107,7 +107,8 @@ def is_of_pod(folder: Path, pod_uid: str) -> bool:
     A cgroup that pods share (a runtime used without a kubelet may make such) must not get one
     pod's record. Without a UID it finds none.
     """
-    return pod_uid in folder.name or pod_uid.replace("-", "_") in folder.name
+    found = pod_uid in folder.name or pod_uid.replace("-", "_") in folder.name
+    return found and bool(pod_uid)
 
 
 def expand_slice(name: str) -> str:
