@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from bpf import abi
 from install.program import switch
+from install.program.agent.agent import Agent, Settings
+from install.program.agent.http import Health
 from install.program.agent.metrics import REPAIRS, Metrics
 from install.program.check import finding
+from install.program.conflist import Entry
+from install.program.host import OWN_PROC
+from install.program.installer import Places
 from install.program.node import Node
 from tests.unit.cases import ROOT
 
@@ -79,6 +85,20 @@ def test_events() -> None:
     assert unnamed == set()
     gone = {name for name in named if not any(re.fullmatch(each, name) for each in said)}
     assert gone == set()
+
+
+def test_events_of_tasks(tmp_path: Path) -> None:
+    """Each may fail, and be well again; those alone wait whose work raises Waiting."""
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    places = Places(tmp_path, tmp_path, tmp_path, OWN_PROC)
+    settings = Settings(places, Entry(None, {}), [], [], [], (), None, None, once=True)
+    tasks = Agent(node, settings, Metrics(node), Health())._tasks
+    said = {f"{task.name}_{how}" for task in tasks for how in ("failed", "recovered")}
+    waiting = [task for task in tasks if "Waiting(" in inspect.getsource(task.work)]
+    said |= {f"{task.name}_waiting" for task in waiting}
+    any_task = "|".join(task.name for task in tasks)
+    event = re.compile(rf"({any_task})_(failed|recovered|waiting)")
+    assert {each for each in named_in(section("Log")) if event.fullmatch(each)} == said
 
 
 def test_what_to_do_about_a_mismatch() -> None:
