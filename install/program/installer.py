@@ -120,8 +120,7 @@ def _as_install_error() -> Iterator[None]:
 def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoReturn:
     """Raises the problem; if the installed plugin does not run either, our entry goes first.
 
-    A runtime may have cached the configuration, so there is a stub in the plugin's place. (Where
-    the node has no /bin/sh either, that is no worse than what was there.)
+    A runtime may have cached the configuration, so there is a stub in the plugin's place.
     """
     try:
         files.check_runs()
@@ -151,9 +150,9 @@ def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) ->
         OSError: something cannot be written. As long as our entry is in a configuration, the
             program stays.
     """
-    files = places.files
+    files, folder = places.files, ConfDir(places.conf_dir)
     with alone(places.bin_dir):
-        conf = ConfDir(places.conf_dir).take_out()
+        conf = folder.take_out()
         still_running = _wait_until_unused(files)
         switch_off()
         if (files.is_there or conf.changed or conf.problems) and not purge:
@@ -161,7 +160,8 @@ def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) ->
         removed = files.remove()
         if purge:
             files.remove_stub()
-        return Uninstalled(conf, removed, files.has_stub, still_running)
+        again = folder.take_out()  # a writer may have put back what it had read before
+        return Uninstalled(again if again.changed else conf, removed, files.has_stub, still_running)
 
 
 def _wait_until_unused(files: PluginFiles) -> list[int]:

@@ -42,7 +42,8 @@ VERSION)
 	;;
 ADD)
 	code=11
-	message="try again later: {names.PLUGIN} has left this node and its network configuration"
+	message="try again later: {names.PLUGIN} runs on this node no more; if this lasts,"
+	message="$message take its entry out of the network configuration, or install it again"
 	;;
 *)
 	code=4
@@ -232,9 +233,13 @@ class PluginFiles:
         return plain and self.link.read_bytes().startswith(b"#!/bin/sh\n")
 
     def put_stub(self) -> None:
-        """From now on the stub is called in our place. What was there stays in the store."""
+        """From now on the stub is called in our place. What was there stays in the store.
+
+        Nothing changes where the node cannot run it either, for want of a /bin/sh.
+        """
         if not self.has_stub and self.bin_dir.exists():
-            self._put_stub()
+            with contextlib.suppress(DoesNotRun):
+                self._put_stub()
 
     def remove(self) -> bool:
         """Whether there was anything. A stub stays; nothing else may call the plugin any more."""
@@ -255,8 +260,20 @@ class PluginFiles:
             whole_file.sync(self.bin_dir)
 
     def _put_stub(self) -> None:
+        """Raises DoesNotRun."""
         staged = self.bin_dir / _STAGED
-        whole_file.write_synced(self.link, STUB.encode(), staged=staged, mode=0o755)
+
+        def refuse_what_does_not_run() -> None:
+            try:
+                self._try(staged)
+            except DoesNotRun:
+                raise
+            except InstallError:  # not known
+                pass
+
+        whole_file.write_synced(
+            self.link, STUB.encode(), staged=staged, mode=0o755, before=refuse_what_does_not_run
+        )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

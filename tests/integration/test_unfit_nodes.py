@@ -231,6 +231,17 @@ def install_in_pod(
     )
 
 
+def test_a_node_without_a_shell_gets_no_stub(root: Path) -> None:
+    """Talos, Bottlerocket: a stub would fail each DEL as an absent program does."""
+    with roots.running(root) as node:
+        assert program(node, "install").returncode == 0
+        (root / "bin/sh").unlink()
+        done = program(node, "uninstall")
+        assert (done.returncode, "stub" in done.stdout) == (0, False), done.stderr
+        assert list(node.bin_dir.iterdir()) == []
+        assert types(node) == ["bridge"]
+
+
 @dataclass
 class Agent:
     """The agent of a node, in a bed's folders."""

@@ -107,6 +107,21 @@ def test_there_and_back(node: Node) -> None:
     assert list(node.places.bin_dir.iterdir()) == []
 
 
+@pytest.mark.usefixtures("hasty")
+def test_an_entry_that_is_put_back_meanwhile_goes_too(node: Node) -> None:
+    """By a program that has read the file before. With the stub, each pod would fail."""
+    before = node.files()
+    installer.install(node.places, PLAIN)
+    installed = node.files()
+
+    def put_back() -> None:
+        for name, content in installed.items():
+            (node.places.conf_dir / name).write_bytes(content)
+
+    assert installer.uninstall(node.places, put_back, purge=False).conf.changed
+    assert node.files() == before
+
+
 def test_purge_at_once(node: Node) -> None:
     before = node.files()
     installer.install(node.places, PLAIN)

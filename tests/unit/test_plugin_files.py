@@ -189,7 +189,8 @@ def test_stub(files: PluginFiles, shell: str) -> None:
         exit_code, answer = call(unanswered)
         assert exit_code == 1
         assert json.loads(answer)["code"] == code
-        assert json.loads(answer)["msg"]
+        said = json.loads(answer)["msg"]
+        assert ("take its entry out of the network configuration" in said) == (code == 11)
     assert runtimes.spoken(files.link) == list(names.CNI_VERSIONS)
 
     before = files.link.stat().st_ino
