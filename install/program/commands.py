@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bpf import abi
 from bpf.loader import LoadError, Programs
 from cni_plugin import attachment, names
-from cni_plugin.state import Attachment
+from cni_plugin.state import Attachment, Key
 from install.program import (
     exits,
     freshness,
@@ -166,6 +166,8 @@ def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) ->
         forced = record is not None and record.flags & abi.POD_FORCED
         if record is None or (mode == "off" and not forced):
             pod.take_out()
+            if record is not None and (left := states.get(record.id)):
+                node.state.remove(Key(left.container_id, left.ifname))
             continue
         if mode == "proxy-only" and not forced:
             record.flags |= abi.POD_PROXY_ONLY

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bpf import abi
-from install.program import commands, freshness, selftest
+from install.program import commands, freshness, report, selftest
 from install.program.generations import Generations
 from install.program.selftest import Check, Verdict
 from tests.bed import cgroups, open_bed
@@ -99,8 +99,10 @@ def test_a_new_verdict_holds_for_running_pods_too(
     verdict = Verdict(mode, ["a bug was found"], [])
     monkeypatch.setattr(selftest, "run", lambda **_: verdict)
     commands.load(in_process(bed))
+    facts = report.facts(in_process(bed))
     if mode == "off" and not forced:
         assert changed.owners() == []
+        assert (facts.attachments, facts.lost) == ([], frozenset())
     else:
         assert changed.owners() == [changed.pod_id]
         record = next(r for r in in_process(bed).attachments() if r.pod_id == changed.pod_id)
