@@ -81,12 +81,12 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
     _mount_bpffs(node, host_proc)
     verdict = selftests.run(mends=node.mends_fionread)
     for reason in verdict.reasons:
-        said = f"mode {verdict.mode} because of {reason}"
         if verdict.is_final:
-            log.warning("mode", said, mode=verdict.mode)
+            log.warning("mode", f"mode {verdict.mode} because of {reason}", mode=verdict.mode)
         else:
+            said = f"mode {verdict.mode} until the kernel is tried again, because of {reason}"
             log.warning("untried", said, mode=verdict.mode)
-    if not verdict.is_mended and _keep_verdict_alone(node, verdict):
+    if _keep_verdict_alone(node, verdict):
         return
     try:
         programs = Programs()
@@ -133,10 +133,20 @@ def _keep_verdict_alone(node: Node, verdict: selftests.Verdict) -> bool:
     with node.locked():
         current = node.generations.current()
         is_alone = freshness.reason_to_try(node) and not freshness.reason_to_publish(node)
-        if current is None or not is_alone:
+        if current is None or not (is_alone and _is_enough(node, current, verdict)):
             return False
         _write_node_json(node, verdict, freshness.mark(node, current))
         return True
+
+
+def _is_enough(node: Node, current: Generation, verdict: selftests.Verdict) -> bool:
+    """Whether these programs may run in the verdict's mode, and the pods that have them."""
+    before, _ = node.state.node_mode()
+    return (
+        (current.is_mended() or not verdict.is_mended)
+        and (current.refuses_splice() or verdict.mode != names.MODES[0])
+        and names.MODES.index(verdict.mode) <= names.MODES.index(before)
+    )
 
 
 def _mount_bpffs(node: Node, host_proc: Path) -> None:

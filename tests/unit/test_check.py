@@ -218,10 +218,17 @@ def test_a_forced_mode_is_named_with_what_the_self_test_allows() -> None:
     assert found.found == said
 
 
-@pytest.mark.parametrize(("is_tried", "hint"), [(True, "another kernel"), (False, "load")])
-def test_an_untried_kernel_is_not_to_blame(is_tried: bool, hint: str, tmp_path: Path) -> None:
-    if is_tried:
-        (tmp_path / names.NODE_JSON).write_text(json.dumps({"mode": "off"}))
+@pytest.mark.parametrize(
+    ("kept", "hint"),
+    [
+        ('{"mode": "off"}', "another kernel"),
+        ('{"mode": "off", "tried": false}', "load"),
+        ("", "load"),
+    ],
+)
+def test_an_untried_kernel_is_not_to_blame(kept: str, hint: str, tmp_path: Path) -> None:
+    if kept:
+        (tmp_path / names.NODE_JSON).write_text(kept)
     asked = Asked(Node(tmp_path, tmp_path), PLACES, (), ROOT)
     facts = replace(WELL, mode="off", reason="it is so")
     (found,) = [each for each in of_node.installed(asked, facts) if each.name == "mode"]

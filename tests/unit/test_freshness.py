@@ -89,14 +89,21 @@ def verdict(mode: str, name: str = "order", *, is_mended: bool = False) -> Verdi
 
 
 UNTRIED = verdict("off", "load")
+LATE = replace(verdict("off", "bypass"), reasons=["load: wrong"])
 
 
+@pytest.mark.parametrize("untried", [UNTRIED, LATE, replace(LATE, is_mended=True)])
 def test_a_selftest_that_could_not_run_is_tried_again_and_no_more(
-    node: Node, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    untried: Verdict,
 ) -> None:
     """The programs that are loaded stay, and the agent says why it tries, not another reason."""
-    assert not UNTRIED.is_final
-    verdicts = [UNTRIED, replace(UNTRIED, reasons=["load: no memory"]), verdict("proxy-only")]
+    assert not untried.is_final
+    for pin in pins.MENDS if untried.is_mended else ():
+        (node.bpffs / "gen-3" / pin).touch()
+    verdicts = [untried, replace(untried, reasons=["load: no memory"]), verdict("proxy-only")]
     monkeypatch.setattr(selftest, "run", lambda **_: verdicts.pop(0))
     monkeypatch.setattr(commands, "is_bpffs", lambda _folder: True)
     monkeypatch.setattr(commands, "Programs", lambda: pytest.fail("it would load anew"))
@@ -133,14 +140,17 @@ def test_what_the_agent_says_of_it(node: Node, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("found", "lost"),
+    ("found", "before", "lost"),
     [
-        (verdict("full", is_mended=True), ""),  # these programs are to be mended before they load
-        (UNTRIED, PINS[0]),
+        # These programs are to be mended before they load.
+        (verdict("full", is_mended=True), "off", ""),
+        (UNTRIED, "off", PINS[0]),
+        (verdict("off"), "proxy-only", ""),  # the pods that run lose them
+        (verdict("full"), "off", pins.SPLICERS),
     ],
 )
 def test_a_selftest_is_not_all_that_is_missing(
-    node: Node, monkeypatch: pytest.MonkeyPatch, found: Verdict, lost: str
+    node: Node, monkeypatch: pytest.MonkeyPatch, found: Verdict, before: str, lost: str
 ) -> None:
     def programs() -> None:
         raise LoadError("asked for")
@@ -148,10 +158,11 @@ def test_a_selftest_is_not_all_that_is_missing(
     monkeypatch.setattr(selftest, "run", lambda **_: found)
     monkeypatch.setattr(commands, "is_bpffs", lambda _folder: True)
     monkeypatch.setattr(commands, "Programs", programs)
-    path = node.state_dir / names.NODE_JSON
-    write(node, {**json.loads(path.read_text()), "tried": False})
     if lost:
         (node.bpffs / "gen-3" / lost).unlink()
+    current = node.generations.current()
+    assert current is not None
+    write(node, {"mode": before, "tried": False, **freshness.mark(node, current)})
     with pytest.raises(LoadError, match="asked for"):
         commands.load(node)
 

@@ -108,6 +108,8 @@ def test_the_pins_stay_while_sockets_need_them(
         (["fionread_tcp", "splice"], ["FIONREAD", "splice(2)"]),
         (["order"], ["do not behave as TCP's"]),
         (["load"], ["Linux 6.1"]),
+        (["bypass"], ["busy"]),
+        (["splice", "bypass"], ["splice(2)", "busy"]),
     ],
 )
 def test_why_the_mode_is_less_in_an_operators_words(failed: list[str], said: list[str]) -> None:
@@ -115,6 +117,30 @@ def test_why_the_mode_is_less_in_an_operators_words(failed: list[str], said: lis
     faults = selftest.decide(checks).faults
     assert len(faults) == len(said)
     assert all(words in fault for words, fault in zip(said, faults, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("plain", "bypassed", "is_final"),
+    [
+        ({"lost": 0}, {"lost": 5}, True),
+        ({"lost": 0}, {"failed": "ConnectionResetError: reset"}, True),
+        ({"lost": 0}, {"failed": "TimeoutError: timed out"}, False),
+        ({"failed": "ConnectionResetError: reset"}, {"lost": 0}, False),
+        ({"failed": "TimeoutError: timed out"}, {"failed": "TimeoutError: timed out"}, False),
+    ],
+)
+def test_a_kernel_is_not_to_blame_for_a_busy_node(
+    plain: dict[str, object], bypassed: dict[str, object], is_final: bool
+) -> None:
+    """What came too late says nothing, and is tried again."""
+    right = check("half_close", ok=True)
+    for name, mode in (("order", "off"), ("fionread_tcp", "proxy-only")):
+        wrong = selftest._remarked(selftest.compare(name, plain, bypassed), "not mended: x")
+        verdict = selftest.decide([wrong, right])
+        assert (verdict.mode, verdict.is_final) == (mode, is_final)
+        assert (verdict.faults == [selftest._LATE]) == (not is_final)
+    assert not selftest.decide([right, check("bypass", ok=False)]).is_final
+    assert selftest.decide([right, check("bypass", ok=True)]).is_final
 
 
 @pytest.mark.parametrize(

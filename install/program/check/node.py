@@ -15,7 +15,7 @@ from install.program.check import pods as of_pods
 from install.program.check.finding import THE_PROGRAM, Finding
 from install.program.check.pods import PodState
 from install.program.conf_dir import ConfDir
-from install.program.freshness import reason_to_load
+from install.program.freshness import reason_to_load, reason_to_try
 from install.program.installer import Places, entry
 from install.program.plugin_files import DoesNotRun, InstallError
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # pods named in one line; --json has all
 _NEEDS = "mend that: it needs a folder that allows execution, and no library of the node's"
 _ANOTHER_KERNEL = "another kernel may allow more: tcpip-bypass-node selftest"
+_AGAIN = "try again when the node is less busy"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def before_install(asked: Asked) -> Iterator[Finding]:
     yield _conflist(asked)
     yield _runs(asked)
     verdict = selftest.run(mends=asked.node.mends_fionread)
-    yield _mode("mode", verdict.mode, "; ".join(verdict.reasons), None)
+    hint = _AGAIN if any(check.is_late for check in verdict.checks) else _ANOTHER_KERNEL
+    yield _mode("mode", verdict.mode, "; ".join(verdict.reasons), None, hint)
 
 
 def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
@@ -60,7 +62,8 @@ def installed(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
     yield _programs(asked, facts)
     yield _joiner(facts)
     yield from _traced(asked, facts)
-    is_tried = (asked.node.state_dir / names.NODE_JSON).exists()
+    is_there = (asked.node.state_dir / names.NODE_JSON).exists()
+    is_tried = is_there and reason_to_try(asked.node) is None
     hint = _ANOTHER_KERNEL if is_tried else "tcpip-bypass-node load"
     yield _mode("mode", facts.mode, facts.reason, facts.named_mode, hint)
     if facts.paused_by:
