@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -34,7 +35,7 @@ from install.program.check import node as of_node
 from install.program.check import pods
 from install.program.conf_dir import ConfDir, Ours
 from install.program.conflist import Entry
-from install.program.generations import Generation
+from install.program.generations import Generation, Generations
 from install.program.host import OWN_PROC
 from install.program.installer import Places
 from install.program.node import Node
@@ -317,28 +318,40 @@ def test_pods_with_older_connections_are_taken_in_until_it_succeeds(
         keys.append(Key(name, "eth0"))
     current = Generation(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        repair.take_in(node, current, keys, set())
+        repair.take_in(node, current, keys, None)
     assert taken == ["first", "odd", "last"]
-    repair.take_in(node, current, keys[:2], set())
-    assert taken[3:] == ["first", "odd"]  # it was broken off
-    repair.take_in(node, current, keys[:2], set())
+    assert repair._waiting(node) is None  # it was broken off
+    repair.take_in(node, current, keys[:2], None)
+    assert taken[3:] == ["first", "odd"]
+    waiting = repair._waiting(node)
+    assert waiting == {2}
+    repair.take_in(node, current, keys[:2], waiting)
     assert taken[5:] == ["odd"]
-    with pytest.raises(KeyboardInterrupt):  # it was ADDed just now
-        repair.take_in(node, current, keys, {keys[2]})
-    assert taken[6:] == ["odd", "last"]
 
 
-def test_a_pod_that_a_runtime_has_added_has_no_older_connections(
+def test_a_pod_that_was_added_just_now_is_taken_in_also_by_the_next_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repair, "takes_in", lambda _: True)
     node = Node(tmp_path / "bpffs", tmp_path / "state")
-    (tmp_path / "state").mkdir()
-    monkeypatch.setattr(repair, "opened", lambda _: nullcontext(0))
-    repair.take_in(node, Generation(tmp_path), [], set())
-    record(node, "new", 0)
-    monkeypatch.setattr(repair, "opened", lambda _: pytest.fail("it was taken in"))
-    repair.take_in(node, Generation(tmp_path), [Key("new", "eth0")], set())
+    record(node, "added", 0)
+    repair._write_waiting(node, [])
+    current: Any = SimpleNamespace(sock_ops_id=lambda: 1)
+    monkeypatch.setattr(Generations, "current", lambda _: current)
+    monkeypatch.setattr(Generations, "complete", lambda _: [current])
+    attached = [True, False]
+    for name, stub in {
+        "_in_force": lambda *_: SimpleNamespace(conf=None),
+        "_plan": lambda *_: "a plan",
+        "_is_attached": lambda *_: attached.pop(),
+        "_add": lambda *_: "",
+        "take_in": lambda *_: pytest.exit("it is ended"),
+    }.items():
+        monkeypatch.setattr(repair, name, stub)
+    sandbox = Sandbox("added", True, "shop", "cart", "uid", {})
+    some: Any = None
+    with pytest.raises(pytest.exit.Exception):
+        repair.adopt(node, some, some, [sandbox], Tally())
+    assert repair._waiting(node) == {BLANK.pod_id}
 
 
 def test_programs_of_an_older_version_take_in_no_pod(
@@ -347,8 +360,8 @@ def test_programs_of_an_older_version_take_in_no_pod(
     monkeypatch.setattr(repair, "takes_in", lambda _: True)
     node = Node(tmp_path / "bpffs", tmp_path / "state")
     record(node, "pod", 0)
-    for added in (set[Key](), {Key("pod", "eth0")}):
-        repair.take_in(node, Generation(tmp_path / "gen-1"), [Key("pod", "eth0")], added)
+    for waiting in (None, {BLANK.pod_id}):
+        repair.take_in(node, Generation(tmp_path / "gen-1"), [Key("pod", "eth0")], waiting)
         assert repair._waiting(node) == {BLANK.pod_id}
 
 

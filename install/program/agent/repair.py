@@ -164,7 +164,7 @@ def adopt(
     program_id = current.sock_ops_id()
     now = _in_force(node, plugin)
     conf = now.conf
-    attached, added = list[Key](), set[Key]()
+    attached, waiting = list[Key](), _waiting(node)
     for sandbox in sandboxes:
         # As ADD would decide; to ask it would cost 30 ms for each pod that is left alone.
         plan = _plan(now, sandbox) if sandbox.ready else None
@@ -184,32 +184,27 @@ def adopt(
         if _is_attached(node, sandbox, program_id, conf, plan):
             tally.attached += 1
             attached.append(key)
-            added.add(key)
+            if waiting is not None and (record := node.state.read(key)):
+                waiting.add(record.pod_id)
+                _write_waiting(node, waiting)  # if this process is ended
             log.info("pod_repaired", "accelerated a pod that had been running without", **about)
         elif said:
             log.info("pod_left_alone", said, **about)
-    take_in(node, current, attached, added)
+    take_in(node, current, attached, waiting)
 
 
-def take_in(node: Node, current: Generation, attached: Iterable[Key], added: set[Key]) -> None:
-    """The older connections of the pods that were ``added`` just now, and of those that could not
-    be taken in before. At first of all: there may be some from before an earlier agent.
+def take_in(
+    node: Node, current: Generation, attached: Iterable[Key], waiting: set[int] | None
+) -> None:
+    """The older connections of the pods that are ``waiting`` for that, by their IDs; None: of all.
 
     After all are attached, since both ends look for each other.
     """
     if not takes_in(platform.release()):
         return
-    waiting = _waiting(node)
     records = [record for key in attached if (record := node.state.read(key))]
-    due = [
-        record
-        for record in records
-        if waiting is None
-        or record.pod_id in waiting
-        or Key(record.container_id, record.ifname) in added
-    ]
+    due = [record for record in records if waiting is None or record.pod_id in waiting]
     if due or waiting is None:
-        _write_waiting(node, [record.pod_id for record in due])  # if this process is ended
         _write_waiting(node, _take_in_all(current, due))
 
 
@@ -234,9 +229,9 @@ def _take_in_all(current: Generation, due: list[Attachment]) -> list[int]:
     return left
 
 
-def _write_waiting(node: Node, pod_ids: list[int]) -> None:
-    with contextlib.suppress(OSError):  # a full disk: all once more
-        whole_file.write(node.state_dir / names.TAKE_IN_JSON, json.dumps(pod_ids))
+def _write_waiting(node: Node, pod_ids: Iterable[int]) -> None:
+    with contextlib.suppress(OSError):  # a full disk
+        whole_file.write(node.state_dir / names.TAKE_IN_JSON, json.dumps(sorted(pod_ids)))
 
 
 def _waiting(node: Node) -> set[int] | None:
