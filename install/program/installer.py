@@ -155,12 +155,12 @@ def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) ->
         conf = folder.take_out()
         still_running = _wait_until_unused(files)
         switch_off()
+        again = folder.take_out()  # a writer may have put back what it had read before
         if (files.is_there or conf.changed or conf.problems) and not purge:
             files.put_stub()
         removed = files.remove()
         if purge:
             files.remove_stub()
-        again = folder.take_out()  # a writer may have put back what it had read before
         return Uninstalled(again if again.changed else conf, removed, files.has_stub, still_running)
 
 
