@@ -41,6 +41,7 @@ HUNG_S = 60.0
 # How long a pod is left out after a pass that did not end, or failed: at first, and at most.
 FIRST_HELD_S, HELD_S = 1.0, 60.0
 FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
+BLOCKED_S = 10.0  # a load takes a pod's sockets out in less
 FORGET_S = 60.0  # how often pods that are no more are forgotten
 RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
 
@@ -228,11 +229,11 @@ class Backoff:
     def rest(self, cost_ns: int) -> None:
         """After a pass: a pod with many files takes SHARE of a CPU, and keeps no other waiting."""
         rest_s = max(0, cost_ns - MOST_PAID_NS) / 1e9 / SHARE
-        self.rests_until = time.monotonic() + rest_s
+        self.rests_until = time.monotonic() + min(rest_s, HELD_S)
 
     def hold(self) -> None:
         """After a pass that did not end, or failed."""
-        self.not_before += self.held_s
+        self.not_before = time.monotonic() + self.held_s
         self.held_s = min(2 * self.held_s, HELD_S)
 
     def take(self, *, again: bool) -> None:
@@ -263,6 +264,7 @@ class Joiner:
     _own_ns: int = field(default_factory=time.process_time_ns)
     _forgot_at: float = field(default_factory=time.monotonic)
     _troubled: dict[int, str] = field(default_factory=dict)  # why its last pass failed, by pod
+    _blocked_since: dict[int, float] = field(default_factory=dict)  # another process visits it
 
     def run(self, stop: Callable[[], bool], wake: int | None = None) -> None:
         """Until ``stop`` says so; looked at when ``wake``, a file descriptor, can be read."""
@@ -295,7 +297,7 @@ class Joiner:
                 for backoff in [backoff for backoff in self._backoffs if backoff[0] == each.due]:
                     del self._backoffs[backoff]
                 each.close()
-                self.runner.close()  # the fork that runs passes has all that was open here
+                self.runner.close()  # the fork that runs passes has its bell mapped
         known = {each.generation for each in self._served if each.is_pinned()}
         for generation in Generations(self.bpffs).complete():
             if generation not in known and generation.is_whole():
@@ -340,10 +342,12 @@ class Joiner:
 
     def _show_life(self) -> None:
         """Not without a process for passes, which would stand in: readers rely on their edges."""
-        if self._served:
+        if not self._served:
+            return
+        with contextlib.suppress(OSError):  # it could not be made: the next pass says so
             self.runner.prepare()
-        for each in self._served:
-            each.show_life()
+            for each in self._served:
+                each.show_life()
 
     def _can_pay(self, has_edge: bool) -> bool:
         """Whether a look at all pods, which costs, too, may find a pass that can be paid."""
@@ -382,6 +386,7 @@ class Joiner:
         self._backoffs.pop((served.due, pod_id), None)
         self._emptied_at.pop(pod_id, None)
         self._troubled.pop(pod_id, None)
+        self._blocked_since.pop(pod_id, None)
 
     def _empty_retired(self) -> None:
         """Passes over old generations: what a load could not take out leaves when it can.
@@ -423,18 +428,15 @@ class Joiner:
         served.begin(pod_id, cost)
         try:
             cost_ns = self.runner.run(served.visit, folder)
-        except BlockingIOError:  # a load is at it: its passes are of another generation
-            self._put_off(served, pod_id, cost)
-            return True
         except (PassTimeout, EOFError, OSError) as error:
-            if pod_id not in self._troubled:
-                self._troubled[pod_id] = f"{folder}: {error}"
-                log.warning("pass_failed", self._troubled[pod_id], **self._named(pod_id))
-            self.done = replace(self.done, failed=self.done.failed + 1)
+            self._put_off(served, pod_id, cost)
+            if isinstance(error, BlockingIOError) and self._is_brief(pod_id):
+                return True  # a load is at it: its passes are of another generation
             if isinstance(error, PassTimeout):
                 self._backoff(served, pod_id).rest(error.cost_ns)
-            self._put_off(served, pod_id, cost)
+            self._say_failed(pod_id, f"{folder}: {error}")
             return False
+        self._blocked_since.pop(pod_id, None)
         if problem := self._troubled.pop(pod_id, ""):
             log.info("pass_recovered", f"this is over: {problem}", **self._named(pod_id))
         budget.pay(cost_ns)
@@ -447,6 +449,18 @@ class Joiner:
 
     def _backoff(self, served: Served, pod_id: int) -> Backoff:
         return self._backoffs.setdefault((served.due, pod_id), Backoff())
+
+    def _is_brief(self, pod_id: int) -> bool:
+        """Whether the process that visits a pod has not done so for long: a pass may hang that an
+        earlier joiner has begun."""
+        now = time.monotonic()
+        return now - self._blocked_since.setdefault(pod_id, now) < BLOCKED_S
+
+    def _say_failed(self, pod_id: int, problem: str) -> None:
+        self.done = replace(self.done, failed=self.done.failed + 1)
+        if pod_id not in self._troubled:
+            self._troubled[pod_id] = problem
+            log.warning("pass_failed", problem, **self._named(pod_id))
 
     def _put_off(self, served: Served, pod_id: int, cost: int) -> None:
         """A pass that did not come is due again. It may be for an edge: the visits did not tell."""

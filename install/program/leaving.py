@@ -43,10 +43,10 @@ def take_out_sockets(
                 for pod in sorted(pods):
                     try:
                         runner.run(visit, pod)
-                    except BlockingIOError:
-                        continue  # the joiner is at it
-                    except (PassTimeout, EOFError, OSError):
-                        pods.discard(pod)  # gone, or a pass that does not end
+                    except (BlockingIOError, PassTimeout):
+                        continue  # the joiner is at it, or a pass takes long
+                    except (EOFError, OSError):
+                        pods.discard(pod)  # gone
                 time.sleep(_PAUSE_S)
     finally:
         runner.close()

@@ -33,7 +33,6 @@ from cni_plugin import cgroup, names
 from install.program import lock, log, whole_file
 
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
-LOW_PRIORITY = 19  # of a pass that takes longer
 MOST_VISITS = 4  # of a process in one pass: leaving takes three
 BETWEEN_VISITS_S = 0.0002
 OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
@@ -129,7 +128,7 @@ def _process_with_files(pid: int) -> int:
     if not Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2].startswith(b"Z"):
         return os.pidfd_open(pid)
     threads = [int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()]
-    return os.pidfd_open(max(threads, key=lambda thread: thread != pid), PIDFD_THREAD)
+    return os.pidfd_open(next((each for each in threads if each != pid), pid), PIDFD_THREAD)
 
 
 def _copied(process: int, fd: int) -> socket.socket:
@@ -254,6 +253,8 @@ class Runner:
         except PassTimeout:
             self._hung[path] = worker
             worker.end()
+            with contextlib.suppress(OSError):
+                self.prepare()
             raise
         except (OSError, EOFError):
             worker.end()
@@ -271,11 +272,16 @@ class Runner:
             raise PassTimeout(f"an earlier pass over {path} has not ended")
         del self._hung[path]
         cost_ns = worker.late_cost_ns()
+        worker.line.close()
         raise PassTimeout(f"a pass over {path} took {cost_ns / 1e9:.1f} s of CPU time", cost_ns)
 
     def hung(self) -> int:
         """How many passes were left to themselves and have not ended."""
-        return len(self._hung)
+        ended = [path for path, worker in self._hung.items() if worker.has_ended()]
+        for path in ended:
+            if not Path(path).exists():  # else the next pass asks what it has cost
+                self._hung.pop(path).line.close()
+        return sum(not worker.has_ended() for worker in self._hung.values())
 
     def hand_over(self) -> None:
         """Its process stands in from now on; raises OSError if there is none."""
@@ -325,8 +331,6 @@ class _Worker:
         """What _answered() has found, or an errno. Raises PassTimeout, OSError, EOFError."""
         socket.send_fds(self.line, [json.dumps(what).encode()], [program])
         if not select.select([self.line], [], [], PATIENCE_S)[0]:
-            with contextlib.suppress(OSError):  # it has just ended
-                os.setpriority(os.PRIO_PROCESS, self.pid, LOW_PRIORITY)
             [path] = what.values()
             raise PassTimeout(f"a pass over {path} takes longer than {PATIENCE_S:.0f} s")
         answer = self.line.recv(4096)
@@ -388,6 +392,7 @@ def detach(*kept: int) -> None:
     gc.freeze()  # nothing of before closes a number that is used again
     log.forget()
     os.setsid()
+    os.chdir("/")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     devnull = os.open(os.devnull, os.O_RDWR)
     for fd in range(3):

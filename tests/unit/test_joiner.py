@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,15 @@ from bpf import abi
 from cni_plugin.state import State
 from install.program import joiner, log, passes
 from install.program.generations import Generation, Generations
-from install.program.joiner import BURST_NS, FORGET_S, MOST_PAID_NS, SHARE, Joiner
+from install.program.joiner import (
+    BLOCKED_S,
+    BURST_NS,
+    FORGET_S,
+    HELD_S,
+    MOST_PAID_NS,
+    SHARE,
+    Joiner,
+)
 from install.program.lock import FolderLock
 from install.program.passes import PassTimeout, Runner
 
@@ -355,7 +364,7 @@ def test_a_pass_that_took_long_is_paid_when_it_has_ended(
     monkeypatch.setattr(made.runner, "run", run)
     served: Any = FakeServed(1)
     assert not made._pass(served, 1, made._joins)
-    assert made._backoff(served, 1).left_s(is_earned=True) == pytest.approx(10 / SHARE, rel=0.01)
+    assert made._backoff(served, 1).left_s(is_earned=True) == pytest.approx(HELD_S, rel=0.01)
 
 
 def test_a_pod_whose_pass_hangs_keeps_no_other_from_its_own(
@@ -401,7 +410,6 @@ def test_a_pod_whose_pass_hangs_keeps_no_other_from_its_own(
 def test_a_process_that_hangs_in_a_pass_keeps_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither of one that is let go, nor of one whose holder was killed."""
     ends = os.pipe()
     monkeypatch.setattr(passes, "visit_pod", lambda *_: os.read(ends[0], 1))
     monkeypatch.setattr(passes, "PATIENCE_S", 0.1)
@@ -421,6 +429,36 @@ def test_a_process_that_hangs_in_a_pass_keeps_no_lock(
     finally:
         os.write(ends[1], b"x")
         runner.close()
+
+
+def test_a_process_for_passes_has_no_file_of_its_parent_and_is_replaced_when_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "leave_container", lambda: None)
+    monkeypatch.setattr(passes, "visit_pod", lambda *_: None)
+    runner = Runner()
+    with (tmp_path / "open").open("w"):
+        runner.prepare()
+    worker = runner._worker
+    assert worker is not None
+    runner.run(0, tmp_path)
+    found = [each.readlink() for each in Path(f"/proc/{worker.pid}/fd").iterdir()]
+    assert [str(each)[:7] for each in found if each != Path(os.devnull)] == ["socket:"]
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    runner.run(0, tmp_path)
+    runner.close()
+
+
+def test_a_pod_that_another_process_visits_for_long_is_said(
+    made: Joiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(made.runner, "run", visited_by_another)
+    served: Any = FakeServed(1)
+    assert made._pass(served, 1, made._joins)
+    made._blocked_since[1] -= BLOCKED_S
+    assert not made._pass(served, 1, made._joins)
+    assert (served.rung, made.done.failed) == ([1], 1)
 
 
 def test_a_failed_pass_leaves_a_process_that_can_stand_in(
