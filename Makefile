@@ -1,5 +1,5 @@
 # Run as root on a bare Debian 12 or 13: `make demo` and `make test` need nothing else.
-.PHONY: setup build demo bench apps test pytest lint manifests soak plugin-speed test-kernels test-runtimes \
+.PHONY: setup build demo bench apps test pytest lint manifests soak life plugin-speed test-kernels test-runtimes \
 	image-test setup-test clean
 .DELETE_ON_ERROR:
 
@@ -56,6 +56,10 @@ MINUTES ?= 30
 soak: build
 	$(PY) -m tests.fuzz --hops inbound,outbound,sidecars --at-once 12 \
 		--seconds $$(( $(MINUTES) * 60 )) --pause-flips --reload 60
+
+# A node's long life: what it holds after 10,000 pods. Draws docs/img/life.png.
+life: build
+	$(PY) -m tests.containerd.life
 
 # How long each call of the plugin takes, in turn with the reference bridge plugin.
 plugin-speed: build

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node's long life: `python -m tests.containerd.life [PODS]`, by default 10,000 pods.
+"""A node's long life: `make life`, or `python -m tests.containerd.life PODS` for fewer pods.
 
 An agent runs on a node with a real containerd. Most pods are light: a cgroup, and the installed
 plugin called for ADD and DEL. Each twentieth is the runtime's. What the node holds is counted now
