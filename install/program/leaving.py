@@ -147,6 +147,8 @@ def _visit_all(runner: Runner, visit: int, folders: Iterable[Path]) -> float:
 def _go_on(is_needed: Callable[[], object], visit_all: Callable[[Runner], float]) -> None:
     """Passes while they are needed, for _KEEP_S at most; a fiftieth of a CPU, as the joiner."""
     deadline, pause_s, runner = time.monotonic() + _KEEP_S, _PAUSE_S, Runner()
+    with contextlib.suppress(OSError):
+        runner.prepare()  # that is no part of a pass
     while time.monotonic() < deadline:
         began_s, spent_s = time.process_time(), 0.0
         try:
