@@ -182,7 +182,7 @@ EDGE_FORGOTTEN = _mutant(
 )
 EDGE_UNNOTED = _mutant(
     "edges: a send that began before the socket joined is not noted",
-    (r"if \(conn->path != TB_PATH_BYPASS \|\| tcp_state[^;]+\)\n", "if (1)\n"),
+    (r"if \(conn->path != TB_PATH_BYPASS \|\|\s+\(tcp_state[^;]+\)\n", "if (1)\n"),
 )
 
 # ---- Joining ----

@@ -214,7 +214,13 @@ def meant(argv: list[str]) -> str:
     return json.dumps(found)
 
 
-LOCAL = [each for each in COMMANDS if verb(words(each)[0]) not in NEEDS_SERVER]
+def needs_server(argv: list[str]) -> bool:
+    """Also to delete what is named, and not in a file."""
+    is_named = verb(argv) == "kubectl delete" and not {"-f", "-k"} & {*argv}
+    return is_named or verb(argv) in NEEDS_SERVER
+
+
+LOCAL = [each for each in COMMANDS if not needs_server(words(each)[0])]
 
 
 @pytest.mark.parametrize("line", LOCAL)
