@@ -89,9 +89,11 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
             try:
                 passes.leave_container()
                 if not os.fork():
-                    passes.detach(visit, sockhash)
-                    pods = list(folders)
+                    runner, pods = Runner(), list(folders)
+                    runner.prepare()
+                    passes.detach(visit, sockhash, runner.fileno())
                     _go_on(
+                        runner,
                         lambda: not bpfsys.map_is_empty(sockhash),
                         lambda runner: _visit_all(runner, visit, pods),
                     )
@@ -106,6 +108,7 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
 def stand_in(bpffs: Path) -> None:
     """Go on with the passes of a joiner that has ended, until there is another one or no socket has
     joined: their readers get their edges, and leave."""
+    passes.detach()
     generations, began = Generations(bpffs), time.monotonic()
 
     def busy() -> list[Generation]:
@@ -122,7 +125,7 @@ def stand_in(bpffs: Path) -> None:
                 spent_s += _visit_all(runner, visit, folders)
         return spent_s
 
-    _go_on(busy, visit_all)
+    _go_on(Runner(), busy, visit_all)
     passes.remove_cgroup(is_within=True)
 
 
@@ -144,9 +147,11 @@ def _visit_all(runner: Runner, visit: int, folders: Iterable[Path]) -> float:
     return spent_ns / 1e9
 
 
-def _go_on(is_needed: Callable[[], object], visit_all: Callable[[Runner], float]) -> None:
+def _go_on(
+    runner: Runner, is_needed: Callable[[], object], visit_all: Callable[[Runner], float]
+) -> None:
     """Passes while they are needed, for _KEEP_S at most; a fiftieth of a CPU, as the joiner."""
-    deadline, pause_s, runner = time.monotonic() + _KEEP_S, _PAUSE_S, Runner()
+    deadline, pause_s = time.monotonic() + _KEEP_S, _PAUSE_S
     with contextlib.suppress(OSError):
         runner.prepare()  # that is no part of a pass
     while time.monotonic() < deadline:

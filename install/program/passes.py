@@ -283,6 +283,10 @@ class Runner:
                 self._hung.pop(path).line.close()
         return sum(not worker.has_ended() for worker in self._hung.values())
 
+    def fileno(self) -> int:
+        """The line to its process, for detach(); -1 without one."""
+        return -1 if self._worker is None else self._worker.line.fileno()
+
     def hand_over(self) -> None:
         """Its process stands in from now on; raises OSError if there is none."""
         self.prepare()
@@ -312,10 +316,10 @@ class _Worker:
         child = os.fork()
         if not child:
             try:
+                ours.close()
                 leave_container()
                 pid = os.fork()
                 if not pid:
-                    detach(theirs.fileno())
                     _serve(theirs, stand_in)
                 theirs.send(str(pid).encode())
             finally:
@@ -388,7 +392,10 @@ def remove_cgroup(*, is_within: bool = False) -> None:
 
 
 def detach(*kept: int) -> None:
-    """Closes all files but these: locks among them, and what a caller of this program reads."""
+    """Closes all files but these: locks among them, and what a caller of this program reads.
+
+    Not in a process that has used grpc: its threads, which a fork starts anew, need theirs.
+    """
     gc.freeze()  # nothing of before closes a number that is used again
     log.forget()
     os.setsid()
@@ -415,6 +422,7 @@ def _answered(program: int, *, pod: str = "", new_pod: str = "") -> dict[str, in
 def _serve(line: socket.socket, stand_in: Callable[[], object]) -> None:
     """The worker: answers until it is told to end, or its line is closed. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         while True:
             try:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -20,10 +22,20 @@ from install.program.generations import Generations
 from install.program.passes import OWN_CGROUP, repeated
 from install.program.probes import PART, heard_by_edges
 from tests.bed import open_bed
+from tests.bed.bed import REPOSITORY
 from tests.fuzz.cases import Ends, edges_of
 from tests.integration.traffic_pods import eventually
 from tests.light import LIMITS, LightPod, accelerated
 
+STAY_BEHIND = """
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from install.program import leaving
+from install.program.generations import Generation
+generation, pod = map(Path, sys.argv[1:])
+leaving.stay_behind(Generation(generation), [pod], nullcontext)
+"""
 MESSAGE = 8_000  # bytes, no multiple of PART
 
 
@@ -121,15 +133,16 @@ def test_a_reader_that_rests_outlives_the_joiner(
 
 
 def test_a_reader_that_rests_outlives_the_pins() -> None:
-    own = Path("/proc/self/cmdline").read_text()
-    before = left_behind(own)
     with open_bed() as bed, closing(Programs(LIMITS)) as programs:
         generation = Generations(bed.node.bpffs).publish(programs)
         with accelerated(programs, passes=False) as pod, resting(pod) as reader:
             with repeated(pod.visit, 0.004):
                 assert reader.is_ready()
             assert not leaving.take_out_sockets(generation, [pod.folder], patience_s=0.3)
-            leaving.stay_behind(generation, [pod.folder], nullcontext)
+            # In a process that has not used grpc, as `unload` is.
+            argv = [sys.executable, "-c", STAY_BEHIND, str(generation.folder), str(pod.folder)]
+            subprocess.run(argv, cwd=REPOSITORY, check=True)
             generation.remove()
+            assert left_behind(str(generation.folder))
             assert reader.hears_all()
-    assert eventually(lambda: left_behind(own) <= before)
+    assert eventually(lambda: not left_behind(str(generation.folder)))
