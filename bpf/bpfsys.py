@@ -205,7 +205,7 @@ def visit_files(prog_fd: int, pid: int) -> bytes:
         closing(_bpf(_LINK_CREATE, attr)) as link,
         closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator,
     ):
-        parts = [b""]
+        parts = list[bytes]()
         while True:
             with suppress(BlockingIOError):  # after a million files without a word
                 if not (part := os.read(iterator, 4096)):

@@ -240,9 +240,9 @@ class ConfDir:
         return Outcome(used, changed, tuple(problems))
 
     def _remove_unusable_entry(self, file: _File, *, dry: bool) -> bool:
-        """Takes our entry out of a list in whose version each ADD of ours is an error.
+        """Takes our entry out if the plugin would fail each ADD in the list's CNI version.
 
-        Returns whether there was such an entry.
+        Returns whether it was so.
         """
         if file.is_single:
             return False

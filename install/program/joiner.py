@@ -294,8 +294,8 @@ class Joiner:
         for each in [each for each in self._served if not each.is_pinned()]:
             if not each.is_needed():
                 self._served.remove(each)
-                for backoff in [backoff for backoff in self._backoffs if backoff[0] == each.due]:
-                    del self._backoffs[backoff]
+                for key in [key for key in self._backoffs if key[0] == each.due]:
+                    del self._backoffs[key]
                 each.close()
                 self.runner.close()  # the fork that runs passes has its bell mapped
         known = {each.generation for each in self._served if each.is_pinned()}
@@ -430,7 +430,7 @@ class Joiner:
             cost_ns = self.runner.run(served.visit, folder)
         except (PassTimeout, EOFError, OSError) as error:
             self._put_off(served, pod_id, cost)
-            if isinstance(error, BlockingIOError) and self._is_brief(pod_id):
+            if isinstance(error, BlockingIOError) and self._note_blocked(pod_id) < BLOCKED_S:
                 return True  # a load is at it: its passes are of another generation
             if isinstance(error, PassTimeout):
                 self._backoff(served, pod_id).rest(error.cost_ns)
@@ -450,11 +450,13 @@ class Joiner:
     def _backoff(self, served: Served, pod_id: int) -> Backoff:
         return self._backoffs.setdefault((served.due, pod_id), Backoff())
 
-    def _is_brief(self, pod_id: int) -> bool:
-        """Whether the process that visits a pod has not done so for long: a pass may hang that an
-        earlier joiner has begun."""
+    def _note_blocked(self, pod_id: int) -> float:
+        """Notes that another process visits a pod; returns for how long it has, in seconds.
+
+        If that is long, it may be a pass that hangs, which an earlier joiner has begun.
+        """
         now = time.monotonic()
-        return now - self._blocked_since.setdefault(pod_id, now) < BLOCKED_S
+        return now - self._blocked_since.setdefault(pod_id, now)
 
     def _say_failed(self, pod_id: int, problem: str) -> None:
         self.done = replace(self.done, failed=self.done.failed + 1)

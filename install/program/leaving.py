@@ -84,19 +84,19 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
         opened(generation.folder / pins.VISIT) as visit,
         opened(generation.folder / pins.SOCKHASH) as sockhash,
     ):
+        runner, pods = Runner(), list(folders)
+
+        def visit_all() -> float | None:
+            return None if bpfsys.map_is_empty(sockhash) else _visit_all(runner, visit, pods)
+
         child = os.fork()
         if not child:
             try:
                 passes.leave_container()
                 if not os.fork():
-                    runner, pods = Runner(), list(folders)
                     runner.prepare()
                     passes.detach(visit, sockhash, runner.fileno())
-                    _go_on(
-                        runner,
-                        lambda: not bpfsys.map_is_empty(sockhash),
-                        lambda runner: _visit_all(runner, visit, pods),
-                    )
+                    _go_on(runner, visit_all)
                     with locked():
                         _remove_empty(generation, sockhash)
                     passes.remove_cgroup(is_within=True)
@@ -109,23 +109,21 @@ def stand_in(bpffs: Path) -> None:
     """Go on with the passes of a joiner that has ended, until there is another one or no socket has
     joined: their readers get their edges, and leave."""
     passes.detach()
-    generations, began = Generations(bpffs), time.monotonic()
+    generations, began, runner = Generations(bpffs), time.monotonic(), Runner()
 
-    def busy() -> list[Generation]:
+    def visit_all() -> float | None:
         found = [each for each in generations.complete() if each.is_whole()]
-        if any(_is_served_since(each, began) for each in found):
-            return []
-        return [each for each in found if each.has_sockets()]
-
-    def visit_all(runner: Runner) -> float:
+        busy = [each for each in found if each.has_sockets()]
+        if not busy or any(_is_served_since(each, began) for each in found):
+            return None
         folders = [pod.path for pod in attached_cgroups(generations.program_ids())]
         spent_s = 0.0
-        for each in busy():
+        for each in busy:
             with opened(each.folder / pins.VISIT) as visit:
                 spent_s += _visit_all(runner, visit, folders)
         return spent_s
 
-    _go_on(Runner(), busy, visit_all)
+    _go_on(runner, visit_all)
     passes.remove_cgroup(is_within=True)
 
 
@@ -147,21 +145,22 @@ def _visit_all(runner: Runner, visit: int, folders: Iterable[Path]) -> float:
     return spent_ns / 1e9
 
 
-def _go_on(
-    runner: Runner, is_needed: Callable[[], object], visit_all: Callable[[Runner], float]
-) -> None:
-    """Passes while they are needed, for _KEEP_S at most; a fiftieth of a CPU, as the joiner."""
+def _go_on(runner: Runner, visit_all: Callable[[], float | None]) -> None:
+    """Passes for _KEEP_S at most; a fiftieth of a CPU, as the joiner.
+
+    ``visit_all`` returns the CPU time that they took, in seconds; None: no more are needed.
+    """
     deadline, pause_s = time.monotonic() + _KEEP_S, _PAUSE_S
     with contextlib.suppress(OSError):
         runner.prepare()  # that is no part of a pass
     while time.monotonic() < deadline:
-        began_s, spent_s = time.process_time(), 0.0
+        began_s = time.process_time()
         try:
-            if not is_needed():
-                break
-            spent_s = visit_all(runner)
+            spent_s = visit_all()
         except OSError:
-            pass  # a load or an unload is at it
+            spent_s = 0.0  # a load or an unload is at it
+        if spent_s is None:
+            break
         spent_s += time.process_time() - began_s
         time.sleep(max(pause_s, 50 * spent_s))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -76,11 +76,11 @@ class End:
 
     def limit_cpu(self, percent: int | None) -> None:
         """What kubelet writes into the pod's cgroup for a resize in place; None: no limit."""
-        cgroup = Path("/sys/fs/cgroup/cpu") / self.pod.identity.cgroup_parent[1:]
-        if (self.pod.cgroup / "cpu.max").exists():
-            quota = "max" if percent is None else percent * 1000
-            (self.pod.cgroup / "cpu.max").write_text(f"{quota} 100000")
+        limit = self.pod.cgroup / "cpu.max"
+        if limit.exists():
+            limit.write_text(f"{'max' if percent is None else percent * 1000} 100000")
             return
+        cgroup = Path("/sys/fs/cgroup/cpu") / self.pod.identity.cgroup_parent[1:]
         for process in (self.pod.cgroup / "app" / "cgroup.procs").read_text().split():
             (cgroup / "cgroup.procs").write_text(process)
         quota = -1 if percent is None else percent * 1000
@@ -137,6 +137,16 @@ def exchanging(serve: Sequence[str | Path], ask: Sequence[str | Path]) -> Iterat
         yield Traffic(process)
 
 
+@contextmanager
+def bypassing(bed: RuntimeBed) -> Iterator[tuple[End, End, Traffic]]:
+    """A client, a server, and the traffic between them, which bypasses."""
+    with made(bed, Kind()) as (client, server), joining(bed):
+        serve, ask = server.talking("serve"), client.talking("ask", server.address)
+        with exchanging(serve, ask) as load:
+            wait_for_more(bed, {"client": 0, "server": 0})
+            yield client, server, load
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_what_two_pods_say_to_each_other_bypasses_tcp(bed: RuntimeBed, name: str) -> None:
     with made(bed, KINDS[name]) as (client, server), joining(bed):
@@ -171,20 +181,17 @@ def test_what_the_node_says_to_a_host_port_stays_on_tcp(bed: RuntimeBed) -> None
 @pytest.mark.parametrize("frozen", ["client", "server"])
 def test_a_pod_that_is_frozen_for_a_while(bed: RuntimeBed, frozen: str) -> None:
     """As a checkpoint does, or a pause of its containers: with messages under way."""
-    with made(bed, Kind()) as (client, server), joining(bed):
-        serve, ask = server.talking("serve"), client.talking("ask", server.address)
-        with exchanging(serve, ask) as load:
-            wait_for_more(bed, {"client": 0, "server": 0})
-            cgroup = {"client": client, "server": server}[frozen].pod.cgroup
-            (cgroup / "cgroup.freeze").write_text("1")
-            while "frozen 1" not in (cgroup / "cgroup.events").read_text():
-                time.sleep(0.001)
-            before = bypassed(bed)
-            time.sleep(FROZEN_S)
-            assert bypassed(bed)[frozen] == before[frozen]
-            (cgroup / "cgroup.freeze").write_text("0")
-            wait_for_more(bed, before)
-            assert_whole(load.end())
+    with bypassing(bed) as (client, server, load):
+        cgroup = {"client": client, "server": server}[frozen].pod.cgroup
+        (cgroup / "cgroup.freeze").write_text("1")
+        while "frozen 1" not in (cgroup / "cgroup.events").read_text():
+            time.sleep(0.001)
+        before = bypassed(bed)
+        time.sleep(FROZEN_S)
+        assert bypassed(bed)[frozen] == before[frozen]
+        (cgroup / "cgroup.freeze").write_text("0")
+        wait_for_more(bed, before)
+        assert_whole(load.end())
 
 
 def test_a_pod_whose_containers_share_their_processes(bed: RuntimeBed) -> None:
@@ -200,28 +207,23 @@ def test_a_pod_whose_containers_share_their_processes(bed: RuntimeBed) -> None:
 @pytest.mark.parametrize("resized", ["client", "server"])
 def test_a_pod_that_is_resized_in_place(bed: RuntimeBed, resized: str) -> None:
     """Down to a fraction of a CPU, and up again, with messages under way."""
-    with made(bed, Kind()) as (client, server), joining(bed):
-        serve, ask = server.talking("serve"), client.talking("ask", server.address)
-        with exchanging(serve, ask) as load:
-            wait_for_more(bed, {"client": 0, "server": 0})
-            end = {"client": client, "server": server}[resized]
-            for percent in (SMALL_PERCENT, None):
-                end.limit_cpu(percent)
-                wait_for_more(bed, bypassed(bed))
-            assert_whole(load.end())
+    with bypassing(bed) as (client, server, load):
+        end = {"client": client, "server": server}[resized]
+        for percent in (SMALL_PERCENT, None):
+            end.limit_cpu(percent)
+            wait_for_more(bed, bypassed(bed))
+        assert_whole(load.end())
 
 
 def test_a_container_that_comes_later(bed: RuntimeBed) -> None:
     """An ephemeral one, or an init container that is started again: another cgroup of the pod."""
-    with made(bed, Kind()) as (client, server), joining(bed):
+    with bypassing(bed) as (client, server, load):
         ask = talker("ask", server.address)
-        with exchanging(server.talking("serve"), client.talking("ask", server.address)) as load:
-            wait_for_more(bed, {"client": 0, "server": 0})
-            later = client.pod.entering(client.sandbox, ask, container="debugger")
-            with traffic.started(later) as process:
-                assert_whole(load.end())
-                wait_for_more(bed, bypassed(bed))
-                assert_whole(Traffic(process).end())
+        later = client.pod.entering(client.sandbox, ask, container="debugger")
+        with traffic.started(later) as process:
+            assert_whole(load.end())
+            wait_for_more(bed, bypassed(bed))
+            assert_whole(Traffic(process).end())
 
 
 @pytest.fixture

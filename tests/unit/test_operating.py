@@ -88,7 +88,7 @@ def test_events() -> None:
 
 
 def test_events_of_tasks(tmp_path: Path) -> None:
-    """Each may fail, and be well again; those alone wait whose work raises Waiting."""
+    """Each task may fail, and recover. A task waits only if its work raises Waiting."""
     node = Node(tmp_path / "bpffs", tmp_path / "state")
     places = Places(tmp_path, tmp_path, tmp_path, OWN_PROC)
     settings = Settings(places, Entry(None, {}), [], [], [], (), None, None, once=True)
