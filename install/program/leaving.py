@@ -34,19 +34,13 @@ def take_out_sockets(
         generation.set_paused(True)
         return not generation.has_sockets()
     deadline = time.monotonic() + patience_s
-    pods, runner = set(folders), Runner()
+    pods, runner = list(folders), Runner()
     try:
         with opened(generation.folder / pins.VISIT) as visit:
             while generation.has_sockets():
                 if time.monotonic() > deadline:
                     return False
-                for pod in sorted(pods):
-                    try:
-                        runner.run(visit, pod)
-                    except (BlockingIOError, PassTimeout):
-                        continue  # the joiner is at it, or a pass takes long
-                    except (EOFError, OSError):
-                        pods.discard(pod)  # gone
+                _visit_all(runner, visit, pods)
                 time.sleep(_PAUSE_S)
     finally:
         runner.close()
@@ -94,8 +88,7 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
             try:
                 passes.leave_container()
                 if not os.fork():
-                    runner.prepare()
-                    passes.detach(visit, sockhash, runner.fileno())
+                    passes.detach(visit, sockhash)
                     _go_on(runner, visit_all)
                     with locked():
                         _remove_empty(generation, sockhash)
@@ -141,7 +134,7 @@ def _visit_all(runner: Runner, visit: int, folders: Iterable[Path]) -> float:
         except PassTimeout as timeout:
             spent_ns += timeout.cost_ns
         except (EOFError, OSError):
-            continue  # gone
+            continue  # gone, or the joiner is at it
     return spent_ns / 1e9
 
 

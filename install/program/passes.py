@@ -283,10 +283,6 @@ class Runner:
                 self._hung.pop(path).line.close()
         return sum(not worker.has_ended() for worker in self._hung.values())
 
-    def fileno(self) -> int:
-        """The line to its process, for detach(); -1 without one."""
-        return -1 if self._worker is None else self._worker.line.fileno()
-
     def hand_over(self) -> None:
         """Its process stands in from now on; raises OSError if there is none."""
         self.prepare()
@@ -401,13 +397,19 @@ def detach(*kept: int) -> None:
     os.setsid()
     os.chdir("/")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    devnull = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
-        os.dup2(devnull, fd)
+    _mute()
     for fd in [int(each.name) for each in Path("/proc/self/fd").iterdir()]:
         if fd > 2 and fd not in kept:
             with contextlib.suppress(OSError):  # the listing's own
                 os.close(fd)
+
+
+def _mute() -> None:
+    """A caller that reads our output must not wait for a process that lives on."""
+    devnull = os.open(os.devnull, os.O_RDWR)
+    for fd in range(3):
+        os.dup2(devnull, fd)
+    os.close(devnull)
 
 
 def _answered(program: int, *, pod: str = "", new_pod: str = "") -> dict[str, int]:
@@ -423,6 +425,7 @@ def _serve(line: socket.socket, stand_in: Callable[[], object]) -> None:
     """The worker: answers until it is told to end, or its line is closed. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _mute()
     try:
         while True:
             try:

@@ -19,6 +19,7 @@ from bpf.loader import Programs
 from cni_plugin import cgroup
 from install.program import leaving
 from install.program.generations import Generations
+from install.program.lock import FolderLock
 from install.program.passes import OWN_CGROUP, repeated
 from install.program.probes import PART, heard_by_edges
 from tests.bed import open_bed
@@ -33,7 +34,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from install.program import leaving
 from install.program.generations import Generation
-generation, pod = map(Path, sys.argv[1:])
+from install.program.lock import FolderLock
+generation, pod, state = map(Path, sys.argv[1:])
+lock = FolderLock(state)  # as the agent has it that is removed
+assert lock.take()
 leaving.stay_behind(Generation(generation), [pod], nullcontext)
 """
 MESSAGE = 8_000  # bytes, no multiple of PART
@@ -132,7 +136,8 @@ def test_a_reader_that_rests_outlives_the_joiner(
     assert eventually(lambda: not left_behind(folder))
 
 
-def test_a_reader_that_rests_outlives_the_pins() -> None:
+def test_a_reader_that_rests_outlives_the_pins(tmp_path: Path) -> None:
+    """The caller's output ends with the caller, and so do its locks."""
     with open_bed() as bed, closing(Programs(LIMITS)) as programs:
         generation = Generations(bed.node.bpffs).publish(programs)
         with accelerated(programs, passes=False) as pod, resting(pod) as reader:
@@ -140,8 +145,10 @@ def test_a_reader_that_rests_outlives_the_pins() -> None:
                 assert reader.is_ready()
             assert not leaving.take_out_sockets(generation, [pod.folder], patience_s=0.3)
             # In a process that has not used grpc, as `unload` is.
-            argv = [sys.executable, "-c", STAY_BEHIND, str(generation.folder), str(pod.folder)]
-            subprocess.run(argv, cwd=REPOSITORY, check=True)
+            folders = [generation.folder, pod.folder, tmp_path]
+            argv = [sys.executable, "-c", STAY_BEHIND, *map(str, folders)]
+            subprocess.run(argv, cwd=REPOSITORY, check=True, capture_output=True, timeout=20)
+            assert FolderLock(tmp_path).take()
             generation.remove()
             assert left_behind(str(generation.folder))
             assert reader.hears_all()

@@ -107,6 +107,7 @@ class Agent:
         Raises OSError when it cannot be started for another reason than that its port is taken.
         """
         with self._signals(), contextlib.ExitStack() as stack:
+            stack.callback(self._lock.release)  # what it leaves behind must not keep it
             if serve is not None:
                 self._listen(serve, stack)
             self._own_the_node()
