@@ -331,6 +331,7 @@ class Agent:
         if self._was_loaded and not is_loaded:
             self._metrics.repaired("pins")
         self._was_loaded = True
+        self._second_look = True  # for pods whose ADD has met the load, and that were starting
         self._joining.start_over(time.monotonic())
         self._sandboxes.start_over(time.monotonic())
         return False
@@ -404,8 +405,7 @@ class Agent:
             self._metrics.repaired("conflist")
         if done.conf.changed and done.conf.conflist:
             log.info("conflist_changed", "put our entry in", path=done.conf.conflist)
-            # Pods that have started meanwhile; and look again for those that were starting.
-            self._second_look = True
+            self._second_look = True  # for pods that were starting
             self._sandboxes.start_over(time.monotonic(), RUNTIME_SETTLE_S)
         if done.conf.conflist is None:
             raise Waiting("; ".join(done.conf.problems))

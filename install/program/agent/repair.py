@@ -132,11 +132,15 @@ def _is_running(node: Node, key: Key) -> bool:
 
 
 def _young_s(node: Node, key: Key) -> float:
-    """For how long its record, whole or half written, is too young yet; YOUNG_S at most.
+    """For how long its record or note, whole or half written, is too young yet; YOUNG_S at most.
 
     So long it is also when it was made in the clock's future.
     """
-    files = (node.state_dir / names.ATTACHMENTS).glob(f"{key.container_id}:{key.ifname}.*")
+    files = [
+        file
+        for folder in (names.ATTACHMENTS, names.FAILURES)
+        for file in (node.state_dir / folder).glob(f"{key.container_id}:{key.ifname}.*")
+    ]
     try:
         left = [file.stat().st_mtime + YOUNG_S - time.time() for file in files]
     except FileNotFoundError:
