@@ -96,10 +96,10 @@ def load(node: Node, host_proc: Path = host.OWN_PROC) -> None:
             raise LoadError(f"unlike in the self-test: {programs.blind_to_splice}")
     except LoadError:
         with node.locked():
-            _write_node_json(node, verdict)
+            _write_node_json(node, _meanwhile(node, verdict))
         raise
     with node.locked():
-        _write_node_json(node, verdict)
+        _write_node_json(node, _meanwhile(node, verdict))
         generations = node.generations
         ours = generations.program_ids()
         # While the old programs are attached: they mend what their sockets leave behind (edge.h).
@@ -137,6 +137,14 @@ def _keep_verdict_alone(node: Node, verdict: selftests.Verdict) -> bool:
             return False
         _write_node_json(node, verdict, freshness.mark(node, current))
         return True
+
+
+def _meanwhile(node: Node, verdict: selftests.Verdict) -> selftests.Verdict:
+    """The verdict while the programs are the ones before: they may not do what the new ones can."""
+    if node.generations.current() is None:
+        return verdict
+    before, _ = node.state.node_mode()
+    return replace(verdict, mode=max(before, verdict.mode, key=names.MODES.index))
 
 
 def _is_enough(node: Node, current: Generation, verdict: selftests.Verdict) -> bool:

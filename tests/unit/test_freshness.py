@@ -140,18 +140,20 @@ def test_what_the_agent_says_of_it(node: Node, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("found", "before", "lost"),
+    ("found", "lost", "modes"),  # node.json's: before, and when the load has failed
     [
         # These programs are to be mended before they load.
-        (verdict("full", is_mended=True), "off", ""),
-        (UNTRIED, "off", PINS[0]),
-        (verdict("off"), "proxy-only", ""),  # the pods that run lose them
-        (verdict("full"), "off", pins.SPLICERS),
+        (verdict("full", is_mended=True), "", ("off", "off")),
+        (UNTRIED, PINS[0], ("off", "off")),
+        (verdict("off"), "", ("proxy-only", "off")),  # the pods that run lose them
+        (verdict("full"), pins.SPLICERS, ("proxy-only", "proxy-only")),
     ],
 )
 def test_a_selftest_is_not_all_that_is_missing(
-    node: Node, monkeypatch: pytest.MonkeyPatch, found: Verdict, before: str, lost: str
+    node: Node, monkeypatch: pytest.MonkeyPatch, found: Verdict, lost: str, modes: tuple[str, str]
 ) -> None:
+    """And when it fails, the programs before are not used in a mode that they are not fit for."""
+
     def programs() -> None:
         raise LoadError("asked for")
 
@@ -162,9 +164,10 @@ def test_a_selftest_is_not_all_that_is_missing(
         (node.bpffs / "gen-3" / lost).unlink()
     current = node.generations.current()
     assert current is not None
-    write(node, {"mode": before, "tried": False, **freshness.mark(node, current)})
+    write(node, {"mode": modes[0], "tried": False, **freshness.mark(node, current)})
     with pytest.raises(LoadError, match="asked for"):
         commands.load(node)
+    assert node.state.node_mode()[0] == modes[1]
 
 
 def test_fionread_is_to_be_left_from_now_on(node: Node) -> None:
