@@ -112,6 +112,16 @@ def _storage_key(inode: int) -> bytes:
 
 
 @contextmanager
+def _if_there() -> Iterator[None]:
+    """For calls on what the kernel or another process may have removed just now."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+
+
+@contextmanager
 def open_cgroup(path: str, inode: int) -> Iterator[int | None]:
     """The cgroup's descriptor; None when it is gone, also when another has taken its path."""
     try:
@@ -126,8 +136,11 @@ def open_cgroup(path: str, inode: int) -> Iterator[int | None]:
 @contextmanager
 def attached(cgroup_fd: int, inode: int) -> Iterator[list[Attached]]:
     """Every program of ours on this cgroup, of any generation; raises OSError."""
+    ids: list[int] = []
+    with _if_there():
+        ids = bpfsys.prog_query(cgroup_fd)
     with ExitStack() as stack:
-        found = (_open_ours(prog_id, inode, stack) for prog_id in bpfsys.prog_query(cgroup_fd))
+        found = (_open_ours(prog_id, inode, stack) for prog_id in ids)
         yield [each for each in found if each is not None]
 
 
@@ -201,14 +214,11 @@ def move(
 
 
 def detach(each: Attached, cgroup_fd: int, inode: int) -> None:
-    """Take one program of ours off a cgroup; raises OSError."""
-    # The record outlives the detachment on kernels from 5.9 on, until the cgroup goes.
-    bpfsys.map_update(each.pods_fd, _storage_key(inode), bytes(abi.Pod()))
-    try:
+    """Take one program of ours off a cgroup, which may go meanwhile; raises OSError."""
+    with _if_there():
+        # The record outlives the detachment on kernels from 5.9 on, until the cgroup goes.
+        bpfsys.map_update(each.pods_fd, _storage_key(inode), bytes(abi.Pod()))
         bpfsys.prog_detach(each.fd, cgroup_fd)
-    except OSError as error:
-        if error.errno not in _GONE:
-            raise
 
 
 def take_out(cgroup: str, inode: int, owner: int) -> bool:
@@ -251,8 +261,5 @@ def forget_counters(bpffs: str, owner: int) -> None:
             continue
         with bpfsys.closing(counters_fd):
             for hop in range(len(abi.HOPS)):
-                try:
+                with _if_there():
                     bpfsys.map_delete(counters_fd, bytes(abi.CounterKey(pod_id=owner, hop=hop)))
-                except OSError as error:
-                    if error.errno not in _GONE:
-                        raise

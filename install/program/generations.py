@@ -162,8 +162,8 @@ class Generations:
     def program_ids(self) -> set[int]:
         """The IDs of their sock_ops programs: what is ours on a cgroup."""
         found = set()
-        for generation in self.complete():
-            with contextlib.suppress(FileNotFoundError):  # a load has just removed it
+        for generation in self.all():
+            with contextlib.suppress(FileNotFoundError):  # a load has just removed it, or a part
                 found.add(generation.sock_ops_id())
         return found
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +15,11 @@ import pytest
 from bpf import bpfsys, loader
 from bpf.btf import KernelBTF
 from bpf.loader import Instructions, KernelFunction
-from tests.bed import PROXY_UID
+from cni_plugin import attachment
+from tests.bed import PROXY_UID, cgroups
 from tests.integration import traffic_pods
 from tests.integration.traffic_pods import FIRST_BYTES, bypassed, connected, eventually, exchange
-from tests.light import LIMITS
+from tests.light import LIMITS, LightPod
 
 A, B = "10.244.0.11", "10.244.0.12"
 NO_FUNCTION = 1  # a BTF ID: the kernel's first type is a plain one
@@ -54,6 +57,22 @@ def test_a_refused_function_leaves_no_map_behind(monkeypatch: pytest.MonkeyPatch
     for each in (programs, again):
         each.close()
     assert open_files() == before
+
+
+def test_a_cgroup_that_goes_before_it_is_detached(tmp_path: Path) -> None:
+    """As a pod may end while `unload` is at it."""
+    folder = cgroups.mount_point() / f"tb-gone-{tmp_path.name}-{os.getpid()}"
+    folder.mkdir()
+    inode = folder.stat().st_ino
+    with closing(loader.Programs(LIMITS)) as programs:
+        LightPod(folder, programs)
+        with bpfsys.closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
+            with attachment.attached(fd, inode) as found:
+                folder.rmdir()
+                [ours] = found
+                attachment.detach(ours, fd, inode)
+            with attachment.attached(fd, inode) as found:
+                assert not found
 
 
 def test_only_the_placeholder_is_linked() -> None:
