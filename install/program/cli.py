@@ -277,7 +277,7 @@ def _run(node: Node, arguments: argparse.Namespace) -> int:
     if command == "load":
         commands.load(node, arguments.host_proc)
     elif command == "install":
-        options = arguments.conf_json and installer.parse_options(arguments.conf_json)
+        options = installer.options_of(arguments.conf_json)
         commands.install(node, places_of(arguments), options)
     elif command == "uninstall":
         commands.uninstall(node, places_of(arguments), purge=arguments.purge)

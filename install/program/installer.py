@@ -219,6 +219,11 @@ def entry(bpffs: Path, state_dir: Path, options: dict[str, Any] | None) -> Entry
     return found
 
 
+def options_of(argument: str | None) -> dict[str, Any] | None:
+    """What ``--conf-json`` says; None when it was not given. Raises as parse_options() does."""
+    return None if argument is None else parse_options(argument)
+
+
 def parse_options(text: str) -> dict[str, Any]:
     """``--conf-json``: a JSON object, or the file that holds one.
 
@@ -226,6 +231,8 @@ def parse_options(text: str) -> dict[str, Any]:
         InstallError: it is neither.
         OSError: the file cannot be read.
     """
+    if not text:
+        raise InstallError("--conf-json is empty; {} takes all options out of our entry")
     source = text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8")
     try:
         return protocol.decode(source.encode())

@@ -469,6 +469,9 @@ def test_options_as_text_or_file(tmp_path: Path) -> None:
             installer.parse_options(wrong)
     with pytest.raises(FileNotFoundError):
         installer.parse_options(str(tmp_path / "absent"))
+    with pytest.raises(InstallError, match="empty"):
+        installer.options_of("")
+    assert installer.options_of(None) is None
 
 
 def on_a_disk(node: Node, mount: str, command: str, *options: str) -> tuple[int, str]:

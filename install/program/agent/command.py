@@ -50,7 +50,7 @@ def agent(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     from install.program.agent.agent import Agent, Settings  # noqa: PLC0415
     from install.program.agent.metrics import Metrics  # noqa: PLC0415
 
-    options = arguments.conf_json and installer.parse_options(arguments.conf_json)
+    options = installer.options_of(arguments.conf_json)
     if options is not None:  # these replace what is configured
         node = replace(node, fionread=options.get("fionread", names.FIONREAD_CHOICES[0]))
     log.keep(node.state_dir, names.AGENT_LOGS)

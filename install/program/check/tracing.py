@@ -54,6 +54,7 @@ def why_not() -> str:
     if program < 0:
         # libbpf 1.0 to 1.4 may return -1 and set errno, later ones return -errno.
         number = ctypes.get_errno() or -program
-        return f"a fexit program does not load: {os.strerror(number)} ({errno.errorcode[number]})"
+        name = errno.errorcode.get(number, number)  # ENOTSUPP, 524, is the kernel's own
+        return f"a fexit program does not load: {os.strerror(number)} ({name})"
     os.close(program)
     return ""

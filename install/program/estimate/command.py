@@ -41,11 +41,11 @@ def run(node: Node, places: Places, arguments: argparse.Namespace) -> int:
 def configuration(node: Node, places: Places, options: str | None) -> NetConf:
     """What is given; else what is in force on the node; else the defaults."""
     entry: dict[str, Any] = {}
-    if options:
-        given = installer.parse_options(options)
+    given = installer.options_of(options)
+    if given is not None:
         entry = installer.entry(node.bpffs, node.state_dir, given).over({})
     try:
-        if not options and (ours := ConfDir(places.conf_dir).ours()):
+        if given is None and (ours := ConfDir(places.conf_dir).ours()):
             return in_force(node.state, ours.entry, ours.path).conf
         return conf_dir.parsed(entry, places.conf_dir)
     except ValueError as error:
