@@ -184,12 +184,13 @@ def read_all(fd: int) -> bytes:
     return b"".join(chunks)
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """For NaN and Infinity, which Python reads; raises ValueError."""
     raise ValueError(f"{name} is not JSON")
 
 
-def _finite(text: str) -> float:
-    # What Python reads as infinity it would also print as that, which is not JSON.
+def finite(text: str) -> float:
+    """What Python reads as infinity it would print as that, and Go refuses; raises ValueError."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"number {text:.40} is out of range")
@@ -199,7 +200,7 @@ def _finite(text: str) -> float:
 def decode(data: bytes) -> Json:
     """One JSON object; raises DecodingFailure."""
     try:
-        conf = json.loads(data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite)
+        conf = json.loads(data.decode("utf-8"), parse_constant=no_constant, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise DecodingFailure(
             "cannot decode the configuration on standard input",

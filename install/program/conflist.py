@@ -13,13 +13,13 @@ because Go's decoder lets bytes that are no UTF-8 pass inside strings.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 from cni_plugin import names
+from cni_plugin.protocol import finite, no_constant
 
 Json = dict[str, Any]
 
@@ -71,23 +71,12 @@ class _Value:
     end: int
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):  # which Go refuses
-        raise ValueError(f"number {text:.40} is out of range")
-    return value
-
-
 def _integer(text: str) -> int:
-    _finite(text)
+    finite(text)
     return int(text)
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=_finite, parse_int=_integer, parse_constant=_no_constant)
+_DECODER = json.JSONDecoder(parse_float=finite, parse_int=_integer, parse_constant=no_constant)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
