@@ -1,6 +1,6 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Debian packages for a stage of the image, and nothing else: no recommendations, documentation,
+# The base's packages as they are now, and these beside them: no recommendations, documentation,
 # translations or package lists.
 set -eu
 export DEBIAN_FRONTEND=noninteractive
@@ -10,6 +10,7 @@ cat >/etc/dpkg/dpkg.cfg.d/lean <<-END
 	path-exclude=/usr/share/man/*
 END
 apt-get update -q
+apt-get upgrade -y -q
 apt-get install -y -q --no-install-recommends "$@"
 apt-get clean
 rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old

@@ -44,7 +44,8 @@ def check_papers(root: Path, labels: dict[str, str]) -> None:
     """Its labels, and that its SBOM names every package in it."""
     ours = {key.removeprefix("org.opencontainers.image."): text for key, text in labels.items()}
     assert ours.keys() >= {"title", "description", "licenses"}, labels
-    assert (ours["version"], ours["base.name"]) == (VERSION, "debian:12-slim")
+    assert ours["version"] == VERSION
+    assert ours["base.name"].startswith("debian:12-slim@sha256:")
     assert (ours["revision"], ours["created"]) == (GIVEN["REVISION"], GIVEN["CREATED"])
     sbom = json.loads((root / "usr/share/tcpip-bypass/sbom.spdx.json").read_text())
     assert sbom["spdxVersion"] == "SPDX-2.3"

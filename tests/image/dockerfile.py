@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds what a Dockerfile says, with debootstrap, overlayfs and chroot instead of an engine.
 
-Knows ARG, FROM debian:N, LABEL, RUN, COPY and ENTRYPOINT; anything else is an error. As in an
-engine, each instruction makes a layer, named by everything that went into it, and is not run again
-as long as that stays the same.
+Knows ARG, FROM debian:N (its digest is passed over), LABEL, RUN, COPY and ENTRYPOINT; anything else
+is an error. As in an engine, each instruction makes a layer, named by everything that went into it,
+and is not run again as long as that stays the same.
 """
 
 from __future__ import annotations
@@ -98,13 +98,14 @@ class Builder:
 
     def _base(self, image: str) -> Path:
         """A Debian as debootstrap makes it; kept, for it takes minutes."""
-        if image not in SUITES:
+        suite = SUITES.get(image.partition("@")[0])  # of no date: an archive has the newest
+        if suite is None:
             raise BuildError(f"there is no making {image}, only {', '.join(SUITES)}")
-        folder = self.store / SUITES[image]
+        folder = self.store / suite
         if not folder.exists():
             part = folder.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
-            _must(["debootstrap", "--variant=minbase", KEYRING, SUITES[image], part, *_mirror()])
+            _must(["debootstrap", "--variant=minbase", KEYRING, suite, part, *_mirror()])
             part.rename(folder)
         return folder
 
