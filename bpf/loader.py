@@ -371,7 +371,6 @@ class Programs:
         bpfsys.map_update(self._map_fd("secret"), bytes(4), os.urandom(16))
         own_id = bpfsys.map_info(self.fds[pins.SOCKHASH]).id
         bpfsys.map_update(self._map_fd("sockhash_id"), bytes(4), own_id.to_bytes(4, sys.byteorder))
-        self._find_registers()
         self._attach_sk_msg()
         self.preemption = preemption.model()
         self.blind_to_splice = self._refuse_splice()
@@ -486,14 +485,6 @@ class Programs:
         if fd < 0:
             raise LoadError(f"bcc made no map {name}")
         return fd
-
-    def _find_registers(self) -> None:
-        """A visit notes where a thread's registers lie (bpf/data_path/sends.h)."""
-        try:
-            bpfsys.visit_files(self.fds[VISIT], os.getpid())
-        except OSError as error:  # the first two: before Linux 6.1, where no socket joins
-            if error.errno not in {errno.E2BIG, errno.EINVAL}:
-                raise LoadError(f"a visit to the own files failed: {error.strerror}") from error
 
     def _attach_sk_msg(self) -> None:
         sk_msg_verdict = 7  # BPF_SK_MSG_VERDICT, linux/bpf.h

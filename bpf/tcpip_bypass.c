@@ -173,7 +173,6 @@ int tb_visit_file(__u64 *context)
 	__u32 fd = context[2], again = TB_VISIT_AGAIN;
 	int found;
 
-	tb_find_registers(); /* the loader runs one visit for this, before any socket is paired */
 	if (!file)
 		return 0;
 	socket = tb_sock_from_file(file);

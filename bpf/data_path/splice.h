@@ -29,11 +29,9 @@
 #endif
 #define SENDFILE_OF_32_BITS 187
 #define SENDFILE64_OF_32_BITS 239
-#define X32 0x40000000
 
 static __always_inline int tb_is_splice(__u32 call)
 {
-	call &= ~X32;
 	return call == SPLICE || call == SPLICE_OF_32_BITS || call == SENDFILE ||
 	       call == SENDFILE_OF_32_BITS || call == SENDFILE64_OF_32_BITS;
 }
@@ -91,7 +89,7 @@ int tb_refuse_splice(__u64 *arguments)
 	socket = tb_sock_from_file(file);
 	if (!socket)
 		return 0;
-	call = tb_call_of(tb_registers());
+	call = tb_call_of(tb_current_task_btf());
 	is_splice = tb_is_splice(call);
 	if (!is_splice && call != IO_URING_ENTER && call != TB_UNKNOWN_CALL)
 		return 0;

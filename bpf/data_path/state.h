@@ -145,8 +145,7 @@ BPF_F_TABLE("hash", __u64, __u32, paused_pods, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", __u64, struct tb_due, due, TB_MAX_PODS, BPF_F_NO_PREALLOC);
 BPF_RINGBUF_OUTPUT(bell, 4); /* a pass is due; 1: for an edge */
 BPF_ARRAY(fionread, struct tb_fionread, 1);
-BPF_ARRAY(registers_at, __u64, 1); /* from the start of a thread's stack: sends.h */
-BPF_ARRAY(sockhash_id, __u32, 1);  /* the kernel's ID of map sockhash */
+BPF_ARRAY(sockhash_id, __u32, 1); /* the kernel's ID of map sockhash */
 /* By cookies of sockets: enum tb_splice, once splice(2) was called on it. By those of network
  * namespaces: 1, once it was called there. */
 BPF_F_TABLE("lru_hash", __u64, __u32, splicers, TB_MAX_SPLICERS, 0);

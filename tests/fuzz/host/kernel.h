@@ -250,7 +250,6 @@ static inline __u64 bpf_ktime_get_ns(void)
 
 /* The one thread that sends. Its system call and arguments lie at the end of its stack. */
 static __u64 host_stack[5];
-static __u64 host_registers_at = sizeof(__u64);
 static struct host_task host_task;
 
 static inline void *host_current_task(void)

@@ -85,12 +85,6 @@ static __u64 *beat_of(int *index)
 	return &last_beat;
 }
 
-static __u64 *registers_of(int *index)
-{
-	(void)index;
-	return &host_registers_at;
-}
-
 static struct tb_control *control_of(int *index)
 {
 	(void)index;
@@ -151,7 +145,6 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 	sockhash.msg_redirect_hash = redirect;
 	sockhash.delete = remove_from_sockhash;
 	control.lookup = control_of;
-	registers_at.lookup = registers_of;
 	splicers.lookup = not_spliced;
 	splicers.delete = nothing_noted;
 	splicing.lookup = not_spliced;
