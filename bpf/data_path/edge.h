@@ -7,8 +7,8 @@
  * follow. So while a sender notes that its TCP bytes may lie behind bypassed ones (TB_PATH_BEHIND),
  * passes visit the reader. Once it has read what was bypassed, the pass makes a new edge: it writes
  * SO_RCVLOWAT's own value back, which runs tcp_data_ready() (tcp_set_rcvlowat). That is done from
- * user space (install/program/passes.py). A packet of the reader could carry its new window past a
- * sender that drops the packet.
+ * user space (install/program/passes.py). A packet from the reader would carry its new window to a
+ * sender that drops it.
  */
 
 /* A member sends a packet. What a thread sends that has been inside send since before the socket
@@ -23,12 +23,13 @@ static __always_inline void tb_note_unasked(struct tb_conn *conn, __u32 tcp_stat
 	tb_ring_for_edge(conn->peer.pod_id);
 }
 
-/* May the peer's TCP bytes lie behind bypassed ones? A peer that has closed does not say. */
+/* May the peer's TCP bytes lie behind bypassed ones? A peer that has closed does not say, nor does
+ * this end's membership: it may have left while an edge was owed. */
 static __always_inline int tb_may_be_behind(const struct tb_conn *conn)
 {
 	if (tb_has_peer(conn))
 		return TB_PEERS(__u32, conn, path) == TB_PATH_BEHIND;
-	return tb_membership(conn->state) != TB_OUT;
+	return conn->at.psock != 0;
 }
 
 /* TCP bytes may lie behind bypassed ones. Returns 1 if this reader needs a new edge now. Not while

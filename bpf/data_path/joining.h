@@ -85,7 +85,8 @@ static __always_inline void tb_join(struct tb_conn *conn, void *socket, __u64 sk
 		return;
 	}
 	tb_count_membership(conn, 1);
-	if (conn->refused) /* by a callback just now */
+	/* By a callback just now, which may also have found that the connection ended. */
+	if (conn->refused || tb_tcp_state(sk) != BPF_TCP_ESTABLISHED)
 		tb_ring(conn->me.pod_id);
 	if (conn->peer.pod_id != conn->me.pod_id &&
 	    tb_membership(TB_PEERS(__u32, conn, state)) == TB_OUT)

@@ -172,9 +172,13 @@ EDGE_AFTER_LEAVING = _mutant(
 EDGE_OF_THE_CLOSED = _mutant(
     "edges: none behind a sender that has closed",
     (
-        r"return tb_membership\(conn->state\) != TB_OUT;\n\}\n\n/\* TCP bytes may",
+        r"return conn->at\.psock != 0;\n\}\n\n/\* TCP bytes may",
         "return 0;\n}\n\n/* TCP bytes may",
     ),
+)
+EDGE_OF_THE_LEFT = _mutant(
+    "edges: none behind a sender that has closed, once its reader has left",
+    (r"return conn->at\.psock != 0;", "return tb_membership(conn->state) != TB_OUT;"),
 )
 EDGE_FORGOTTEN = _mutant(
     "edges: the sender forgets before its peer has read on",

@@ -445,6 +445,21 @@ def closes_behind_the_bound(make: Make) -> None:
     connection.settle()
 
 
+def closes_and_its_reader_leaves(make: Make) -> None:
+    """The reader leaves while it is inside the read that takes the last bypassed bytes."""
+    connection = make(pods=2)
+    while connection.send(0, 65_536):
+        pass
+    connection.rules.host_close(0)
+    leaves(connection, 1, 2)
+    connection.read_everything(1)
+    connection.ends[1].is_owned = True
+    connection.visit(1)
+    assert connection.membership(1) == OUT
+    connection.ends[1].is_owned = False
+    connection.settle()
+
+
 def due_pass(connection: Connection, number: int) -> None:
     """A pass over an end's pod, if one is due."""
     if connection.rules.host_begin_pass(number):
@@ -709,6 +724,7 @@ BREAKS = [
     (mutants.EDGE_TOO_EARLY, overtaken_by_tcp),
     (mutants.EDGE_AFTER_LEAVING, leaves_as_it_reads),
     (mutants.EDGE_OF_THE_CLOSED, closes_behind_the_bound),
+    (mutants.EDGE_OF_THE_LEFT, closes_and_its_reader_leaves),
     (mutants.EDGE_FORGOTTEN, leaves_behind_the_bound),
     (mutants.EDGE_UNNOTED, joins_around_a_send),
     (mutants.JOINS_UNSERVED, joins_without_a_joiner),
