@@ -54,12 +54,13 @@ OUTCOMES = (
     "options",
     "splice",
     "stream",
+    "nagle",
     "busy",
     "full",
 )
 # Those of connections that were never paired, counted under no hop; and those of paired ones.
 UNPAIRED = ("no_peer", "mismatch", "excluded", "full")
-PAIRED = ("paired", "ineligible", "blocking", "options", "splice", "stream", "busy", "full")
+PAIRED = ("paired", *OUTCOMES[OUTCOMES.index("ineligible") :])
 
 
 class Addr(ctypes.Structure):

@@ -129,7 +129,7 @@ _REGISTERS = {
         "FOURTH_OF_32_BITS": ("regs", 24),
     },
 }
-TCP_NAGLE_CORK = 2  # in tcp_sock.nonagle, include/net/tcp.h
+TCP_NAGLE_OFF, TCP_NAGLE_CORK = 1, 2  # in tcp_sock.nonagle, include/net/tcp.h
 SOCK_RCVBUF_LOCK = 2  # in sock.sk_userlocks, include/net/sock.h: the application set SO_RCVBUF
 
 
@@ -181,6 +181,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         f"-DOFF_TCP_SOCK_IS_MPTCP={is_mptcp.offset}",
         f"-DMASK_TCP_SOCK_IS_MPTCP={is_mptcp.mask:#x}",
         f"-DOFF_TCP_SOCK_NONAGLE={nonagle.offset}",
+        f"-DMASK_TCP_NAGLE_OFF={TCP_NAGLE_OFF * nonagle.lowest_bit:#x}",
         f"-DMASK_TCP_NAGLE_CORK={TCP_NAGLE_CORK * nonagle.lowest_bit:#x}",
         f"-DOFF_SOCK_USERLOCKS={userlocks.offset}",
         f"-DMASK_SOCK_RCVBUF_LOCK={SOCK_RCVBUF_LOCK * userlocks.lowest_bit:#x}",

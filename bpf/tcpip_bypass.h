@@ -91,7 +91,7 @@ enum tb_reason {
 	TB_REASON_REFRESH,     /* one message in a second: conntrack */
 	TB_REASON_PAUSED,      /* the operator paused the bypass */
 	TB_REASON_HALF_CLOSED, /* one end has shut down or closed */
-	TB_REASON_INELIGIBLE,  /* an end got a ULP or an option after it joined */
+	TB_REASON_INELIGIBLE, /* an end got a ULP or an option after it joined, or sends urgently */
 	TB_REASONS,
 };
 
@@ -102,11 +102,12 @@ enum tb_outcome {
 	TB_OUTCOME_NO_PEER,    /* the other end is no accelerated socket of this node */
 	TB_OUTCOME_MISMATCH,   /* sequence numbers met, addresses did not fit, or came twice */
 	TB_OUTCOME_EXCLUDED,   /* a port was opted out, or the pod is proxy-only */
-	TB_OUTCOME_INELIGIBLE, /* paired, but MPTCP, ULP, SO_ZEROCOPY or RULE (short sends) */
+	TB_OUTCOME_INELIGIBLE, /* paired, but MPTCP, a ULP, SO_ZEROCOPY, or as it sends: sends.h */
 	TB_OUTCOME_BLOCKING,   /* paired, but an end's file is blocking: its reader may sleep */
 	TB_OUTCOME_OPTIONS,    /* paired, but an end set an option: tb_has_options() */
 	TB_OUTCOME_SPLICE,     /* paired, but an end has spliced from its socket */
 	TB_OUTCOME_STREAM,     /* paired, but its exchanges are large: they go by TCP as fast */
+	TB_OUTCOME_NAGLE,      /* paired, but an end is without TCP_NODELAY */
 	TB_OUTCOME_BUSY,       /* paired, but another program's sockmap has the socket */
 	TB_OUTCOME_FULL,       /* a map was full or memory short */
 	TB_OUTCOMES,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -114,6 +115,12 @@ def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
     """The programs as they would be with their source edited."""
     with source_edited(edit):
         return Programs(**arguments)
+
+
+def set_nodelay(*sockets: socket.socket) -> None:
+    """Without TCP_NODELAY no socket joins. What a listener accepts has it from there."""
+    for each in sockets:
+        each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def away_from_pods() -> None:

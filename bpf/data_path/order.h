@@ -49,7 +49,7 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 {
 	if (!conn->there.psock)
 		return TB_REASON_WAITING; /* the peer has never joined */
-	/* First: for no other reason does tb_try_return() give up a peer that has gone. */
+	/* First: only this reason lets tb_try_return() stop waiting for a peer that has gone. */
 	if (state != conn->peer_state || tb_membership(conn->state) != TB_MEMBER ||
 	    tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot)
 		return TB_REASON_LEAVING;
@@ -63,6 +63,9 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	/* An application's lock, RULE (lock). */
 	if (!conn->peer.is_proxy && tb_is_owned(conn->peer.sk))
 		return TB_REASON_BUSY;
+	/* RULE (Nagle), for this end's messages. */
+	if (!(TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF))
+		return TB_REASON_INELIGIBLE;
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
@@ -168,8 +171,8 @@ static __always_inline __u32 tb_go_to_bypass(struct tb_conn *conn, const void *t
 		conn->there.file = TB_PEERS(__u64, conn, at.file);
 		return TB_REASON_ORDER;
 	}
-	/* About to leave. And an urgent byte may lie unread, for which recv(MSG_OOB) would take a
-	 * bypassed one. */
+	/* It is about to leave. Besides, the peer may have an urgent byte unread: recv(MSG_OOB)
+	 * would take a bypassed one. */
 	if (conn->refused)
 		return TB_REASON_LEAVING;
 	reason = tb_wish(conn, tp, state, now);

@@ -6,11 +6,16 @@
  * with EAGAIN (tcp_bpf_recvmsg). So a socket is not in the sockhash if its reader may sleep in
  * recv. Its file is O_NONBLOCK at each packet of the exchanges that are watched before it joins,
  * and at each message bypassed to it.
+ *
+ * RULE (Nagle). Without TCP_NODELAY, TCP holds back a small message until the last one is
+ * acknowledged. Over TCP the peer's answer acknowledges it. A bypassed answer does not, and the
+ * message waits for the peer's timer, 40 ms. So a socket without TCP_NODELAY does not join, and a
+ * member that is told to do without leaves.
  */
 
 #define TB_MAX_WAITERS 8
 #define TB_MANY_SLEEPERS 0x10000
-#define TB_HELD 50000 /* nanoseconds: not by a look, a packet in between, or a copy */
+#define TB_HELD 50000 /* nanoseconds: longer than a peek, a packet or a copy takes */
 #define TB_LOOKS 2048
 #define TB_STACK_SIZE (64 * 1024) /* at least THREAD_SIZE: so much with pages of 64 KB */
 
@@ -43,6 +48,8 @@ static __always_inline __u32 tb_unfit(__u64 sk)
 	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
 	    tb_read64(sk + OFF_ICSK_ULP_OPS) || (tb_read64(sk + OFF_SOCK_FLAGS) & flags))
 		return TB_OUTCOME_INELIGIBLE;
+	if (!(tb_read8(sk + OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF))
+		return TB_OUTCOME_NAGLE;
 	if (file && !tb_is_nonblocking(file))
 		return TB_OUTCOME_BLOCKING;
 	return tb_has_options(sk) ? TB_OUTCOME_OPTIONS : 0;

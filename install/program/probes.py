@@ -54,14 +54,16 @@ def connected(
 ) -> Iterator[tuple[socket.socket, socket.socket]]:
     """(client, server) from 127.0.0.6, as Envoy connects to its application; or over IPv6.
 
-    Their files are non-blocking, as an event loop's are. With `greet`, bytes have gone each way for
-    long enough that both ends have joined.
+    They have TCP_NODELAY and their files are non-blocking, as an event loop's are. With `greet`,
+    bytes have gone each way for long enough that both ends have joined.
     """
     source, target = ADDRESSES[family]
     with socket.create_server((target, 0), family=family) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if defer_accept:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         with socket.socket(family) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.settimeout(TIMEOUT_S)
             client.bind((source, 0))
             client.connect(listener.getsockname())
@@ -305,11 +307,13 @@ def mptcp_fallback() -> Found:
     with listener, socket.socket() as client:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.settimeout(TIMEOUT_S)
         client.bind(("127.0.0.6", 0))
         client.connect(listener.getsockname())
         server, _ = listener.accept()
         with server:
+            server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             server.settimeout(TIMEOUT_S)
             _greet(client, server)
             client.sendall(b"x" * 1000)

@@ -29,11 +29,12 @@ from tests.containerd.inventory import attached
 OURS = [pins.SOCK_OPS_NAME]
 
 
-# Time-outs make sockets O_NONBLOCK: a blocking reader never joins.
+# Time-outs make sockets O_NONBLOCK: neither a blocking reader joins nor one without TCP_NODELAY.
 SERVER = """
 import socket
 socket.setdefaulttimeout(60)
 listener = socket.create_server(("", 8080))
+listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 print("listening", flush=True)
 connection, _ = listener.accept()
 while data := connection.recv(64):
@@ -44,6 +45,7 @@ import socket, sys, threading
 ended = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.read(), ended.set())).start()
 connection = socket.create_connection((sys.argv[1], 8080), 60)
+connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 while not ended.wait(0.001):
     connection.sendall(bytes(64))
     connection.recv(64, socket.MSG_WAITALL)

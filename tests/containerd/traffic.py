@@ -40,8 +40,14 @@ class Report:
     errors: list[str] = field(default_factory=list)
 
 
+def set_nodelay(made: socket.socket) -> None:
+    """Without TCP_NODELAY no socket joins."""
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 class Echo(socketserver.BaseRequestHandler):
     def handle(self) -> None:
+        set_nodelay(self.request)
         while data := self.request.recv(65536):
             self.request.sendall(data)
 
@@ -76,7 +82,9 @@ def ask(address: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
 
     def connect() -> socket.socket:
-        return socket.create_connection((address, PORT), TIMEOUT_S)
+        made = socket.create_connection((address, PORT), TIMEOUT_S)
+        set_nodelay(made)
+        return made
 
     def last(number: int) -> None:
         source = random.Random(number)

@@ -24,7 +24,7 @@ from pathlib import Path
 from bpf import abi
 from cni_plugin import names
 from install.program.probes import heard_by_edges
-from tests.light import CLIENT_IP, SERVER_IP, LightPod
+from tests.light import CLIENT_IP, SERVER_IP, LightPod, set_nodelay
 from tests.semantics.scenario import message_headers
 
 TIMEOUT_S = 30
@@ -66,6 +66,7 @@ class Ends:
             self.client.bind((CLIENT_IP, 0))
             self.client.connect(target or listener.getsockname())
             self.server, _ = listener.accept()
+        set_nodelay(self.client, self.server)
         for each in (self.client, self.server):
             each.setblocking(False)
         if joins:
@@ -179,6 +180,28 @@ def urgent_byte(pod: LightPod) -> bool:
     return True
 
 
+def member_without_nodelay(pod: LightPod) -> bool:
+    """Both ends leave."""
+    ends = Ends(pod)
+    ends.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+    deadline = time.monotonic() + PATIENCE_S
+    while pod.total().left < 2 and time.monotonic() < deadline:
+        ends.exchange()
+        time.sleep(0.001)
+    return pod.total().left == 2
+
+
+def newcomer_without_nodelay(pod: LightPod) -> bool:
+    """Neither end joins."""
+    ends = Ends(pod, joins=False)
+    ends.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 0)
+    for _ in range(100):
+        ends.exchange()
+        time.sleep(0.001)
+    total = pod.total()
+    return (total.joined, total.connections.get("nagle")) == (0, 2)
+
+
 def reader_that_rests(pod: LightPod) -> bool:
     """A sender is stopped."""
     ends = Ends(pod)
@@ -219,6 +242,7 @@ def leaves_before_a_short_read(pod: LightPod) -> bool:
 def connections_set_up_together(pod: LightPod) -> bool:
     with socket.create_server((SERVER_IP, 0), backlog=64) as listener:
         clients = [socket.socket() for _ in range(24)]
+        set_nodelay(listener, *clients)
         for client in clients:
             client.setblocking(False)
             client.bind((CLIENT_IP, 0))
@@ -246,6 +270,7 @@ def blocking_duplex(_: LightPod) -> bool:
     with socket.create_server((SERVER_IP, 0)) as listener:
         client = socket.create_connection(listener.getsockname(), source_address=(CLIENT_IP, 0))
         server, _peer = listener.accept()
+    set_nodelay(client, server)
     wrong: list[Exception] = []
 
     def say(end: socket.socket) -> None:

@@ -96,6 +96,15 @@ CORK = _mutant(
     "cork: bypassed bytes although they are to be held back",
     (r"if \(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)", "if (0)"),
 )
+NAGLE = _mutant(
+    "Nagle: a member without TCP_NODELAY bypasses",
+    (r"if \(!\(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)\)", "if (0)"),
+)
+NAGLE_EVER = _mutant(
+    "Nagle: sockets without TCP_NODELAY join",
+    (r"if \(!\(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)\)", "if (0)"),
+    (r"if \(!\(tb_read8\(sk \+ OFF_TCP_SOCK_NONAGLE\) & [^)]+\)\)", "if (0)"),
+)
 BLOCKING = _mutant(
     "readers: bypassed bytes to a reader that may sleep in recv",
     (r"if \(!tb_is_nonblocking\(conn->there\.file\)\)", "if (0)"),

@@ -85,7 +85,8 @@ class View(ctypes.Structure):
         (name, ctypes.c_uint32)
         for name in (
             *("write_seq", "rcv_nxt", "copied_seq"),
-            *("is_owned", "is_asleep", "is_nonblocking", "is_corked", "has_options", "has_ulp"),
+            *("is_owned", "is_asleep", "is_nonblocking", "is_corked", "has_nodelay"),
+            *("has_options", "has_ulp"),
             *("state", "inside", "has_unread"),
         )
     ]
@@ -129,6 +130,7 @@ class End:
     is_owned: bool = False  # its socket lock
     is_nonblocking: bool = True
     is_corked: bool = False
+    has_nodelay: bool = True
     has_options: bool = False
     has_ulp: bool = False
     state: int = ESTABLISHED
@@ -168,7 +170,7 @@ class Connection:
             view = View(
                 *(end.write_seq, self.ends[1 - number].write_seq, end.copied_seq),
                 *(end.is_owned, end.is_asleep or end.is_waiting),
-                *(end.is_nonblocking, end.is_corked),
+                *(end.is_nonblocking, end.is_corked, end.has_nodelay),
                 *(end.has_options, end.has_ulp, end.state),
                 end.deciding + len(end.redirects) + end.is_waiting,
                 bool(end.bypass_queue),
@@ -304,6 +306,7 @@ class Connection:
                 "the peer may sleep in recv": not peer.is_nonblocking,
                 "the lock": peer.is_owned and not peer.is_proxy,
                 "corked": end.is_corked,
+                "Nagle": not end.has_nodelay,
                 "kTLS": end.has_ulp or peer.has_ulp,
                 "a stream": end.run > STREAM,
                 "conntrack": self.now - end.tcp_at > REFRESH_NS + TICK_NS,

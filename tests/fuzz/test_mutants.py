@@ -23,6 +23,8 @@ BREAKS = [
     (mutants.OVERTAKING, cases.two_writers),
     (mutants.SHORT_SENDS, cases.member_that_sends_several),
     (mutants.URGENT, cases.urgent_byte),
+    (mutants.NAGLE_EVER, cases.member_without_nodelay),
+    (mutants.NAGLE_EVER, cases.newcomer_without_nodelay),
     (mutants.BOUND, cases.reader_that_rests),
     (mutants.FRESH_EDGE, cases.reader_that_wakes_late),
     (mutants.CONNTRACK, cases.idle_connection_tracking),

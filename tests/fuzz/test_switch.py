@@ -156,6 +156,10 @@ class Machine(RuleBasedStateMachine):
         self.connection.ends[number].is_nonblocking = False
 
     @rule(number=SIDE)
+    def turn_nagle_on(self, number: int) -> None:
+        self.connection.ends[number].has_nodelay = False
+
+    @rule(number=SIDE)
     def set_options(self, number: int) -> None:
         self.connection.ends[number].has_options = True
 
@@ -708,6 +712,7 @@ BREAKS = [
     (mutants.SILENCE, silent_joiner),
     (mutants.CONNTRACK, never_by_tcp),
     (mutants.CORK, with_end(0, is_corked=True)),
+    (mutants.NAGLE, with_end(0, has_nodelay=False)),
     (mutants.BLOCKING, with_end(1, is_nonblocking=False)),
     (mutants.OWN_ULP, with_end(0, has_ulp=True)),
     (mutants.PEERS_ULP, with_end(1, has_ulp=True)),

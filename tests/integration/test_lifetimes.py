@@ -230,6 +230,7 @@ def send_until_refused(sock: socket.socket) -> None:
 COUNTER = """
 import socket, struct, sys
 client = socket.create_connection((sys.argv[1], 8080), timeout=20)
+client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 client.sendall(b"hello"); client.recv(5)
 while client.recv(2) == b"go": client.sendall(b"ready")
 number = 0
@@ -241,6 +242,7 @@ while True:
 SINK = """
 import socket, sys
 client = socket.create_connection((sys.argv[1], 8080), timeout=20)
+client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 client.sendall(b"hello")
 while client.recv(1 << 16): client.sendall(b"k")
 """

@@ -51,6 +51,8 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
     with socket.create_connection(listener.getsockname(), timeout=20) as client:
         server, _ = listener.accept()
         server.settimeout(20)
+        for each in (client, server):
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(exchanges):
             client.sendall(b"x" * 1000)
             read(server)

@@ -50,6 +50,8 @@ def main() -> None:
             os.seteuid(wanted["uid"])
             with socket.socket(wanted["family"], wanted["type"], wanted["protocol"]) as made:
                 become_root()
+                if wanted["type"] == socket.SOCK_STREAM:  # without it no socket joins
+                    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 socket.send_fds(channel, [json.dumps({"errno": 0}).encode()], [made.fileno()])
         except OSError as error:
             become_root()

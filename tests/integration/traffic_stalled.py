@@ -38,6 +38,8 @@ def pair(listener: socket.socket) -> tuple[socket.socket, socket.socket]:
     """A client's and a server's end, which know each other."""
     client = socket.create_connection(listener.getsockname(), source_address=("127.0.0.6", 0))
     server, _ = listener.accept()
+    for end in (client, server):
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for _ in range(ACQUAINTANCE):
         exchange(client, server)
     return client, server

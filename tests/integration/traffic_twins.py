@@ -69,10 +69,12 @@ def main() -> None:
     barrier = Barrier(path, me)
     wrong, numbers = 0, []
     with socket.create_server(SERVER) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for number in range(rounds):
             with socket.socket() as client:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 client.bind(("127.0.0.1", FIRST_PORT + number % PORTS))
                 barrier.wait()
                 client.connect(SERVER)

@@ -27,7 +27,7 @@ from typing import Any
 from bpf import abi, bpfsys, pins
 from bpf.loader import Programs
 from install.program.probes import ADDRESSES, enter, unread_bytes
-from tests.light import LIMITS, LightPod, accelerated
+from tests.light import LIMITS, LightPod, accelerated, set_nodelay
 
 PAIRS = 6
 LIFE = 400  # steps of a pair
@@ -64,6 +64,7 @@ def connected(family: socket.AddressFamily, *, plain: bool) -> list[socket.socke
     with socket.create_server((target, 0), family=family) as listener:
         client = socket.create_connection(listener.getsockname()[:2], PATIENCE_S, (source, 0))
         ends = [client, listener.accept()[0]]
+    set_nodelay(*ends)
     for end in ends:
         end.settimeout(PATIENCE_S)
         if plain:

@@ -31,6 +31,7 @@ from tests.light import (
     accelerated,
     away_from_pods,
     remove_cgroup,
+    set_nodelay,
 )
 
 CONNECTIONS = 24
@@ -117,6 +118,7 @@ def rest(container: Path, situation: Situation, pipe: Connection) -> None:
     with socket.create_server((SERVER_IP, 8080), backlog=CONNECTIONS) as listener:
         pipe.send("listening")
         connections = [listener.accept()[0] for _ in range(CONNECTIONS)]
+    set_nodelay(*connections)
     for each in connections:
         each.settimeout(TIMEOUT_S)
     for _ in range(GREETINGS):
@@ -168,6 +170,7 @@ def connect(stack: ExitStack) -> list[socket.socket]:
             address = (SERVER_IP, 8080)
             made = socket.create_connection(address, TIMEOUT_S, (CLIENT_IP, 0))
             connections.append(stack.enter_context(made))
+    set_nodelay(*connections)
     return connections
 
 

@@ -19,7 +19,7 @@ from bpf.loader import TAKE_IN, LoadError, Programs
 from cni_plugin import names
 from install.program.passes import take_in
 from install.program.probes import enter
-from tests.light import CLIENT_IP, SERVER_IP, LightPod, accelerated
+from tests.light import CLIENT_IP, SERVER_IP, LightPod, accelerated, set_nodelay
 from tests.passes import mptcp
 
 APP_UID = 0
@@ -65,8 +65,10 @@ def inbound(pod: LightPod) -> None:
     """The sidecar calls its application from 127.0.0.6."""
     with owned_by(APP_UID):
         listener = socket.create_server(APP)
+        set_nodelay(listener)
     with owned_by(names.PROXY_UID):
         client = socket.create_connection(APP, TIMEOUT_S, (CLIENT_IP, 0))
+        set_nodelay(client)
     with listener, client, listener.accept()[0] as server:
         ping_pong(pod, client, server)
 
@@ -76,8 +78,10 @@ def outbound(pod: LightPod) -> None:
     subprocess.run(REDIRECT.split(), check=True)
     with owned_by(names.PROXY_UID):
         listener = socket.create_server(ENVOY)
+        set_nodelay(listener)
     with owned_by(APP_UID):
         client = socket.create_connection(SERVICE, TIMEOUT_S)
+        set_nodelay(client)
     with owned_by(names.PROXY_UID):  # accept(2) makes the socket its caller's
         server, _ = listener.accept()
     with listener, client, server:
@@ -99,6 +103,7 @@ def from_before(pod: LightPod, joined: Synchronized[int]) -> None:
         socket.create_connection(APP, TIMEOUT_S, (CLIENT_IP, 0)) as client,
         listener.accept()[0] as server,
     ):
+        set_nodelay(client, server)
         pod.attach()
         before = pod.members()
         if take_in(pod.programs.fds[TAKE_IN], pod.folder):

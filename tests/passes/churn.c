@@ -59,8 +59,10 @@ static int listen_on(int family, struct sockaddr_in6 *address)
 	int fd = socket(family ? AF_INET6 : AF_INET, SOCK_STREAM | SOCK_NONBLOCK,
 			is_mptcp ? IPPROTO_MPTCP : 0);
 	socklen_t length = sizeof(*address);
+	int one = 1;
 
 	must(fd, "socket");
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)); /* else none joins */
 	memset(address, 0, sizeof(*address));
 	address->sin6_family = AF_INET6;
 	if (!family) {
@@ -261,9 +263,10 @@ static void connect_once(struct worker *self)
 	int which = rand_r(seed) % FAMILIES, v4 = AF_INET;
 	struct sockaddr *address = (struct sockaddr *)&self->address[which];
 	int client = socket(address->sa_family, SOCK_STREAM | SOCK_NONBLOCK, 0);
-	int server;
+	int server, one = 1;
 
 	must(client, "socket");
+	setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	connect(client, address, sizeof(self->address[which]));
 	server = accept_from(self->listener[which]);
 	if (server < 0) {

@@ -7,7 +7,7 @@ import socket
 import time
 from typing import Any
 
-from tests.light import LightPod, accelerated, away_from_pods
+from tests.light import LightPod, accelerated, away_from_pods, set_nodelay
 from tests.passes import churn
 
 _IPPROTO_MPTCP = 262
@@ -22,9 +22,11 @@ def joined(pod: LightPod, family: socket.AddressFamily) -> int:
         listener.bind((address, 0))
         listener.listen()
         with socket.socket(family) as client:
+            set_nodelay(client)
             client.settimeout(5)
             client.connect(listener.getsockname())
             with listener.accept()[0] as server:
+                set_nodelay(server)
                 server.settimeout(5)
                 for _ in range(MOST_EXCHANGES):
                     client.sendall(b"c")

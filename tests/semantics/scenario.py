@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Union
 
-from tests.light import ACQUAINTANCE, CLIENT_IP, SERVER_IP
+from tests.light import ACQUAINTANCE, CLIENT_IP, SERVER_IP, set_nodelay
 
 # Long enough for whatever is under way on loopback to have arrived. A slow virtual machine sets
 # the variable.
@@ -143,6 +143,7 @@ class Io:
 
 def exchanged(client: socket.socket, server: socket.socket, times: int = 2) -> None:
     """Sends so many bytes each way, each end having read everything before it sends."""
+    set_nodelay(client, server)  # or they do not join
     for _ in range(times):
         client.sendall(b"c")
         exactly(server, 1)

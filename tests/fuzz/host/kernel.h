@@ -167,6 +167,7 @@ struct poll_wqueues {
 #define OFF_WAIT_ENTRY offsetof(struct waiter, entry)
 #define OFF_WAIT_PRIVATE offsetof(struct waiter, private)
 #define MASK_TCP_SOCK_IS_MPTCP 1
+#define MASK_TCP_NAGLE_OFF 1
 #define MASK_TCP_NAGLE_CORK 2
 #define MASK_SOCK_RCVBUF_LOCK 2
 #define BIT_SOCK_ZEROCOPY 0

@@ -5,10 +5,11 @@
  */
 #include PROGRAM
 
-/* What tests/fuzz/switch.py says of an end: its class Seen has the same. */
+/* What tests/fuzz/switch.py says of an end: its class View has the same. */
 struct host_view {
 	__u32 write_seq, rcv_nxt, copied_seq;
-	__u32 is_owned, is_asleep, is_nonblocking, is_corked, has_options, has_ulp, state;
+	__u32 is_owned, is_asleep, is_nonblocking, is_corked, has_nodelay, has_options, has_ulp;
+	__u32 state;
 	__u32 inside;	  /* threads in a send or a read */
 	__u32 has_unread; /* bypassed bytes */
 };
@@ -208,7 +209,8 @@ void host_set(int number, const struct host_view *view)
 		view->rcv_nxt - (number ? end->conn.half.client_isn : end->conn.half.server_isn);
 	end->sock.copied_seq = view->copied_seq;
 	end->sock.owned = view->is_owned;
-	end->sock.nonagle = view->is_corked ? MASK_TCP_NAGLE_CORK : 0;
+	end->sock.nonagle = (view->has_nodelay ? MASK_TCP_NAGLE_OFF : 0) |
+			    (view->is_corked ? MASK_TCP_NAGLE_CORK : 0);
 	end->sock.rcvlowat = view->has_options ? 100 : 1;
 	end->sock.ulp = view->has_ulp;
 	if (view->has_ulp && end->is_member)

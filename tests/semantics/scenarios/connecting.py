@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 
-from tests.light import ACQUAINTANCE, CLIENT_IP, SERVER_IP
+from tests.light import ACQUAINTANCE, CLIENT_IP, SERVER_IP, set_nodelay
 from tests.semantics.scenario import (
     OPTIONS,
     PATIENCE_S,
@@ -333,6 +333,7 @@ def connections_set_up_together(io: Io) -> None:
     for _ in clients:
         server, peer = listener.accept()
         servers[peer] = server
+    set_nodelay(*clients, *servers.values())
     wrong = 0
     for repeat in range(ACQUAINTANCE + 2):
         for client in clients:

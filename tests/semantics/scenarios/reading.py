@@ -280,6 +280,7 @@ SPLICE_F_NONBLOCK = 2
 def spliced_through(io: Io) -> None:
     """A proxy that reads a request with recv and splices what follows, waiting by poll"""
     sender, receiver = io.pair()
+    settle()  # they may join
     sender.sendall(b"request")
     io.log("request", exactly(receiver, 7))
     receiver.setblocking(False)
