@@ -235,7 +235,6 @@ static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket
 	/* The peer has read on: no byte lies behind others any more. A member's sends see that. */
 	if (conn->path == TB_PATH_BEHIND && tb_has_peer(conn) && tb_has_read_on(conn))
 		conn->path = TB_PATH_TCP;
-	tb_seek(conn);
 	if (conn->refused || !tb_may_join(conn, sk, now))
 		return;
 	outcome = tb_reason_to_refuse(conn, sk);

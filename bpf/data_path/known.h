@@ -169,9 +169,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 	__u32 in = skops->rcv_nxt - conn->moved.received;
 	int is_large = in + tb_moved_out(conn, sent) >= TB_LARGE_EXCHANGE;
 
-	outcome = conn->refused ? conn->refused : tb_unfit(sk);
-	if (!outcome)
-		outcome = tb_peers_refusal(conn);
+	outcome = conn->refused ? conn->refused : tb_reason_to_refuse(conn, sk);
 	weight = tb_note_exchange(conn, skops->rcv_nxt, sent);
 	/* Not watched yet: it may be the rest of an answer in the midst of which it has left. */
 	if (!is_large || !tb_is_to_watch(conn, tb_tick_ns()))

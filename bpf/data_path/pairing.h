@@ -13,11 +13,12 @@
  */
 
 /* With fewer segments received (TB_MIN_SEGMENTS) a connection is left alone. Then it makes
- * TB_FIRST_WANTED exchanges until each of its packets is looked at. Younger than this it does not
- * join. Most connections are shorter, and pay little. */
+ * TB_FIRST_WANTED exchanges until each of its packets is looked at. It does not join earlier than
+ * TB_MIN_AGE after its first look, or after it left. Most connections are shorter, and pay little.
+ */
 #define TB_MIN_AGE (TB_MIN_AGE_MS * 1000000ULL)
-/* So many exchanges an end looks for the other one, which may receive fewer segments in each. One
- * that was taken in, also so long: pods are taken in one after another (tb_take_in()). */
+/* An end looks for its peer, which may receive fewer segments in each, during so many exchanges
+ * more than it wants. One that was taken in looks for TB_SEEKING_NS at least (tb_take_in()). */
 #define TB_SEEKING (TB_MIN_SEGMENTS + 16)
 #define TB_SEEKING_NS (3 * NS_PER_S)
 
@@ -100,8 +101,8 @@ static __always_inline __u32 tb_enter(struct bpf_sock_ops *skops, const struct t
 {
 	struct tb_half half = {};
 
-	if (!TB_ADDR(skops, local, &conn->half.client) || !TB_ADDR(skops, remote, &half.dialled))
-		return TB_OUTCOME_NO_PEER;
+	TB_ADDR(skops, local, &conn->half.client);
+	TB_ADDR(skops, remote, &half.dialled);
 	half.client = conn->me;
 	half.client_netns = tb_netns_of(conn->me.sk);
 	half.token = conn->token;
@@ -134,8 +135,8 @@ static __always_inline void tb_find_client(struct bpf_sock_ops *skops, const str
 	struct tb_half half, *found;
 	struct tb_addr local = {};
 
-	if (!TB_ADDR(skops, remote, &conn->half.client) || !TB_ADDR(skops, local, &local))
-		return;
+	TB_ADDR(skops, remote, &conn->half.client);
+	TB_ADDR(skops, local, &local);
 	conn->half.netns = tb_netns_of(conn->me.sk);
 	found = halves.lookup(&conn->half);
 	if (!found && !tb_addr_is_local(&conn->half.client)) {
@@ -173,9 +174,7 @@ static __always_inline struct tb_conn *tb_meet(struct bpf_sock_ops *skops, const
 		tb_call(skops, TB_CALL_NEVER);
 		return NULL;
 	}
-	outcome = tb_has_spliced(conn) ? TB_OUTCOME_SPLICE : 0;
-	if (!outcome && conn->me.is_client)
-		outcome = tb_enter(skops, pod, conn);
+	outcome = conn->me.is_client ? tb_enter(skops, pod, conn) : 0;
 	if (outcome)
 		tb_refuse(conn, outcome);
 	return conn;
@@ -187,8 +186,7 @@ static __always_inline int tb_is_paired(const struct tb_conn *conn)
 }
 
 /* A client that is not paired asks for the server that has found its connection. The map may have
- * dropped the entry, or have it for another connection by now: then this one stays on TCP. A visit
- * and a callback may both ask at once. The one that takes the entry away counts. */
+ * dropped the entry, or have it for another connection by now: then this one stays on TCP. */
 static __always_inline void tb_seek(struct tb_conn *conn)
 {
 	struct tb_half *half;
@@ -203,8 +201,8 @@ static __always_inline void tb_seek(struct tb_conn *conn)
 	if (half->client.id != conn->me.id || !server.id)
 		return;
 	conn->peer = server;
-	if (!halves.delete(&conn->half))
-		tb_count_outcome(conn->me.pod_id, tb_hop(conn), TB_OUTCOME_PAIRED);
+	halves.delete(&conn->half);
+	tb_count_outcome(conn->me.pod_id, tb_hop(conn), TB_OUTCOME_PAIRED);
 }
 
 /* Is the peer's struct tb_conn still that of the peer? RULE (identity): the ends name each other.

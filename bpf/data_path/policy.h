@@ -52,8 +52,8 @@ static __always_inline int tb_pod_excludes(const struct tb_pod *pod, __u32 port)
  * through a computed context pointer, which the verifier refuses. */
 #define TB_PIN(value) asm volatile("" : "+r"(value))
 
-static __always_inline int tb_addr_select(__u32 family, __u32 v4, __u32 w0, __u32 w1, __u32 w2,
-					  __u32 w3, struct tb_addr *addr)
+static __always_inline void tb_addr_select(__u32 family, __u32 v4, __u32 w0, __u32 w1, __u32 w2,
+					   __u32 w3, struct tb_addr *addr)
 {
 	if (family == AF_INET) {
 		w0 = w1 = 0;
@@ -64,7 +64,6 @@ static __always_inline int tb_addr_select(__u32 family, __u32 v4, __u32 w0, __u3
 	addr->word[1] = w1;
 	addr->word[2] = w2;
 	addr->word[3] = w3;
-	return family == AF_INET || family == AF_INET6;
 }
 
 /* The address of one end, `local` or `remote`, of the socket that a callback is for. Each load is

@@ -77,8 +77,7 @@ static __always_inline void tb_note_dial(struct bpf_sock_ops *skops)
 	struct tb_dial dial = {};
 	__u32 one = 1;
 
-	if (!TB_ADDR(skops, local, &dial.client))
-		return;
+	TB_ADDR(skops, local, &dial.client);
 	dial.client_isn = tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ) + 1;
 	dials.update(&dial, &one);
 }
@@ -91,9 +90,9 @@ static __always_inline int tb_find_dial(struct bpf_sock_ops *skops, const struct
 	__u64 request = tb_context_sock(skops);
 	struct tb_dial dial = {};
 
-	if (skops->is_fullsock || tb_pod_excludes(pod, skops->local_port) ||
-	    !TB_ADDR(skops, remote, &key->client))
+	if (skops->is_fullsock || tb_pod_excludes(pod, skops->local_port))
 		return 0;
+	TB_ADDR(skops, remote, &key->client);
 	key->client_isn = tb_read32(request + OFF_TCP_REQUEST_RCV_ISN) + 1;
 	key->server_isn = tb_read32(request + OFF_TCP_REQUEST_SNT_ISN) + 1;
 	dial.client = key->client;
@@ -127,8 +126,9 @@ static __always_inline void tb_keep_token(struct bpf_sock_ops *skops)
 	struct tb_dial dial = {};
 	struct tb_conn *conn;
 
-	if (!sk || !TB_ADDR(skops, local, &dial.client))
+	if (!sk)
 		return;
+	TB_ADDR(skops, local, &dial.client);
 	dial.client_isn = skops->snd_nxt;
 	dials.delete(&dial);
 	if (bpf_load_hdr_opt(skops, &option, sizeof(option), 0) != sizeof(option))

@@ -81,7 +81,7 @@ enum tb_membership {
 	TB_MEMBERSHIPS = 4,
 };
 
-/* A paired socket, in its sk_storage. Times are nanoseconds. */
+/* A socket that has been looked at, in its sk_storage. Times are nanoseconds. */
 struct tb_conn {
 	/* The connection: pairing.h */
 	struct tb_end me;
@@ -99,7 +99,7 @@ struct tb_conn {
 		__u32 received; /* rcv_nxt at its last exchange */
 		__u32 sent;	/* and write_seq */
 	} moved;
-	__u64 since; /* when it was born, or `state` changed */
+	__u64 since; /* when it was first looked at, or `state` changed */
 	struct tb_place at;
 	__u64 noted; /* tb_begun() at the second visit of leaving; 0: none */
 	/* Its sends: order.h, unread.h */

@@ -21,8 +21,8 @@
 #define TB_LOOK 16384		   /* below it, the peer's queue is not looked at */
 #define TB_MAX_BOUND (2 << 20)	   /* however large the peer's buffers are */
 #define TB_TCP_RESERVE (64 * 1024) /* always left to the peer's TCP */
-/* Of a memory limit this part is left, or TB_AMPLE pages. One connection takes at most the other
- * part of what is free besides. So many cgroups above one another are looked at. */
+/* A 16th of a memory limit stays free, TB_AMPLE pages at most. A connection takes at most a 16th of
+ * the rest. So many nested cgroups are looked at. */
 #define TB_RESERVE 16
 #define TB_SHARE 16
 #define TB_AMPLE (TB_SHARE * TB_MAX_BOUND / PAGE_SIZE)
