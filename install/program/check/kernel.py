@@ -79,7 +79,7 @@ def _lockdown(path: Path) -> Finding:
         hint = "the programs read kernel memory, which this level forbids; boot with integrity"
         return finding.broken("lockdown", level, hint, finding.KERNEL_TRIED)
     if level == "integrity":
-        hint = "under it FIONREAD cannot be mended, nor splice(2) refused: the mode is proxy-only"
+        hint = "FIONREAD cannot be mended: where this kernel gets it wrong, the mode is proxy-only"
         return finding.less("lockdown", level, hint, finding.KERNEL_TRIED)
     return finding.well("lockdown", level)
 
