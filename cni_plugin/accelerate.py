@@ -36,7 +36,8 @@ def accelerate(request: Request, pod: Pod, result: Json) -> None:
     state = State(conf.state_dir)
     switch = state.switch()
     conf = netconf.under_switch(conf, switch)
-    decision = policy.decide(conf, pod, _mode(conf, state, netconf.mode_named_by(switch)))
+    mode = _mode(conf, state, netconf.mode_named_by(switch))
+    decision = policy.decide(conf, pod, mode)
     if decision.plan is None:
         log.say(f"not accelerated: {decision.reason}")
         return
@@ -46,6 +47,8 @@ def accelerate(request: Request, pod: Pod, result: Json) -> None:
         if draft is not None:
             state.make()
             with state.locked(_LOCK_PATIENCE_S):
+                if conf.mode == "auto" and state.node_mode()[0] != mode[0]:
+                    raise attachment.NotLoaded("a load has changed the node's mode meanwhile")
                 _attach(draft, state, conf.bpffs)
     except attachment.NotLoaded as error:
         log.say(f"warning: not accelerated: {error}")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -103,3 +104,26 @@ def test_a_lock_that_is_never_released(pods: list[Sandbox]) -> None:
         os.close(fd)
     assert pod.call("DEL").exit == 0
     assert pod.leftovers() == []
+
+
+def test_a_load_finds_the_kernel_unfit_meanwhile(pods: list[Sandbox]) -> None:
+    """An ADD that has read the mode before must not attach by it."""
+    pod = replace(pods[0], conf=(("mode", "auto"),))
+    node_json = pod.bed.node.state_dir / names.NODE_JSON
+    before = node_json.read_bytes()
+    node_json.write_text('{"mode": "full"}')
+    fd = os.open(pod.bed.node.state_dir / names.ATTACHMENTS, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(1) as pool:
+            add = pool.submit(pod.call, "ADD")
+            time.sleep(0.8)  # it waits for the lock, for 2 s
+            node_json.write_text('{"mode": "off"}')
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            answer = add.result()
+    finally:
+        os.close(fd)
+        node_json.write_bytes(before)
+    assert (answer.exit, answer.document) == (0, pod.result)
+    assert "meanwhile" in answer.stderr
+    assert (pod.owners(), pod.leftovers()) == ([], [])
