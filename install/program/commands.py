@@ -141,20 +141,24 @@ def _keep_verdict_alone(node: Node, verdict: selftests.Verdict) -> bool:
 
 def _meanwhile(node: Node, verdict: selftests.Verdict) -> selftests.Verdict:
     """The verdict while the programs are the ones before: they may not do what the new ones can."""
-    if node.generations.current() is None:
+    current = node.generations.current()
+    if current is None or _is_fit(current, verdict):
         return verdict
     before, _ = node.state.node_mode()
     return replace(verdict, mode=max(before, verdict.mode, key=names.MODES.index))
 
 
+def _is_fit(current: Generation, verdict: selftests.Verdict) -> bool:
+    """Whether these programs may run in the verdict's mode."""
+    return (current.is_mended() or not verdict.is_mended) and (
+        current.refuses_splice() or verdict.mode != names.MODES[0]
+    )
+
+
 def _is_enough(node: Node, current: Generation, verdict: selftests.Verdict) -> bool:
     """Whether these programs may run in the verdict's mode, and the pods that have them."""
     before, _ = node.state.node_mode()
-    return (
-        (current.is_mended() or not verdict.is_mended)
-        and (current.refuses_splice() or verdict.mode != names.MODES[0])
-        and names.MODES.index(verdict.mode) <= names.MODES.index(before)
-    )
+    return _is_fit(current, verdict) and max(before, verdict.mode, key=names.MODES.index) == before
 
 
 def _mount_bpffs(node: Node, host_proc: Path) -> None:
