@@ -40,9 +40,11 @@ static __always_inline int tb_find_edge(const struct tb_conn *conn, __u64 sk)
 	/* In this order: a thread lets go of its queue after its redirect has arrived. */
 	int may_come = tb_is_peer_in(conn) && tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1;
 	int is_empty = tb_membership(conn->state) == TB_OUT || tb_is_empty(conn->at.psock);
-	int has_more =
-		tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ) != tb_read32(sk + OFF_TCP_SOCK_RCV_NXT);
-	int is_owned = tb_is_owned(sk);
+	__u32 copied = tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ);
+	__u32 unread = tb_read32(sk + OFF_TCP_SOCK_RCV_NXT) - copied;
+	/* A FIN counts, which needs no edge. */
+	int is_done = (tb_read64(sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_DONE)) != 0;
+	int has_more = unread > is_done, is_owned = tb_is_owned(sk);
 
 	if (!is_empty || may_come || (has_more && is_owned))
 		tb_ring_for_edge(conn->me.pod_id);

@@ -262,7 +262,11 @@ static __always_inline int tb_visit(void *socket, __u64 sk)
 		tb_visit_outsider(conn, socket, sk, id, now);
 	else if (tb_visit_member(conn, sk, now))
 		found |= TB_NEEDS_VISIT;
-	if (may_be_behind && tb_find_edge(conn, sk))
+	if (may_be_behind && tb_find_edge(conn, sk)) {
 		found |= TB_NEEDS_EDGE;
+		/* Of a socket that has left, and whose peer has closed, it is the last. */
+		if (tb_membership(conn->state) == TB_OUT && !tb_has_peer(conn))
+			conn->at.psock = 0;
+	}
 	return found;
 }
