@@ -33,6 +33,11 @@
 #define TB_MOST_CREDIT (2 << 20)
 #define TB_EXCHANGE_CREDIT 2048
 
+static __always_inline int tb_has_nodelay(const void *tp)
+{
+	return (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF) != 0;
+}
+
 /* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
  * that it closes, or has a ULP. Its queue may be freed memory by now, so it is not waited for. */
 static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
@@ -63,8 +68,9 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	/* An application's lock, RULE (lock). */
 	if (!conn->peer.is_proxy && tb_is_owned(conn->peer.sk))
 		return TB_REASON_BUSY;
-	/* RULE (Nagle), for this end's messages. */
-	if (!(TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF))
+	/* RULE (Nagle): either end may wait for the other's acknowledgement. */
+	if (!tb_has_nodelay(tp) ||
+	    !(tb_read8(conn->peer.sk + OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF))
 		return TB_REASON_INELIGIBLE;
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
@@ -216,17 +222,18 @@ static __always_inline __u32 tb_stay_on_bypass(struct tb_conn *conn, const void 
 	return reason;
 }
 
-/* Both ends leave: RULE (short sends), RULE (urgent). */
-static __always_inline void tb_give_up(struct tb_conn *conn)
+/* Both ends leave: RULE (short sends), RULE (urgent), RULE (Nagle). */
+static __always_inline void tb_give_up(struct tb_conn *conn, __u32 outcome)
 {
 	if (conn->refused)
 		return;
-	tb_refuse(conn, TB_OUTCOME_INELIGIBLE);
+	tb_refuse(conn, outcome);
 	tb_ring(conn->me.pod_id);
 	tb_ring(conn->peer.pod_id);
 }
 
-/* RULE (urgent). Why this message goes by TCP, whatever lies unread. */
+/* RULE (urgent). Why this message goes by TCP, whatever lies unread. Others that are no plain send
+ * may be urgent, too. */
 static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)
 {
 	if (conn->path == TB_PATH_BYPASS && !tb_try_return(conn, TB_REASON_INELIGIBLE, state))
@@ -262,8 +269,10 @@ static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn,
 	sending = tb_sending();
 	state = TB_PEERS(__u32, conn, state);
 	if (sending != TB_SENDS_PLAIN)
-		tb_give_up(conn);
-	if (sending == TB_SENDS_URGENT)
+		tb_give_up(conn, TB_OUTCOME_INELIGIBLE);
+	else if (!tb_has_nodelay(tp))
+		tb_give_up(conn, TB_OUTCOME_NAGLE);
+	if (sending != TB_SENDS_PLAIN)
 		reason = tb_send_urgently(conn, state);
 	else if (conn->path == TB_PATH_BYPASS)
 		reason = tb_stay_on_bypass(conn, tp, msg->size, state, now);

@@ -48,11 +48,11 @@ static __always_inline __u32 tb_unfit(__u64 sk)
 	if ((tb_read8(sk + OFF_TCP_SOCK_IS_MPTCP) & MASK_TCP_SOCK_IS_MPTCP) ||
 	    tb_read64(sk + OFF_ICSK_ULP_OPS) || (tb_read64(sk + OFF_SOCK_FLAGS) & flags))
 		return TB_OUTCOME_INELIGIBLE;
-	if (!(tb_read8(sk + OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF))
-		return TB_OUTCOME_NAGLE;
 	if (file && !tb_is_nonblocking(file))
 		return TB_OUTCOME_BLOCKING;
-	return tb_has_options(sk) ? TB_OUTCOME_OPTIONS : 0;
+	if (tb_has_options(sk))
+		return TB_OUTCOME_OPTIONS;
+	return tb_read8(sk + OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF ? 0 : TB_OUTCOME_NAGLE;
 }
 
 /* Is an address on the stack of a thread, by its struct task_struct? */

@@ -96,14 +96,21 @@ CORK = _mutant(
     "cork: bypassed bytes although they are to be held back",
     (r"if \(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)", "if (0)"),
 )
-NAGLE = _mutant(
-    "Nagle: a member without TCP_NODELAY bypasses",
-    (r"if \(!\(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)\)", "if (0)"),
+_NODELAY = (
+    r"return \(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & MASK_TCP_NAGLE_OFF\) != 0;",
+    "return 1;",
 )
+_NODELAY_OF_PEER = (r"!\(tb_read8\(conn->peer\.sk \+ OFF_TCP_SOCK_NONAGLE\) & [^)]+\)", "0")
+NAGLE = _mutant("Nagle: a member without TCP_NODELAY bypasses", _NODELAY)
+NAGLE_OF_PEER = _mutant("Nagle: to a peer without it, which may wait for an ACK", _NODELAY_OF_PEER)
 NAGLE_EVER = _mutant(
     "Nagle: sockets without TCP_NODELAY join",
-    (r"if \(!\(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)\)", "if (0)"),
-    (r"if \(!\(tb_read8\(sk \+ OFF_TCP_SOCK_NONAGLE\) & [^)]+\)\)", "if (0)"),
+    _NODELAY,
+    _NODELAY_OF_PEER,
+    (
+        r"return tb_read8\(sk \+ OFF_TCP_SOCK_NONAGLE\) & MASK_TCP_NAGLE_OFF \? 0 : \w+;",
+        "return 0;",
+    ),
 )
 BLOCKING = _mutant(
     "readers: bypassed bytes to a reader that may sleep in recv",

@@ -306,7 +306,7 @@ class Connection:
                 "the peer may sleep in recv": not peer.is_nonblocking,
                 "the lock": peer.is_owned and not peer.is_proxy,
                 "corked": end.is_corked,
-                "Nagle": not end.has_nodelay,
+                "Nagle": not (end.has_nodelay and peer.has_nodelay),
                 "kTLS": end.has_ulp or peer.has_ulp,
                 "a stream": end.run > STREAM,
                 "conntrack": self.now - end.tcp_at > REFRESH_NS + TICK_NS,

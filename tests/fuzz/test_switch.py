@@ -713,6 +713,7 @@ BREAKS = [
     (mutants.CONNTRACK, never_by_tcp),
     (mutants.CORK, with_end(0, is_corked=True)),
     (mutants.NAGLE, with_end(0, has_nodelay=False)),
+    (mutants.NAGLE_OF_PEER, with_end(1, has_nodelay=False)),
     (mutants.BLOCKING, with_end(1, is_nonblocking=False)),
     (mutants.OWN_ULP, with_end(0, has_ulp=True)),
     (mutants.PEERS_ULP, with_end(1, has_ulp=True)),
