@@ -31,8 +31,9 @@ def serve(place: Place) -> Iterator[None]:
         yield
 
 
-def _where(link: Link) -> str:
-    return f"-h {link.destination} -p {link.port}"
+def _options(link: Link) -> str:
+    """Of both clients: without TCP_NODELAY no socket joins."""
+    return f"-h {link.destination} -p {link.port} --nodelay"
 
 
 def _run(link: Link, command: str) -> str:
@@ -51,8 +52,8 @@ def check(place: Place) -> None:
     link = place.front
     for size in RETAINED:
         path = _file(link, "retained", pattern(size))
-        _run(link, f"mosquitto_pub --nodelay {_where(link)} -r -q 1 -t large/{size} -f {path}")
-        got = _run(link, f"mosquitto_sub --nodelay {_where(link)} -C 1 -t large/{size} -F %x")
+        _run(link, f"mosquitto_pub {_options(link)} -r -q 1 -t large/{size} -f {path}")
+        got = _run(link, f"mosquitto_sub {_options(link)} -C 1 -t large/{size} -F %x")
         compare(bytes.fromhex(got), pattern(size))
     _stream(place, MESSAGES)
 
@@ -62,19 +63,19 @@ def _stream(place: Place, count: int) -> float:
     link = place.front
     lines = [f"{number} {'m' * (number % 300)}" for number in range(count)]
     sent = _file(link, "sent", "".join(f"{line}\n" for line in lines).encode())
-    _run(link, f"mosquitto_pub --nodelay {_where(link)} -r -q 1 -t stream/a -m {READY}")
+    _run(link, f"mosquitto_pub {_options(link)} -r -q 1 -t stream/a -m {READY}")
     got = [_file(link, f"got-{number}", b"") for number in range(SUBSCRIBERS)]
     subscribers = []
     for path in got:
         wait = f"-C {count + 1} -q 1 -t stream/#"
-        command = f"exec mosquitto_sub --nodelay {_where(link)} {wait} > {path}"
+        command = f"exec mosquitto_sub {_options(link)} {wait} > {path}"
         subscribers.append(link.client.spawn(["sh", "-c", command]))
     deadline = time.monotonic() + PATIENCE_S
     while any(READY not in path.read_text() for path in got):
         assert time.monotonic() < deadline, "a subscriber got no retained message"
         time.sleep(0.01)
     start = time.monotonic()
-    _run(link, f"mosquitto_pub --nodelay {_where(link)} -q 1 -t stream/b -l < {sent}")
+    _run(link, f"mosquitto_pub {_options(link)} -q 1 -t stream/b -l < {sent}")
     for process, path in zip(subscribers, got):
         assert process.wait(timeout=PATIENCE_S) == 0
         assert path.read_text().splitlines() == [READY, *lines], path.read_text()[-500:]
