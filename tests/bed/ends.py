@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small C programs at the two ends of a hop: `PROGRAM serve ...` and whoever connects to it."""
+"""Small C programs at the two ends of a hop: `PROGRAM serve ...` and what connects to it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tests.bed.pingpong import Hop
+
+
+HEADERS = Path(__file__).parent  # endpoint.h
+
+
+def compiled(source: Path, folder: Path) -> Path:
+    """Compile a program into folder and return its path."""
+    program = folder / source.stem
+    options = ["-O2", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{HEADERS}"]
+    subprocess.run(["gcc", *options, "-o", program, source], check=True)
+    return program
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from tests.bed import Bed, cc, ends, pairs, pingpong
+from tests.bed import Bed, ends, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import HOPS, Hop, HopName
 from tests.bench.bench import Bench, Effort
@@ -81,7 +81,7 @@ def served(
     bench: Bench, bed: Bed, both: tuple[Pair, Pair], hop_names: Sequence[HopName]
 ) -> Iterator[tuple[Path, list[Way]]]:
     """The program, and these hops of both pairs with their `churn serve` up."""
-    program = cc.compiled(SOURCE, bed.folder)
+    program = ends.compiled(SOURCE, bed.folder)
     ways = [
         Way(name, pair.kind, pingpong.hop(name, pair.client, pair.server))
         for name in hop_names

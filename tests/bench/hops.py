@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bed import Pod, cc, pairs, pingpong
+from tests.bed import Pod, ends, pairs, pingpong
 from tests.bed.addresses import Family
 from tests.bed.cni import DUAL_STACK
 from tests.bed.pairs import Pair
@@ -64,7 +64,7 @@ def run(bench: Bench) -> None:
     """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
     with bench.bed(subnets=DUAL_STACK) as bed, pairs.pairs(bed) as both:
-        program = cc.compiled(pingpong.SOURCE, bed.folder)
+        program = ends.compiled(pingpong.SOURCE, bed.folder)
         for size in plan.sizes:
             ways = [*_ways(both, "v4"), Way("unix", "unix", unix(both[0].client))]
             _measure(bench, plan, program, ways, size)

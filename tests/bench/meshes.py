@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from tests.bed import Bed, cc, envoy, h2load, mesh, pairs, wrk
+from tests.bed import Bed, ends, envoy, h2load, mesh, pairs, wrk
 from tests.bed.envoy import Sidecar, Tls
 from tests.bed.pairs import Cost, Pair
 from tests.bed.pingpong import SERVICE_IP
@@ -166,7 +166,7 @@ def _grpc_like(pair: Pair, connections: int, seconds: float, cpu: str) -> Load:
 
 
 def _fixed(bench: Bench, plan: Plan, bed: Bed, both: tuple[Pair, Pair]) -> None:
-    program = cc.compiled(openloop.SOURCE, bed.folder)
+    program = ends.compiled(openloop.SOURCE, bed.folder)
     for place, asked in plan.fixed.items():
         with fillers.standing(bed.host, place, plan.rules):
             for path, per_second in asked:

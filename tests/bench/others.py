@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bed import Bed, Pod, cc, cni, ends, istio, pairs, pingpong
+from tests.bed import Bed, Pod, cni, ends, istio, pairs, pingpong
 from tests.bed.pairs import KINDS, Kind, Pair
 from tests.bed.pingpong import APP_PORT, Hop
 from tests.bed.pod import APP, PROXY
@@ -56,7 +56,7 @@ def run(bench: Bench) -> None:
     plan = PLANS[bench.effort]
     with bench.bed() as bed:
         programs = {
-            source.stem: cc.compiled(source, bed.folder)
+            source.stem: ends.compiled(source, bed.folder)
             for source in (pingpong.SOURCE, streaming.SOURCE, churn.SOURCE)
         }
         _off_host(bench, plan, bed, programs)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from bpf import bpfsys
-from tests.bed import Bed, bpf_objects, cc, cgroups, ends, netns, pairs, pingpong
+from tests.bed import Bed, bpf_objects, cgroups, ends, netns, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop
 from tests.bench import hops, machine
@@ -52,7 +52,7 @@ def run(bench: Bench) -> None:
     """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
     with bench.bed() as bed, pairs.pairs(bed) as both:
-        program = cc.compiled(pingpong.SOURCE, bed.folder)
+        program = ends.compiled(pingpong.SOURCE, bed.folder)
         round_trips = partial(_round_trips, bench, plan, both, program)
         _pods(bench, plan, bed, round_trips)
         _connections(bench, plan, bed, both, round_trips)
@@ -151,7 +151,7 @@ def _connections(
     both: tuple[Pair, Pair],
     round_trips: Callable[[str], None],
 ) -> None:
-    program = cc.compiled(SOURCE, bed.folder)
+    program = ends.compiled(SOURCE, bed.folder)
     with ExitStack() as stack:
         held = {pair.kind: stack.enter_context(_silent(program, pair)) for pair in both}
         live = 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.bed import cc, ends, pairs, pingpong
+from tests.bed import ends, pairs, pingpong
 from tests.bed.pairs import Pair
 from tests.bed.pingpong import Hop, HopName
 from tests.bench.bench import Bench, Effort
@@ -92,7 +92,7 @@ def run(bench: Bench) -> None:
     """Measure everything that the plan says."""
     plan = PLANS[bench.effort]
     with bench.bed() as bed, pairs.pairs(bed) as both, ExitStack() as stack:
-        program = cc.compiled(SOURCE, bed.folder)
+        program = ends.compiled(SOURCE, bed.folder)
         streams = _streams(stack, bench, plan, program, both)
         for pinning, reader in bench.peers(plan.pinnings):
             for size in plan.sizes:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.bed import Bed, cc, mesh, pairs, pingpong, wrk
+from tests.bed import Bed, ends, mesh, pairs, pingpong, wrk
 from tests.bed.addresses import Family, on_the_wire
 from tests.bed.pairs import KINDS, Bytes, Cost, Kind, Pair
 from tests.bed.pingpong import HOPS, HopName
@@ -77,7 +77,7 @@ def measure_hops(
     bed: Bed, both: tuple[Pair, Pair], cpu: str, found: Measurements, tell: Tell, *, family: Family
 ) -> None:
     """Round trips of 64 bytes on each hop, a small C program standing in for the proxies."""
-    program = cc.compiled(pingpong.SOURCE, bed.folder)
+    program = ends.compiled(pingpong.SOURCE, bed.folder)
     for name in HOPS:
         for _, pair in pairs.alternated(both, found.runs):
             hop = pingpong.hop(name, pair.client, pair.server, family)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cni_plugin import names
-from tests.bed import OPTED_OUT, Bed, cc, cpus, kubeproxy, open_bed, pairs, pingpong
+from tests.bed import OPTED_OUT, Bed, cpus, ends, kubeproxy, open_bed, pairs, pingpong
 from tests.bed.addresses import FAMILIES, Family
 from tests.bed.cni import DUAL_STACK
 from tests.bed.istio import Interception
@@ -97,7 +97,7 @@ def measured(console: Console) -> Iterator[Line]:
     """Each line of the table as it is done."""
     cpu = cpus.chosen().measured
     with open_bed(subnets=DUAL_STACK) as bed, ExitStack() as stack:
-        program = cc.compiled(pingpong.SOURCE, bed.folder)
+        program = ends.compiled(pingpong.SOURCE, bed.folder)
         made = {pods: [paired(bed, stack, pods, kind) for kind in KINDS] for pods in INTERCEPTIONS}
         for way in WAYS:
             console.print(f"{way.title}, {FAMILY_NAMES[way.family]}", highlight=False)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from install.program.estimate import figures
-from tests.bed import cc, open_bed, pairs, pingpong
+from tests.bed import ends, open_bed, pairs, pingpong
 from tests.bed.bed import Bed
 from tests.bed.node import PROGRAM
 
@@ -73,7 +73,7 @@ def assert_switched(found: dict[str, Any]) -> None:
 def test_it_finds_what_the_benchmark_has_found(bed: Bed) -> None:
     """Round trips of 64 bytes between sidecars on one CPU: the saving has its sign and order."""
     cpu = str(max(os.sched_getaffinity(0)))
-    program = cc.compiled(pingpong.SOURCE, bed.folder)
+    program = ends.compiled(pingpong.SOURCE, bed.folder)
     with pairs.pair(bed, "bypass") as pair:
         hop = pingpong.hop("sidecars", pair.client, pair.server)
         asked: list[str | Path] = [program, "ask", hop.source, hop.destination, str(hop.port)]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bpf import abi, bpfsys, pins
-from tests.bed import cc
+from tests.bed import ends
 from tests.bed.pod import within
 from tests.light import LightPod, accelerated
 
@@ -30,7 +30,7 @@ _COMPLAINT = re.compile(r"WARNING|BUG|refcount|Call Trace|soft lockup|general pr
 def compiled() -> Path:
     """The program; compiled where there is a compiler, which no guest has."""
     PROGRAM.parent.mkdir(parents=True, exist_ok=True)
-    return cc.compiled(SOURCE, PROGRAM.parent) if shutil.which("gcc") else PROGRAM
+    return ends.compiled(SOURCE, PROGRAM.parent) if shutil.which("gcc") else PROGRAM
 
 
 @contextmanager
