@@ -8,25 +8,21 @@ most a fiftieth of a CPU, and so do passes for edges. docs/architecture.md has t
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import ctypes.util
 import math
-import os
 import select
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bpf import abi, bpfsys, pins
-from cni_plugin import names
-from cni_plugin.state import State
+from bpf import abi
+from cni_plugin import attachment, names
+from cni_plugin.state import Attachment, State
 from install.program import canary, log
-from install.program.canary import Canary
-from install.program.generations import Generation, Generations, kept_open, opened
+from install.program.generations import Generation, Generations
 from install.program.passes import Passes, PassTimeout, Runner
-from install.program.pods import attached_cgroups
+from install.program.pods import attached_cgroups, programs_of
+from install.program.served import Served
 
 SHARE = 0.02  # of a CPU, for all passes but those for edges, which have as much
 BURST_NS = 50_000_000
@@ -43,43 +39,6 @@ FIRST_HELD_S, HELD_S = 1.0, 60.0
 FIRST_STEP_S, LONGEST_STEP_S = 0.005, 1.0
 BLOCKED_S = 10.0  # a load takes a pod's sockets out in less
 FORGET_S = 60.0  # how often pods that are no more are forgotten
-RESCAN_S = 1.0  # how often, at most, all cgroups are looked at
-
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class Bell:
-    """The ring buffer in which programs say that a pass is due. Read through libbpf."""
-
-    def __init__(self, map_fd: int) -> None:
-        self._lib = ctypes.CDLL(ctypes.util.find_library("bpf") or "libbpf.so.1")
-        self._lib.ring_buffer__new.restype = ctypes.c_void_p
-        self._lib.ring_buffer__new.argtypes = [
-            *(ctypes.c_int, _CALLBACK, ctypes.c_void_p, ctypes.c_void_p)
-        ]
-        for name in ("ring_buffer__consume", "ring_buffer__epoll_fd", "ring_buffer__free"):
-            getattr(self._lib, name).argtypes = [ctypes.c_void_p]
-        self._callback = _CALLBACK(self._hear)
-        self._has_edge = False
-        self._ring = self._lib.ring_buffer__new(map_fd, self._callback, None, None)
-        if not self._ring:
-            raise OSError("libbpf could not open the ring buffer")
-        self.fd: int = self._lib.ring_buffer__epoll_fd(self._ring)
-
-    def _hear(self, _context: int, data: int, _size: int) -> int:
-        self._has_edge |= bool(ctypes.c_uint32.from_address(data).value)
-        return 0  # `due` has the rest
-
-    def take_edge(self) -> bool:
-        """Whether an edge has been asked for since the last call."""
-        taken, self._has_edge = self._has_edge, False
-        return taken
-
-    def drain(self) -> None:
-        self._lib.ring_buffer__consume(self._ring)
-
-    def close(self) -> None:
-        self._lib.ring_buffer__free(self._ring)
 
 
 @dataclass
@@ -102,90 +61,6 @@ class Budget:
     def pay(self, cost_ns: int) -> None:
         """For a pass. What is above MOST_PAID_NS keeps its own pod waiting: Backoff.rest()."""
         self.credit_ns -= min(cost_ns, MOST_PAID_NS)
-
-
-@dataclass
-class Served:
-    """A generation that the joiner serves."""
-
-    generation: Generation
-    visit: int
-    due: int
-    beat: int
-    bell: Bell
-    canary: Canary | None
-
-    @staticmethod
-    def of(generation: Generation) -> Served:
-        with contextlib.ExitStack() as stack:
-            visit, due, beat = (
-                kept_open(stack, generation.folder / pin)
-                for pin in (pins.VISIT, pins.DUE, pins.BEAT)
-            )
-            with opened(generation.folder / pins.BELL) as ring:
-                bell = Bell(ring)
-            stack.callback(bell.close)
-            canary = Canary.of(generation)
-            stack.pop_all()
-        return Served(generation, visit, due, beat, bell, canary)
-
-    def show_life(self) -> None:
-        """Tells the programs that there is a joiner; else all goes by TCP after 5 s."""
-        now = time.monotonic_ns().to_bytes(8, sys.byteorder)
-        bpfsys.map_update(self.beat, bytes(4), now)
-
-    @property
-    def is_well(self) -> bool:
-        """Whether its sockets may stay; not when FIONREAD has become wrong for them."""
-        return self.canary is None or self.canary.is_well
-
-    def is_pinned(self) -> bool:
-        """Not when it was unpinned; a load may have given its folder to another one since."""
-        return self.generation.has_pinned(pins.DUE, self.due)
-
-    def is_needed(self) -> bool:
-        """Whether it is to be served even without its pins: sockets must leave."""
-        return self.canary is not None and self.canary.has_sockets()
-
-    def has_sockets(self) -> bool:
-        try:
-            return (self.canary or self.generation).has_sockets()
-        except FileNotFoundError:  # a load has just removed it: it had none
-            return False
-
-    def pods(self) -> list[int]:
-        """All that have an entry, pending or not."""
-        return [int.from_bytes(key, sys.byteorder) for key in bpfsys.map_keys(self.due, 8)]
-
-    def pending(self) -> dict[int, abi.Due]:
-        """The pods whose pass is due."""
-        found = {}
-        for key in bpfsys.map_keys(self.due, 8):
-            with contextlib.suppress(FileNotFoundError):
-                raw = bpfsys.map_lookup(self.due, key, ctypes.sizeof(abi.Due))
-                due = abi.Due.from_buffer_copy(raw)
-                if due.pending:
-                    found[int.from_bytes(key, sys.byteorder)] = due
-        return found
-
-    def begin(self, pod_id: int, cost: int, pending: int = 0) -> None:
-        """Nothing missed: before a pass, so that what comes meanwhile counts.
-
-        pending: one that did not come is due again, and may have been for an edge.
-        """
-        key = pod_id.to_bytes(8, sys.byteorder)
-        bpfsys.map_update(self.due, key, bytes(abi.Due(0, cost, pending, edge=pending)))
-
-    def forget(self, pod_id: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            bpfsys.map_delete(self.due, pod_id.to_bytes(8, sys.byteorder))
-
-    def close(self) -> None:
-        self.bell.close()
-        if self.canary:
-            self.canary.close()
-        for fd in (self.visit, self.due, self.beat):
-            os.close(fd)
 
 
 def is_hung(state_dir: Path, current: Generation | None) -> bool:
@@ -307,6 +182,7 @@ class Joiner:
                     # A joiner that was killed may have begun passes that did not come.
                     for pod_id in made.pods():
                         made.begin(pod_id, abi.FIRST_COST, pending=1)
+                    self._scan()
 
     def _look_at_canaries(self) -> None:
         for each in self._served:
@@ -372,18 +248,23 @@ class Joiner:
         if time.monotonic() - self._forgot_at < FORGET_S:
             return
         self._forgot_at = time.monotonic()
-        listed = [(each, pod_id) for each in self._served for pod_id in each.pods()]
-        before = self._folders
-        self._scan()
-        for each, pod_id in listed:
-            was = before.get(pod_id)
-            if pod_id not in self._folders and not (was and was.exists()):
-                self._forget(each, pod_id)
+        for pod_id in self._listed():
+            self._folder(pod_id)
+        unknown = self._listed() - self._folders.keys()
+        if unknown:  # a record can be lost
+            self._scan()
+        for pod_id in unknown - self._folders.keys():
+            self._forget(pod_id)
 
-    def _forget(self, served: Served, pod_id: int) -> None:
-        served.forget(pod_id)
+    def _listed(self) -> set[int]:
+        return {pod_id for each in self._served for pod_id in each.pods()}
+
+    def _forget(self, pod_id: int) -> None:
+        for each in self._served:
+            each.forget(pod_id)
+            self._backoffs.pop((each.due, pod_id), None)
+        self._folders.pop(pod_id, None)
         self._costs.pop(pod_id, None)
-        self._backoffs.pop((served.due, pod_id), None)
         self._emptied_at.pop(pod_id, None)
         self._troubled.pop(pod_id, None)
         self._blocked_since.pop(pod_id, None)
@@ -471,23 +352,33 @@ class Joiner:
 
     def _named(self, pod_id: int) -> dict[str, str]:
         """The fields that say which pod it is; none when its record cannot be read."""
+        return log.of(self._record(pod_id))
+
+    def _record(self, pod_id: int) -> Attachment | None:
+        state = State(str(self.state_dir))
         with contextlib.suppress(OSError):
-            records = State(str(self.state_dir)).all()
-            return log.of(next((each for each in records if each.pod_id == pod_id), None))
-        return {}
+            keys = state.keys()
+            return next(
+                (state.read(key) for key in keys if attachment.pod_id(*key) == pod_id), None
+            )
+        return None
 
     def _folder(self, pod_id: int) -> Path | None:
-        """The pod's cgroup; None when it has none any more, or none has been seen yet."""
-        found = self._folders.get(pod_id)
-        if found is not None and found.exists():
-            return found
-        if time.monotonic() - self._scanned_at < RESCAN_S:
-            return None
-        self._scan()
-        if pod_id not in self._folders:
-            for each in self._served:
-                self._forget(each, pod_id)
-        return self._folders.get(pod_id)
+        """The pod's cgroup; None when it has none any more, or none is known yet.
+
+        A new pod is known by its record: a look at all cgroups can cost what joins earn in 15 s.
+        """
+        known = self._folders.get(pod_id)
+        if known is not None and known.exists():
+            return known
+        record = self._record(pod_id)
+        with contextlib.suppress(OSError):
+            if record is not None and programs_of(record):
+                self._folders[pod_id] = Path(record.cgroup)
+                return self._folders[pod_id]
+        if known is not None:
+            self._forget(pod_id)
+        return None
 
     def _scan(self) -> None:
         self._scanned_at = time.monotonic()

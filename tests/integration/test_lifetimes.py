@@ -27,8 +27,8 @@ import pytest
 from bpf import abi, bpfsys, pins
 from bpf.stats import HopCounters
 from install.program.generations import Generation
-from install.program.joiner import Bell
 from install.program.passes import repeated
+from install.program.served import Bell
 from tests.bed import APP_UID, PROXY_UID, bpf_objects, cgroups, netns, open_bed
 from tests.bed.pod import within
 from tests.integration import reach, traffic_pods

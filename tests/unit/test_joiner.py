@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from bpf import abi
-from cni_plugin.state import State
+from cni_plugin import attachment
+from cni_plugin.state import Attachment, Key, State
 from install.program import joiner, log, passes
 from install.program.generations import Generation, Generations
 from install.program.joiner import (
@@ -32,6 +33,9 @@ from install.program.joiner import (
 )
 from install.program.lock import FolderLock
 from install.program.passes import PassTimeout, Runner
+from install.program.served import Served
+
+BLANK = Attachment("c", "eth0", "pods", "/x", "", "", "", "/x", 1, 7, 1, "gen-1", 0, 0, [], [])
 
 
 class FakeServed:
@@ -58,7 +62,7 @@ class FakeServed:
         return {}
 
     def forget(self, pod_id: int) -> None:
-        self.left.remove(pod_id)
+        self.left = [each for each in self.left if each != pod_id]
 
     def show_life(self) -> None:
         self.beats += 1
@@ -84,7 +88,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Joiner:
     """A joiner on a node where pod 1 is the only one."""
     pod = SimpleNamespace(record=SimpleNamespace(id=1), path=tmp_path)
     monkeypatch.setattr(joiner, "attached_cgroups", lambda _ours: [pod])
-    return Joiner(tmp_path, tmp_path, Runner())
+    made = Joiner(tmp_path, tmp_path, Runner())
+    made._scan()
+    return made
 
 
 def visited_by_another(_visit: int, _folder: Path) -> int:
@@ -100,6 +106,32 @@ def test_pods_that_are_no_more_are_forgotten(made: Joiner) -> None:
     made._forgot_at -= FORGET_S
     made._serve()
     assert served.left == [1]
+
+
+def test_a_new_pod_is_found_by_its_record(made: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at every cgroup of a large node costs what joins earn in many seconds."""
+    scans: list[object] = []
+
+    def scan(ours: set[int]) -> list[object]:
+        scans.append(ours)
+        return []
+
+    monkeypatch.setattr(joiner, "attached_cgroups", scan)
+    monkeypatch.setattr(joiner, "programs_of", lambda record: [record.prog_id])
+    ours = State(str(made.state_dir))
+    ours.make()
+    folder = made.state_dir / "pod"
+    folder.mkdir()
+    pod, absent = attachment.pod_id("c", "eth0"), attachment.pod_id("d", "eth0")
+    ours.write(BLANK._replace(cgroup=str(folder), pod_id=pod))
+    assert (made._folder(pod), made._folder(absent)) == (folder, None)
+    ours.remove(Key("c", "eth0"))
+    folder.rmdir()
+    served = FakeServed(pod)
+    made._served.append(served)  # type: ignore[arg-type]
+    made._forgot_at -= FORGET_S
+    made._serve()
+    assert (served.left, scans) == ([], [])
 
 
 def test_what_the_joiner_takes_itself_is_paid(made: Joiner) -> None:
@@ -156,6 +188,7 @@ def test_sockets_of_old_generations_leave_on_the_budget(
     served: Any = FakeServed(1)
     served.is_well = False
     made._served.append(served)
+    made._scanned_at = -math.inf
     for _ in range(3):
         made._empty_retired()
         made._emptying.not_before = 0.0
@@ -226,7 +259,7 @@ def test_a_later_generation_of_the_same_name_is_another_one(
     made._served.append(first)
     monkeypatch.setattr(Generations, "complete", lambda _: [generation])
     monkeypatch.setattr(Generation, "is_whole", lambda _: True)
-    monkeypatch.setattr(joiner.Served, "of", lambda _: second)
+    monkeypatch.setattr(Served, "of", lambda _: second)
     made._look_for_generations()
     assert made._served == [first]
     first.pinned = False  # the bpffs was unmounted; a load has made the second one
@@ -475,4 +508,4 @@ def test_a_failed_pass_leaves_a_process_that_can_stand_in(
 
 def test_a_generation_that_is_removed_meanwhile_has_no_sockets(tmp_path: Path) -> None:
     served: Any = SimpleNamespace(canary=None, generation=Generation(tmp_path / "gen-1"))
-    assert not joiner.Served.has_sockets(served)
+    assert not Served.has_sockets(served)
