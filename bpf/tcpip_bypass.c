@@ -19,7 +19,7 @@
  *                through a Service, the server's pod has proved itself                services.h
  *   state        a socket's memory is written for that socket alone                    state.h
  *   readers      no socket with a reader that may sleep in recv is a member           readers.h
- *   Nagle        no socket without TCP_NODELAY is a member                            readers.h
+ *   Nagle        an end that waits for acknowledgements gets them at once             readers.h
  *   splice       no socket that has spliced joins, and no member splices               splice.h
  *   short sends  no socket joins on which sendmmsg or io_uring sends                    sends.h
  *   urgent       an urgent byte goes by TCP                                            sends.h

@@ -118,7 +118,7 @@ def edited(edit: Callable[[str], str], **arguments: Any) -> Programs:
 
 
 def set_nodelay(*sockets: socket.socket) -> None:
-    """Without TCP_NODELAY no socket joins. What a listener accepts has it from there."""
+    """One end must have TCP_NODELAY, or none joins. What a listener accepts has it from there."""
     for each in sockets:
         each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

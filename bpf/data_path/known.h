@@ -37,6 +37,8 @@ static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u
 		return outcome;
 	if (tb_has_spliced(conn))
 		return TB_OUTCOME_SPLICE;
+	if (tb_has_peer(conn) && !tb_has_nodelay(sk) && !tb_has_nodelay(conn->peer.sk))
+		return TB_OUTCOME_NAGLE;
 	return tb_peers_refusal(conn);
 }
 
@@ -182,7 +184,7 @@ static __always_inline void tb_wait_to_join(struct bpf_sock_ops *skops, struct t
 		tb_back_off(conn);
 	/* Each send asks for the MSS under the lock, and this program is called (tcp_current_mss).
 	 * So the current thread is the sender, or a reader that acknowledges. */
-	if (!outcome && tb_is_owned(sk) && tb_sending() != TB_SENDS_PLAIN)
+	if (!outcome && tb_is_owned(sk) && !tb_is_plain_send())
 		outcome = TB_OUTCOME_INELIGIBLE;
 	if (outcome && !conn->refused)
 		tb_refuse(conn, outcome);

@@ -7,9 +7,10 @@
  *   - to the bypass when the peer has consumed every byte sent by TCP (its copied_seq is the own
  *     write_seq), and no thread sleeps in recv there: that one would not wake for bypassed bytes;
  *   - to TCP when no bypassed byte lies unread at the peer and no redirect is on its way to it.
- * A reason for TCP waits for that moment. RULE (bound), RULE (memory), RULE (urgent), RULE
- * (leaving) and, between two pods, RULE (lock) do not. Then TCP bytes lie behind bypassed ones,
- * still in order, and the sender notes it: edge.h. FIN needs no rule, since a reader meets it last.
+ * A reason for TCP waits for that moment. RULE (bound), RULE (memory), RULE (urgent), RULE (Nagle),
+ * RULE (leaving) and, between two pods, RULE (lock) do not. Then TCP bytes lie behind bypassed
+ * ones, still in order, and the sender notes it: edge.h. FIN needs no rule, since a reader meets it
+ * last.
  *
  * RULE (lock). A redirect takes the peer's socket lock in process context and waits for it in a
  * sleep that no signal ends. An application may hold it for long (throttled, swapping), and over
@@ -32,11 +33,6 @@
 #define TB_FIRST_CREDIT (1 << 20)
 #define TB_MOST_CREDIT (2 << 20)
 #define TB_EXCHANGE_CREDIT 2048
-
-static __always_inline int tb_has_nodelay(const void *tp)
-{
-	return (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF) != 0;
-}
 
 /* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
  * that it closes, or has a ULP. Its queue may be freed memory by now, so it is not waited for. */
@@ -68,10 +64,6 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	/* An application's lock, RULE (lock). */
 	if (!conn->peer.is_proxy && tb_is_owned(conn->peer.sk))
 		return TB_REASON_BUSY;
-	/* RULE (Nagle): either end may wait for the other's acknowledgement. */
-	if (!tb_has_nodelay(tp) ||
-	    !(tb_read8(conn->peer.sk + OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF))
-		return TB_REASON_INELIGIBLE;
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
@@ -81,7 +73,7 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 		return TB_REASON_INELIGIBLE;
 	if (tb_is_joiner_silent(now))
 		return TB_REASON_WAITING;
-	if (tb_has_passed(NS_PER_S, conn->tcp_at, now))
+	if (tb_has_passed(NS_PER_S, conn->tcp_at, now) || tb_waits_for_ack(conn->peer.sk))
 		return TB_REASON_REFRESH;
 	return conn->run > TB_STREAM ? TB_REASON_STREAM : TB_REASON_NONE;
 }
@@ -126,7 +118,8 @@ static __always_inline int tb_try_return(struct tb_conn *conn, __u32 wish, __u32
 		conn->path = TB_PATH_TCP;
 		return 1;
 	}
-	if ((wish == TB_REASON_LEAVING && (is_empty || tb_is_gone(conn, state))) ||
+	if (tb_waits_for_ack(conn->peer.sk) ||
+	    (wish == TB_REASON_LEAVING && (is_empty || tb_is_gone(conn, state))) ||
 	    (wish == TB_REASON_BUSY && conn->me.pod_id != conn->peer.pod_id &&
 	     tb_is_held(conn->peer.sk))) {
 		conn->path = TB_PATH_BEHIND;
@@ -236,6 +229,7 @@ static __always_inline void tb_give_up(struct tb_conn *conn, __u32 outcome)
  * may be urgent, too. */
 static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)
 {
+	tb_give_up(conn, TB_OUTCOME_INELIGIBLE);
 	if (conn->path == TB_PATH_BYPASS && !tb_try_return(conn, TB_REASON_INELIGIBLE, state))
 		conn->path = TB_PATH_BEHIND;
 	return TB_REASON_INELIGIBLE;
@@ -263,16 +257,12 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn, const void *tp)
 {
 	__u64 now = tb_tick_ns();
-	__u32 reason, state, sending;
+	int is_plain = tb_is_plain_send();
+	__u32 reason, state;
 
 	tb_note_answers(conn, msg->size);
-	sending = tb_sending();
 	state = TB_PEERS(__u32, conn, state);
-	if (sending != TB_SENDS_PLAIN)
-		tb_give_up(conn, TB_OUTCOME_INELIGIBLE);
-	else if (!tb_has_nodelay(tp))
-		tb_give_up(conn, TB_OUTCOME_NAGLE);
-	if (sending != TB_SENDS_PLAIN)
+	if (!is_plain)
 		reason = tb_send_urgently(conn, state);
 	else if (conn->path == TB_PATH_BYPASS)
 		reason = tb_stay_on_bypass(conn, tp, msg->size, state, now);
@@ -284,6 +274,8 @@ static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn,
 		reason = TB_REASON_LEAVING;
 	}
 	*(volatile __u32 *)&conn->decided = conn->sent; /* behind the rest */
+	if (reason && tb_waits_for_ack(conn->me.sk))
+		tb_give_up(conn, TB_OUTCOME_NAGLE);
 	if (reason)
 		return tb_note_tcp(conn, reason, msg->size, now);
 	conn->queued += tb_cost(msg->size);

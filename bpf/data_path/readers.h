@@ -9,8 +9,9 @@
  *
  * RULE (Nagle). Without TCP_NODELAY, TCP holds back a small message until the last one is
  * acknowledged. Over TCP the peer's answer acknowledges it. A bypassed answer does not, and the
- * message waits for the peer's timer, 40 ms. So a socket without TCP_NODELAY does not join, and a
- * member that is told to do without leaves.
+ * message waits for the peer's timer, 40 ms. So while such an end has bytes unacknowledged, its
+ * peer's messages go by TCP, at once. If one of its own goes by TCP then, it does not wait for
+ * answers, and leaves for good. Two such ends do not join: each would keep the other on TCP.
  */
 
 #define TB_MAX_WAITERS 8
@@ -36,6 +37,18 @@ static __always_inline int tb_is_nonblocking(__u64 file)
 	return (tb_read32(file + OFF_FILE_FLAGS) & O_NONBLOCK) != 0;
 }
 
+static __always_inline int tb_has_nodelay(__u64 sk)
+{
+	return (tb_read8(sk + OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF) != 0;
+}
+
+/* Would TCP hold back a small message of this socket's? */
+static __always_inline int tb_waits_for_ack(__u64 sk)
+{
+	return !tb_has_nodelay(sk) &&
+	       tb_read32(sk + OFF_TCP_SOCK_SND_UNA) != tb_read32(sk + OFF_TCP_SOCK_WRITE_SEQ);
+}
+
 /* Why this socket must stay out of the sockhash for good, as an enum tb_outcome; 0: it need not.
  * MPTCP subflows in a sockhash crashed kernels. kTLS (a ULP) would have plaintext redirected. For a
  * bypassed MSG_ZEROCOPY no completion comes. Block devices of the kernel (SOCK_MEMALLOC, as nbd
@@ -50,9 +63,7 @@ static __always_inline __u32 tb_unfit(__u64 sk)
 		return TB_OUTCOME_INELIGIBLE;
 	if (file && !tb_is_nonblocking(file))
 		return TB_OUTCOME_BLOCKING;
-	if (tb_has_options(sk))
-		return TB_OUTCOME_OPTIONS;
-	return tb_read8(sk + OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_OFF ? 0 : TB_OUTCOME_NAGLE;
+	return tb_has_options(sk) ? TB_OUTCOME_OPTIONS : 0;
 }
 
 /* Is an address on the stack of a thread, by its struct task_struct? */

@@ -53,14 +53,9 @@ static __always_inline __u32 tb_call_of(void *task)
 		       : call;
 }
 
-/* How the current thread sends, which is inside a send. */
-enum tb_sending {
-	TB_SENDS_PLAIN,
-	TB_SENDS_URGENT,
-	TB_SENDS_ON, /* goes on behind a hole */
-};
-
-static __always_inline __u32 tb_sending(void)
+/* Is the send that the current thread is inside neither urgent nor one that goes on behind a hole?
+ */
+static __always_inline int tb_is_plain_send(void)
 {
 	void *task = tb_current_task_btf(), *registers = tb_task_pt_regs(task);
 	__u32 call = tb_call_of(task), flags = 0;
@@ -73,9 +68,7 @@ static __always_inline __u32 tb_sending(void)
 		 call == SENDMMSG_OF_32_BITS)
 		flags = TB_OWN(__u32, registers, OFF_PT_REGS_FOURTH_OF_32_BITS);
 	if ((flags & MSG_OOB) || call == SOCKETCALL)
-		return TB_SENDS_URGENT;
-	if (call == SENDMMSG || call == SENDMMSG_OF_32_BITS || call == IO_URING_ENTER ||
-	    call == TB_UNKNOWN_CALL)
-		return TB_SENDS_ON;
-	return TB_SENDS_PLAIN;
+		return 0;
+	return call != SENDMMSG && call != SENDMMSG_OF_32_BITS && call != IO_URING_ENTER &&
+	       call != TB_UNKNOWN_CALL;
 }

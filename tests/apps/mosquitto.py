@@ -32,7 +32,7 @@ def serve(place: Place) -> Iterator[None]:
 
 
 def _options(link: Link) -> str:
-    """Of both clients: without TCP_NODELAY no socket joins."""
+    """Of both clients: without TCP_NODELAY a client that does not wait for answers stays on TCP."""
     return f"-h {link.destination} -p {link.port} --nodelay"
 
 

@@ -90,27 +90,29 @@ HALF_CLOSED = _mutant(
 )
 CONNTRACK = _mutant(
     "conntrack: no message goes by TCP",
-    (r"if \(tb_has_passed\(NS_PER_S, conn->tcp_at, now\)\)", "if (0)"),
+    (r"if \(tb_has_passed\(NS_PER_S, conn->tcp_at, now\) \|\|", "if ("),
 )
 CORK = _mutant(
     "cork: bypassed bytes although they are to be held back",
     (r"if \(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)", "if (0)"),
 )
-_NODELAY = (
-    r"return \(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & MASK_TCP_NAGLE_OFF\) != 0;",
-    "return 1;",
+_WAITS_FOR_ACK = r"tb_waits_for_ack\(conn->peer\.sk\)"
+NAGLE = _mutant(
+    "Nagle: bypassed bytes to an end that waits for an acknowledgement",
+    (rf" \|\| {_WAITS_FOR_ACK}\)", ")"),
+    (rf"{_WAITS_FOR_ACK} \|\|", ""),
 )
-_NODELAY_OF_PEER = (r"!\(tb_read8\(conn->peer\.sk \+ OFF_TCP_SOCK_NONAGLE\) & [^)]+\)", "0")
-NAGLE = _mutant("Nagle: a member without TCP_NODELAY bypasses", _NODELAY)
-NAGLE_OF_PEER = _mutant("Nagle: to a peer without it, which may wait for an ACK", _NODELAY_OF_PEER)
-NAGLE_EVER = _mutant(
-    "Nagle: sockets without TCP_NODELAY join",
-    _NODELAY,
-    _NODELAY_OF_PEER,
-    (
-        r"return tb_read8\(sk \+ OFF_TCP_SOCK_NONAGLE\) & MASK_TCP_NAGLE_OFF \? 0 : \w+;",
-        "return 0;",
-    ),
+NAGLE_WAITS = _mutant(
+    "Nagle: bypassed bytes behind others, to an end that waits for an acknowledgement",
+    (rf"{_WAITS_FOR_ACK} \|\|", ""),
+)
+NAGLE_STAYS = _mutant(
+    "Nagle: an end that does not wait for answers stays",
+    (r"reason && tb_waits_for_ack\(conn->me\.sk\)", "0"),
+)
+NAGLE_TWICE = _mutant(
+    "Nagle: two ends without TCP_NODELAY join",
+    (r"tb_has_peer\(conn\) && !tb_has_nodelay\(sk\) && [^)]+\)", "0"),
 )
 BLOCKING = _mutant(
     "readers: bypassed bytes to a reader that may sleep in recv",
@@ -135,9 +137,11 @@ READERS_EVER = _mutant(
 )
 SHORT_SENDS = _mutant(
     "short sends: a thread that goes on behind a hole is not noticed",
-    (r"return TB_SENDS_ON;", "return TB_SENDS_PLAIN;"),
+    (r"return call != SENDMMSG &&[^;]+;", "return 1;"),
 )
-URGENT = _mutant("urgent: an urgent byte is redirected", (r"return TB_SENDS_URGENT;", "return 0;"))
+URGENT = _mutant(
+    "urgent: an urgent byte is redirected", (r"if \(\(flags & MSG_OOB\)[^\n]+\n\t\treturn 0;", "")
+)
 BOUND = _mutant(
     "bound: nothing stops a redirecting sender",
     (r"if \(unread > tb_bound\(&conn->peer\)\)", "if (0)"),

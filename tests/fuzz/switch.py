@@ -84,7 +84,7 @@ class View(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_uint32)
         for name in (
-            *("write_seq", "rcv_nxt", "copied_seq"),
+            *("write_seq", "rcv_nxt", "copied_seq", "unacked"),
             *("is_owned", "is_asleep", "is_nonblocking", "is_corked", "has_nodelay"),
             *("has_options", "has_ulp"),
             *("state", "inside", "has_unread"),
@@ -125,6 +125,7 @@ class End:
     has_edge: bool = False
     is_ready: bool = False  # as the event loop thinks
     owes_ack: bool = False
+    unacked: int = 0  # bytes
     is_asleep: bool = False  # a thread, inside tcp_recvmsg since before it joined
     is_waiting: bool = False  # a thread, inside tcp_bpf_recvmsg
     is_owned: bool = False  # its socket lock
@@ -168,7 +169,7 @@ class Connection:
         self.rules.host_control(self.flags)
         for number, end in enumerate(self.ends):
             view = View(
-                *(end.write_seq, self.ends[1 - number].write_seq, end.copied_seq),
+                *(end.write_seq, self.ends[1 - number].write_seq, end.copied_seq, end.unacked),
                 *(end.is_owned, end.is_asleep or end.is_waiting),
                 *(end.is_nonblocking, end.is_corked, end.has_nodelay),
                 *(end.has_options, end.has_ulp, end.state),
@@ -230,6 +231,7 @@ class Connection:
     def packet(self, number: int) -> None:
         """An end's TCP sends one."""
         self.ends[number].owes_ack = False
+        self.ends[1 - number].unacked = 0
         self._call("host_packet", number)
 
     def limit_memory(self, *, limit: int, used: int, cached: int, of_pod: bool) -> None:
@@ -292,6 +294,8 @@ class Connection:
         end, peer = self.ends[sender], self.ends[1 - sender]
         if self._is_short:
             return {"a redirect may fail with ENOMEM"}
+        if peer.unacked and not peer.has_nodelay:
+            return {"the peer waits for an acknowledgement"}
         if peer.bypass_queue:
             return set()
         wrong = {
@@ -306,7 +310,6 @@ class Connection:
                 "the peer may sleep in recv": not peer.is_nonblocking,
                 "the lock": peer.is_owned and not peer.is_proxy,
                 "corked": end.is_corked,
-                "Nagle": not (end.has_nodelay and peer.has_nodelay),
                 "kTLS": end.has_ulp or peer.has_ulp,
                 "a stream": end.run > STREAM,
                 "conntrack": self.now - end.tcp_at > REFRESH_NS + TICK_NS,
@@ -316,6 +319,7 @@ class Connection:
     def _send_by_tcp(self, sender: int, message: Message) -> None:
         end, peer = self.ends[sender], self.ends[1 - sender]
         end.write_seq = (end.write_seq + message.size) % WRAP
+        end.unacked += message.size
         peer.tcp_queue.append(message)
         end.ended.add(message.number)
         peer.has_edge = peer.owes_ack = True

@@ -359,6 +359,32 @@ def never_by_tcp(make: Make) -> None:
     echo(connection)
 
 
+def by_tcp_without_nodelay(connection: Connection) -> None:
+    """End 0 sends a message that is not acknowledged: TCP would hold back the next one."""
+    connection.ends[0].has_nodelay = False
+    assert echo(connection)
+    connection.ends[0].is_corked = True
+    assert not echo(connection)
+    connection.ends[0].is_corked = False
+
+
+def answered_without_nodelay(make: Make) -> None:
+    connection = make()
+    assert echo(connection, 1)
+    by_tcp_without_nodelay(connection)
+    assert not echo(connection, 1)
+    assert echo(connection)
+    assert echo(connection, 1)
+
+
+def answered_behind_others(make: Make) -> None:
+    connection = make()
+    connection.send(1, 10)
+    by_tcp_without_nodelay(connection)
+    connection.send(1, 10)
+    connection.settle()
+
+
 def options_on_the_way_to_the_bypass(make: Make) -> None:
     connection = make()
     connection.flags = abi.CONTROL_PAUSED
@@ -712,8 +738,8 @@ BREAKS = [
     (mutants.SILENCE, silent_joiner),
     (mutants.CONNTRACK, never_by_tcp),
     (mutants.CORK, with_end(0, is_corked=True)),
-    (mutants.NAGLE, with_end(0, has_nodelay=False)),
-    (mutants.NAGLE_OF_PEER, with_end(1, has_nodelay=False)),
+    (mutants.NAGLE, answered_without_nodelay),
+    (mutants.NAGLE_WAITS, answered_behind_others),
     (mutants.BLOCKING, with_end(1, is_nonblocking=False)),
     (mutants.OWN_ULP, with_end(0, has_ulp=True)),
     (mutants.PEERS_ULP, with_end(1, has_ulp=True)),

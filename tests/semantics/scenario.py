@@ -143,7 +143,7 @@ class Io:
 
 def exchanged(client: socket.socket, server: socket.socket, times: int = 2) -> None:
     """Sends so many bytes each way, each end having read everything before it sends."""
-    set_nodelay(client, server)  # or they do not join
+    set_nodelay(client, server)  # one end must have it, or none joins
     for _ in range(times):
         client.sendall(b"c")
         exactly(server, 1)

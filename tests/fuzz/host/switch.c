@@ -7,7 +7,7 @@
 
 /* What tests/fuzz/switch.py says of an end: its class View has the same. */
 struct host_view {
-	__u32 write_seq, rcv_nxt, copied_seq;
+	__u32 write_seq, rcv_nxt, copied_seq, unacked;
 	__u32 is_owned, is_asleep, is_nonblocking, is_corked, has_nodelay, has_options, has_ulp;
 	__u32 state;
 	__u32 inside;	  /* threads in a send or a read */
@@ -202,8 +202,11 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 void host_set(int number, const struct host_view *view)
 {
 	struct host_end *end = &ends[number];
+	__u32 acked = view->write_seq - view->unacked - end->sock.snd_una;
 
 	end->sock.write_seq = view->write_seq;
+	end->sock.snd_una += acked;
+	end->sock.bytes_acked += acked;
 	end->sock.rcv_nxt = view->rcv_nxt;
 	end->sock.bytes_received =
 		view->rcv_nxt - (number ? end->conn.half.client_isn : end->conn.half.server_isn);

@@ -270,7 +270,7 @@ def corked_until_closed(io: Io) -> None:
     io.log("received", to_end(receiver))
 
 
-@scenario(bypassed=None)  # a member without TCP_NODELAY leaves
+@scenario(bypassed=None)  # a member without TCP_NODELAY that does not wait for answers leaves
 def nagle_and_quickack(io: Io) -> None:
     """Small writes under every combination of TCP_NODELAY and TCP_QUICKACK"""
     for nodelay in (0, 1):
