@@ -88,7 +88,7 @@ enum tb_reason {
 	TB_REASON_MEMORY,      /* the kernel is short of memory for TCP, or the peer's container */
 	TB_REASON_CORKED,      /* TCP_CORK: the sender wants it held back */
 	TB_REASON_STREAM,      /* much was sent without an answer */
-	TB_REASON_REFRESH,     /* one message in a second: conntrack */
+	TB_REASON_REFRESH,     /* one message in a second: conntrack; or it must acknowledge */
 	TB_REASON_PAUSED,      /* the operator paused the bypass */
 	TB_REASON_HALF_CLOSED, /* one end has shut down or closed */
 	TB_REASON_INELIGIBLE, /* an end got a ULP or an option after it joined, or sends urgently */

@@ -37,7 +37,7 @@ static __always_inline __u32 tb_reason_to_refuse(const struct tb_conn *conn, __u
 		return outcome;
 	if (tb_has_spliced(conn))
 		return TB_OUTCOME_SPLICE;
-	if (tb_has_peer(conn) && !tb_has_nodelay(sk) && !tb_has_nodelay(conn->peer.sk))
+	if (!tb_has_nodelay(sk) && tb_has_peer(conn) && !tb_has_nodelay(conn->peer.sk))
 		return TB_OUTCOME_NAGLE;
 	return tb_peers_refusal(conn);
 }

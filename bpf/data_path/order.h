@@ -43,6 +43,14 @@ static __always_inline int tb_is_gone(const struct tb_conn *conn, __u32 state)
 	       tb_read64(conn->peer.sk + OFF_SOCK_PROT) != conn->there.prot;
 }
 
+/* RULE (conntrack). An end without TCP_NODELAY has read all first: the answer that acknowledges its
+ * message then lies behind no bypassed one. */
+static __always_inline int tb_is_refresh_due(const struct tb_conn *conn, __u64 now)
+{
+	return tb_has_passed(NS_PER_S, conn->tcp_at, now) &&
+	       (tb_has_nodelay(conn->me.sk) || tb_is_empty(conn->at.psock));
+}
+
 /* Why this message should go by TCP as soon as it may; TB_REASON_NONE: it need not. `state` is the
  * peer's. */
 static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp, __u32 state,
@@ -73,7 +81,7 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 		return TB_REASON_INELIGIBLE;
 	if (tb_is_joiner_silent(now))
 		return TB_REASON_WAITING;
-	if (tb_has_passed(NS_PER_S, conn->tcp_at, now) || tb_waits_for_ack(conn->peer.sk))
+	if (tb_is_refresh_due(conn, now) || tb_waits_for_ack(conn->peer.sk))
 		return TB_REASON_REFRESH;
 	return conn->run > TB_STREAM ? TB_REASON_STREAM : TB_REASON_NONE;
 }
@@ -105,6 +113,8 @@ static __always_inline int tb_is_alone(const struct tb_conn *conn)
  *
  * RULE (leaving). A peer that leaves gets no byte into its empty queue, also while another thread
  * is on its way there.
+ *
+ * RULE (Nagle). A peer that waits for an acknowledgement gets it with this message.
  *
  * RULE (lock). An application of another pod gets no bypassed byte at all while a thread holds its
  * lock: it could hold the sender up by a read of the very bytes that make its queue not empty. But
@@ -235,6 +245,16 @@ static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)
 	return TB_REASON_INELIGIBLE;
 }
 
+/* RULE (Nagle). A message of an end without TCP_NODELAY goes by TCP. The kernel would push each
+ * piece of it by itself (tcp_bpf_push). While paused, the peer's answers go by TCP, too. */
+static __always_inline void tb_send_undelayed(struct sk_msg_md *msg, struct tb_conn *conn,
+					      __u32 reason)
+{
+	if ((reason != TB_REASON_PAUSED && tb_waits_for_ack(conn->me.sk)) ||
+	    bpf_msg_pull_data(msg, 0, msg->size, 0))
+		tb_give_up(conn, TB_OUTCOME_NAGLE);
+}
+
 /* A message goes by TCP from a socket in the sockhash, where that costs more than outside. */
 static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u32 size, __u64 now)
 {
@@ -274,8 +294,8 @@ static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn,
 		reason = TB_REASON_LEAVING;
 	}
 	*(volatile __u32 *)&conn->decided = conn->sent; /* behind the rest */
-	if (reason && tb_waits_for_ack(conn->me.sk))
-		tb_give_up(conn, TB_OUTCOME_NAGLE);
+	if (reason && !tb_has_nodelay(conn->me.sk))
+		tb_send_undelayed(msg, conn, reason);
 	if (reason)
 		return tb_note_tcp(conn, reason, msg->size, now);
 	conn->queued += tb_cost(msg->size);

@@ -11,7 +11,8 @@
  * acknowledged. Over TCP the peer's answer acknowledges it. A bypassed answer does not, and the
  * message waits for the peer's timer, 40 ms. So while such an end has bytes unacknowledged, its
  * peer's messages go by TCP, at once. If one of its own goes by TCP then, it does not wait for
- * answers, and leaves for good. Two such ends do not join: each would keep the other on TCP.
+ * answers, and leaves for good. Each goes in one piece, or TCP would hold back the second one. Two
+ * such ends do not join: each would keep the other on TCP.
  */
 
 #define TB_MAX_WAITERS 8

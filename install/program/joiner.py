@@ -11,6 +11,7 @@ import contextlib
 import math
 import select
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -250,10 +251,12 @@ class Joiner:
         self._forgot_at = time.monotonic()
         for pod_id in self._listed():
             self._folder(pod_id)
-        unknown = self._listed() - self._folders.keys()
-        if unknown:  # a record can be lost
+        owners = Counter(self._folders.values())  # a sandbox is made anew in its pod's cgroup
+        doubted = {pod_id for pod_id, path in self._folders.items() if owners[path] > 1}
+        doubted |= self._listed() - self._folders.keys()  # a record can be lost
+        if doubted:
             self._scan()
-        for pod_id in unknown - self._folders.keys():
+        for pod_id in doubted - self._folders.keys():
             self._forget(pod_id)
 
     def _listed(self) -> set[int]:
@@ -300,10 +303,10 @@ class Joiner:
             backoff.held_s = FIRST_HELD_S
 
     def _pass(self, served: Served, pod_id: int, budget: Budget) -> bool:
-        """Runs one; returns whether it ended in time."""
+        """Runs one; returns whether it ended in time. Not while the pod's cgroup is not known."""
         folder = self._folder(pod_id)
         if folder is None:
-            return True
+            return False
         self._show_life()  # the ones before may have taken long
         cost = self._costs.get(pod_id, abi.FIRST_COST)
         served.begin(pod_id, cost)

@@ -90,7 +90,7 @@ HALF_CLOSED = _mutant(
 )
 CONNTRACK = _mutant(
     "conntrack: no message goes by TCP",
-    (r"if \(tb_has_passed\(NS_PER_S, conn->tcp_at, now\) \|\|", "if ("),
+    (r"return tb_has_passed\(NS_PER_S, conn->tcp_at, now\) &&", "return 0 &&"),
 )
 CORK = _mutant(
     "cork: bypassed bytes although they are to be held back",
@@ -108,11 +108,15 @@ NAGLE_WAITS = _mutant(
 )
 NAGLE_STAYS = _mutant(
     "Nagle: an end that does not wait for answers stays",
-    (r"reason && tb_waits_for_ack\(conn->me\.sk\)", "0"),
+    (r"\(reason != TB_REASON_PAUSED && tb_waits_for_ack\(conn->me\.sk\)\) \|\|", ""),
+)
+NAGLE_PIECES = _mutant(
+    "Nagle: a message goes in the pieces in which the kernel has allocated it",
+    (r"bpf_msg_pull_data\(msg, 0, msg->size, 0\)", "0"),
 )
 NAGLE_TWICE = _mutant(
     "Nagle: two ends without TCP_NODELAY join",
-    (r"tb_has_peer\(conn\) && !tb_has_nodelay\(sk\) && [^)]+\)", "0"),
+    (r"!tb_has_nodelay\(sk\) && tb_has_peer\(conn\) && [^)]+\)", "0"),
 )
 BLOCKING = _mutant(
     "readers: bypassed bytes to a reader that may sleep in recv",

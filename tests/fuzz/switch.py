@@ -312,7 +312,8 @@ class Connection:
                 "corked": end.is_corked,
                 "kTLS": end.has_ulp or peer.has_ulp,
                 "a stream": end.run > STREAM,
-                "conntrack": self.now - end.tcp_at > REFRESH_NS + TICK_NS,
+                "conntrack": self.now - end.tcp_at > REFRESH_NS + TICK_NS
+                and (end.has_nodelay or not end.bypass_queue),
             }
         return {reason for reason, holds in wrong.items() if holds}
 

@@ -24,6 +24,7 @@ BREAKS = [
     (mutants.SHORT_SENDS, cases.member_that_sends_several),
     (mutants.URGENT, cases.urgent_byte),
     (mutants.NAGLE_STAYS, cases.member_without_nodelay),
+    (mutants.NAGLE_PIECES, cases.messages_without_nodelay),
     (mutants.NAGLE_TWICE, cases.two_without_nodelay),
     (mutants.BOUND, cases.reader_that_rests),
     (mutants.FRESH_EDGE, cases.reader_that_wakes_late),
