@@ -33,6 +33,8 @@
 #define TB_FIRST_CREDIT (1 << 20)
 #define TB_MOST_CREDIT (2 << 20)
 #define TB_EXCHANGE_CREDIT 2048
+/* So many bytes the kernel can put into one piece at any time (PAGE_ALLOC_COSTLY_ORDER). */
+#define TB_ONE_PIECE (32 * 1024)
 
 /* Has the peer left the sockhash since this direction went to the bypass? Another sk_prot shows
  * that it closes, or has a ULP. Its queue may be freed memory by now, so it is not waited for. */
@@ -246,12 +248,16 @@ static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)
 }
 
 /* RULE (Nagle). A message of an end without TCP_NODELAY goes by TCP. The kernel would push each
- * piece of it by itself (tcp_bpf_push). While paused, the peer's answers go by TCP, too. */
+ * piece of it by itself (tcp_bpf_push). While paused it may not have waited for answers, which go
+ * by TCP, too. A ULP makes messages of its own. */
 static __always_inline void tb_send_undelayed(struct sk_msg_md *msg, struct tb_conn *conn,
 					      __u32 reason)
 {
-	if ((reason != TB_REASON_PAUSED && tb_waits_for_ack(conn->me.sk)) ||
-	    bpf_msg_pull_data(msg, 0, msg->size, 0))
+	int waits = reason != TB_REASON_PAUSED && tb_waits_for_ack(conn->me.sk);
+
+	if (tb_read64(conn->me.sk + OFF_ICSK_ULP_OPS))
+		return;
+	if (msg->size > TB_ONE_PIECE || bpf_msg_pull_data(msg, 0, msg->size, 0) || waits)
 		tb_give_up(conn, TB_OUTCOME_NAGLE);
 }
 

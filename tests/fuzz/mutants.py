@@ -108,7 +108,7 @@ NAGLE_WAITS = _mutant(
 )
 NAGLE_STAYS = _mutant(
     "Nagle: an end that does not wait for answers stays",
-    (r"\(reason != TB_REASON_PAUSED && tb_waits_for_ack\(conn->me\.sk\)\) \|\|", ""),
+    (r"reason != TB_REASON_PAUSED && tb_waits_for_ack\(conn->me\.sk\)", "0"),
 )
 NAGLE_PIECES = _mutant(
     "Nagle: a message goes in the pieces in which the kernel has allocated it",
