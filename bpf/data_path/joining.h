@@ -264,7 +264,7 @@ static __always_inline int tb_visit(void *socket, __u64 sk)
 		found |= TB_NEEDS_VISIT;
 	if (may_be_behind && tb_find_edge(conn, sk)) {
 		found |= TB_NEEDS_EDGE;
-		/* A socket that has left, and whose peer has closed, gets no other edge. */
+		/* The socket has left and its peer has closed: this edge is its last one. */
 		if (tb_membership(conn->state) == TB_OUT && !tb_has_peer(conn))
 			conn->at.psock = 0;
 	}

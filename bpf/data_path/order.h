@@ -247,15 +247,15 @@ static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)
 	return TB_REASON_INELIGIBLE;
 }
 
-/* RULE (Nagle). A message of an end without TCP_NODELAY goes by TCP. The kernel would push each
- * piece of it by itself (tcp_bpf_push). While paused it may not have waited for answers, which go
- * by TCP, too. A ULP makes messages of its own. */
+/* RULE (Nagle). A message goes by TCP, perhaps of an end without TCP_NODELAY. The kernel would push
+ * each piece of it by itself (tcp_bpf_push). While paused the end may send on without answers: one
+ * that must acknowledge goes by TCP, too. A ULP makes messages of its own. */
 static __always_inline void tb_send_undelayed(struct sk_msg_md *msg, struct tb_conn *conn,
 					      __u32 reason)
 {
 	int waits = reason != TB_REASON_PAUSED && tb_waits_for_ack(conn->me.sk);
 
-	if (tb_read64(conn->me.sk + OFF_ICSK_ULP_OPS))
+	if (tb_has_nodelay(conn->me.sk) || tb_read64(conn->me.sk + OFF_ICSK_ULP_OPS))
 		return;
 	if (msg->size > TB_ONE_PIECE || bpf_msg_pull_data(msg, 0, msg->size, 0) || waits)
 		tb_give_up(conn, TB_OUTCOME_NAGLE);
@@ -300,10 +300,10 @@ static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn,
 		reason = TB_REASON_LEAVING;
 	}
 	*(volatile __u32 *)&conn->decided = conn->sent; /* behind the rest */
-	if (reason && !tb_has_nodelay(conn->me.sk))
+	if (reason) {
 		tb_send_undelayed(msg, conn, reason);
-	if (reason)
 		return tb_note_tcp(conn, reason, msg->size, now);
+	}
 	conn->queued += tb_cost(msg->size);
 	tb_count_bypassed(conn, msg->size, now);
 }

@@ -53,8 +53,7 @@ static __always_inline __u32 tb_call_of(void *task)
 		       : call;
 }
 
-/* Is the send that the current thread is inside neither urgent nor one that goes on behind a hole?
- */
+/* Is the current thread's send neither urgent nor one that goes on behind a hole? */
 static __always_inline int tb_is_plain_send(void)
 {
 	void *task = tb_current_task_btf(), *registers = tb_task_pt_regs(task);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a joiner and a generation of programs tell each other: pods that are due, and that it lives.
+"""What a generation of programs tells its joiner, and the joiner it: due pods, and a sign of life.
 
 A pod's entry in the map `due` says what its connections have missed, and what a pass costs. A ring
 buffer wakes the joiner.
@@ -110,7 +110,7 @@ class Served:
         return [int.from_bytes(key, sys.byteorder) for key in bpfsys.map_keys(self.due, 8)]
 
     def pending(self) -> dict[int, abi.Due]:
-        """The pods whose pass is due."""
+        """Maps each pod whose pass is due to its entry."""
         found = {}
         for key in bpfsys.map_keys(self.due, 8):
             with contextlib.suppress(FileNotFoundError):

@@ -97,14 +97,15 @@ CORK = _mutant(
     (r"if \(TB_OWN\(__u8, tp, OFF_TCP_SOCK_NONAGLE\) & [^)]+\)", "if (0)"),
 )
 _WAITS_FOR_ACK = r"tb_waits_for_ack\(conn->peer\.sk\)"
+_AT_ONCE = (rf"{_WAITS_FOR_ACK} \|\|", "")
 NAGLE = _mutant(
     "Nagle: bypassed bytes to an end that waits for an acknowledgement",
     (rf" \|\| {_WAITS_FOR_ACK}\)", ")"),
-    (rf"{_WAITS_FOR_ACK} \|\|", ""),
+    _AT_ONCE,
 )
 NAGLE_WAITS = _mutant(
     "Nagle: bypassed bytes behind others, to an end that waits for an acknowledgement",
-    (rf"{_WAITS_FOR_ACK} \|\|", ""),
+    _AT_ONCE,
 )
 NAGLE_STAYS = _mutant(
     "Nagle: an end that does not wait for answers stays",

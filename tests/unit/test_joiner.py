@@ -19,12 +19,13 @@ import pytest
 
 from bpf import abi
 from cni_plugin import attachment
-from cni_plugin.state import Attachment, Key, State
+from cni_plugin.state import Key, State
 from install.program import joiner, log, passes
 from install.program.generations import Generation, Generations
 from install.program.joiner import (
     BLOCKED_S,
     BURST_NS,
+    FIRST_HELD_S,
     FORGET_S,
     HELD_S,
     MOST_PAID_NS,
@@ -34,8 +35,7 @@ from install.program.joiner import (
 from install.program.lock import FolderLock
 from install.program.passes import PassTimeout, Runner
 from install.program.served import Served
-
-BLANK = Attachment("c", "eth0", "pods", "/x", "", "", "", "/x", 1, 7, 1, "gen-1", 0, 0, [], [])
+from tests.unit.test_attachment import BLANK
 
 
 class FakeServed:
@@ -106,6 +106,23 @@ def test_pods_that_are_no_more_are_forgotten(made: Joiner) -> None:
     made._forgot_at -= FORGET_S
     made._serve()
     assert served.left == [1]
+
+
+def test_a_pod_whose_cgroup_has_another_owner_is_forgotten(made: Joiner) -> None:
+    """A sandbox was made anew in the pod's cgroup."""
+    served = FakeServed(1, 2)
+    made._served.append(served)  # type: ignore[arg-type]
+    made._folders[2] = made._folders[1]
+    made._forgot_at -= FORGET_S
+    made._serve()
+    assert served.left == [1]
+
+
+def test_a_pod_whose_cgroup_is_not_known_is_held(made: Joiner) -> None:
+    served: Any = FakeServed(3)
+    made._try_pass(served, 3, made._joins, again=False)
+    assert made._backoff(served, 3).held
+    assert made._backoff(served, 3).left_s() > FIRST_HELD_S / 2
 
 
 def test_a_new_pod_is_found_by_its_record(made: Joiner, monkeypatch: pytest.MonkeyPatch) -> None:
