@@ -14,6 +14,9 @@ MAX_IPS = 8
 MAX_PORT_RANGES = 16
 FIRST_COST = 500
 VISIT_AGAIN = 0xFFFFFFFF
+LOOK_UP = 0xFFFFFFFE
+NEEDS_EDGE = 1
+NEEDS_VISIT = 2
 TAKE_IN = 0x74620001
 
 POD_PROXY_ONLY = 1
@@ -112,6 +115,24 @@ class Due(ctypes.Structure):
         ("pending", c_uint32),
         ("edge", c_uint32),
     ]
+
+
+class Found(ctypes.Structure):
+    """A socket that a visit to files names instead, to be visited by its addresses."""
+
+    _fields_ = [
+        ("mark", c_uint32),
+        ("fd", c_uint32),
+        ("visitor", c_uint32),
+        ("reserved", c_uint32),
+        ("sk", c_uint64),
+    ]
+
+
+class Lookup(ctypes.Structure):
+    """What program tb_visit_socket reads, behind an Ethernet header."""
+
+    _fields_ = [("sk", c_uint64), ("is_ipv4", c_uint32), ("tuple", c_uint32 * 9)]
 
 
 class Fionread(ctypes.Structure):

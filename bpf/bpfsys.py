@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,10 +26,12 @@ _MAP_LOOKUP_ELEM = 1
 _MAP_UPDATE_ELEM = 2
 _MAP_DELETE_ELEM = 3
 _MAP_GET_NEXT_KEY = 4
+_PROG_LOAD = 5
 _OBJ_PIN = 6
 _OBJ_GET = 7
 _PROG_ATTACH = 8
 _PROG_DETACH = 9
+_PROG_RUN = 10
 _PROG_GET_FD_BY_ID = 13
 _MAP_GET_FD_BY_ID = 14
 _OBJ_GET_INFO_BY_FD = 15
@@ -40,6 +43,7 @@ _TRACE_ITER = 28  # BPF_TRACE_ITER of enum bpf_attach_type
 CGROUP_SOCK_OPS = 3  # BPF_CGROUP_SOCK_OPS of enum bpf_attach_type
 CGROUP_SETSOCKOPT = 22  # BPF_CGROUP_SETSOCKOPT
 PROG_TYPE_CGROUP_SOCKOPT = 25
+_PROG_TYPE_TRACING = 26
 MAP_TYPE_CGROUP_STORAGE = 19
 _F_ALLOW_MULTI = 2
 _ATTR_SIZE = 256  # bytes; the kernel has 168 (Linux 6.18), and takes zeros behind those
@@ -211,6 +215,41 @@ def visit_files(prog_fd: int, pid: int) -> bytes:
                 if not (part := os.read(iterator, 4096)):
                     return b"".join(parts)
                 parts.append(part)
+
+
+def iterator_load(instructions: bytes, function: int) -> int:
+    """Load an iterator program; EACCES when the verifier refuses it.
+
+    ``instructions`` are of struct bpf_insn; ``function`` is the BTF ID of the kernel's function
+    that stands for what is iterated over.
+    """
+    license_ = ctypes.create_string_buffer(b"GPL")
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    attr = _attr(
+        "=IIQQIIQII16sIIIIQIIQII",
+        *(_PROG_TYPE_TRACING, len(instructions) // 8, _address(code), _address(license_)),
+        *(0, 0, 0, 0, 0, b"", 0, _TRACE_ITER, 0, 0, 0, 0, 0, 0, 0, function),
+    )
+    return _bpf(_PROG_LOAD, attr)
+
+
+def prog_run(prog_fd: int, packet: bytes, ifindex: int = 0) -> int:
+    """Run a program for packets on this one, in the caller's network namespace; returns what the
+    program does. Nothing is sent.
+
+    ``ifindex`` is the device that it seems to come by; 0: the loopback device.
+    """
+    data = ctypes.create_string_buffer(packet, len(packet))
+    # struct __sk_buff up to its member ifindex
+    context = ctypes.create_string_buffer(bytes(40) + ifindex.to_bytes(4, sys.byteorder), 44)
+    attr = _attr(
+        "=IIIIQQIIIIQ",
+        *(prog_fd, 0, len(packet), 0, _address(data), 0, 1, 0),
+        *(len(context), 0, _address(context)),
+    )
+    _bpf(_PROG_RUN, attr)
+    (found,) = struct.unpack_from("=I", attr.raw, 4)
+    return int(found)
 
 
 def prog_open(prog_id: int) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bpf import bpfsys, pins, preemption
+from bpf import bpfsys, pins, preemption, trust
 from bpf.btf import BTFError, KernelBTF, Member
 
 _HERE = Path(__file__).parent
@@ -29,6 +29,7 @@ _INCLUDE = re.compile(r'^#include "(data_path/[^"]+)"$', re.MULTILINE)
 
 # Names in the C file, and what they are pinned as.
 VISIT = "tb_visit_file"
+VISIT_SOCKET = "tb_visit_socket"  # where this kernel needs it
 TAKE_IN = "tb_take_in"
 REFUSE = "tb_refuse_splice"
 MEND = "tb_mend"  # after each of these kernel functions; the links are pinned under these names
@@ -197,6 +198,18 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
     return flags
 
 
+def lookup_flags(btf: KernelBTF) -> list[str]:
+    """Those for a kernel where sockets are visited by their addresses: bpf/trust.py."""
+    members: dict[str, _Place] = {
+        "SOCK_STORAGE": ("sock", "sk_bpf_storage"),
+        "STORAGE_LIST": ("bpf_local_storage", "list"),
+        "STORAGE_NODE": ("bpf_local_storage_elem", "snode"),
+        "STORAGE_DATA": ("bpf_local_storage_elem", "sdata.data"),
+    }
+    offsets = [f"-DOFF_{name}={btf.member(*place).offset}" for name, place in members.items()]
+    return ["-DTB_BY_LOOKUP", *offsets]
+
+
 def _version(release: str) -> tuple[int, ...]:
     """What uname -r says, as numbers: (6, 12, 117) for 6.12.117+deb13-amd64."""
     found = re.match(r"(\d+)\.(\d+)\.?(\d*)", release)
@@ -362,7 +375,8 @@ class Programs:
         ]
         try:
             btf = KernelBTF()
-            flags += kernel_flags(btf)
+            self._by_lookup = not trust.reaches_sockets(btf)
+            flags += kernel_flags(btf) + (lookup_flags(btf) if self._by_lookup else [])
             self._build(flags, rdonly_cast(btf))
         except BTFError as error:
             raise LoadError(str(error)) from error
@@ -381,7 +395,8 @@ class Programs:
         more = cast.flags if cast else []
         self._bpf = self._bcc(text=source_text().encode(), cflags=flags + more)
         if cast:
-            for name in (*PROGRAM_PINS, REFUSE, MEND):
+            visitors = [VISIT_SOCKET] * self._by_lookup
+            for name in (*PROGRAM_PINS, REFUSE, MEND, *visitors):
                 cast.link(self._instructions(name))
         try:
             self.fds = {
@@ -392,11 +407,20 @@ class Programs:
                     TAKE_IN, bpfsys.PROG_TYPE_CGROUP_SOCKOPT, expected=bpfsys.CGROUP_SETSOCKOPT
                 ),
             }
+            if self._by_lookup:
+                self._load_visitor()
         except OSError:
             if not cast:
                 raise
             self._bpf.cleanup()
             self._build(flags, None)
+
+    def _load_visitor(self) -> None:
+        """The program that visits sockets; the one that visits files knows its ID."""
+        visitor = self._load(VISIT_SOCKET, self._bcc.SCHED_CLS)
+        self.fds[pins.VISIT_SOCKET] = visitor
+        own_id = bpfsys.prog_info(visitor).id
+        bpfsys.map_update(self._map_fd("visitor"), bytes(4), own_id.to_bytes(4, sys.byteorder))
 
     def _load(self, function: str, kind: int, attached_as: str = "", *, expected: int = -1) -> int:
         """The file descriptor of one program; raises OSError with the verifier's last words.

@@ -27,6 +27,7 @@ TRACES = tuple(pin + again for pin in (SPLICE_REFUSAL, *MENDS) for again in ("",
 CONNS = "conns"
 FIONREAD = "fionread"
 VISIT = "visit"  # the iterator over the open files of a process
+VISIT_SOCKET = "visit_socket"  # visits what that names, where it must not go to a file's socket
 TAKE_IN = "take_in"  # for the sockets that are older than their pod's attachment
 
 # How our programs are recognised on a cgroup when no record of ours is at hand.

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The data path. Six programs share the maps of data_path/state.h:
+ * The data path. Seven programs share the maps of data_path/state.h:
  *
  *   tb_sock_ops     runs for the TCP sockets of an accelerated pod's cgroup. It finds the two
  *                   sockets that are one connection, and counts what they exchange.
  *   tb_visit_file   visits the open files of a pod's processes when a pass is due. It puts paired
  *                   sockets into the sockhash, and takes them out again.
+ *   tb_visit_socket does that for one socket, where tb_visit_file must only name it (lookup.h).
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes
  *                   to the peer's socket (bypass), or lets them go by TCP.
  *   tb_refuse_splice runs before splice(2) takes bytes from a socket, where it can be attached.
@@ -33,6 +34,7 @@
  *   joining      only a socket that is known joins, while no call on it is under way  joining.h
  *   leaving      no byte unread, no redirect on its way                               joining.h
  *   ULP          a member that got a ULP as it joined stays, on TCP                    joining.h
+ *   lookup       what is visited by its addresses is the socket that was named         lookup.h
  *   fionread     FIONREAD says what TCP would                                         fionread.h
  *
  * Compiled on the node by bcc, as one text with the headers (bpf/loader.py).
@@ -53,6 +55,7 @@
 #include "data_path/edge.h"
 #include "data_path/known.h"
 #include "data_path/joining.h"
+#include "data_path/lookup.h"
 #include "data_path/splice.h"
 #include "data_path/fionread.h"
 
@@ -168,6 +171,7 @@ int tb_sk_msg(struct sk_msg_md *msg)
  * edge (edge.h): the file's number. For each socket that needs another visit to leave, it writes
  * TB_VISIT_AGAIN.
  */
+#ifndef TB_BY_LOOKUP
 int tb_visit_file(__u64 *context)
 {
 	void *meta = (void *)context[0], *file = (void *)context[3], *socket;
@@ -191,6 +195,7 @@ int tb_visit_file(__u64 *context)
 		bpf_seq_write(*(void *volatile *)meta, &again, sizeof(again));
 	return 0;
 }
+#endif
 
 #define IPPROTO_TCP 6		       /* also the level of its options */
 #define TCP_BPF_SOCK_OPS_CB_FLAGS 1008 /* linux/bpf.h, since Linux 6.12 */

@@ -244,9 +244,6 @@ static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket
 		tb_join(conn, socket, sk, id, now);
 }
 
-/* What tb_visit() finds. */
-enum tb_needs { TB_NEEDS_EDGE = 1, TB_NEEDS_VISIT = 2 };
-
 /* The TCP socket at `sk`, of an open file; `socket` is its verified pointer. Returns enum tb_needs.
  */
 static __always_inline int tb_visit(void *socket, __u64 sk)

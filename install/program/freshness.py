@@ -50,7 +50,8 @@ def _setting(node: Node, generation: Generation) -> dict[str, Any]:
 
 def _optional_pins(generation: Generation) -> list[str]:
     """Those that are there; this kernel may not allow all."""
-    return [pin for pin in (*pins.TRACES, pins.SPLICERS) if (generation.folder / pin).exists()]
+    optional = (*pins.TRACES, pins.SPLICERS, pins.VISIT_SOCKET)
+    return [pin for pin in optional if (generation.folder / pin).exists()]
 
 
 def reason_to_load(node: Node) -> str | None:

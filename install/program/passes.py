@@ -12,7 +12,6 @@ To take in a pod's open connections is done there, too: it waits for the lock of
 
 from __future__ import annotations
 
-import array
 import contextlib
 import ctypes
 import gc
@@ -30,7 +29,7 @@ from typing import Any
 
 from bpf import abi, bpfsys
 from cni_plugin import cgroup, names
-from install.program import lock, log, whole_file
+from install.program import lock, log, lookups, whole_file
 
 PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left out meanwhile
 MOST_VISITS = 4  # of a process in one pass: leaving takes three
@@ -65,14 +64,58 @@ def visit_process(visit: int, pid: int) -> bool:
     Returns whether it has a socket that may take its next step on its way out.
     """
     try:
-        found = array.array("I", bpfsys.visit_files(visit, pid))
+        written = bpfsys.visit_files(visit, pid)
     except ProcessLookupError:  # it has just ended
         return False
-    for fd in dict.fromkeys(found):
+    readers, to_look_up, is_again = parsed(written)
+    for fd in dict.fromkeys(readers):
         with contextlib.suppress(OSError):  # closed meanwhile, or the process has ended
-            if fd != abi.VISIT_AGAIN:
-                wake_reader(pid, fd)
-    return abi.VISIT_AGAIN in found
+            wake_reader(pid, fd)
+    if to_look_up:
+        with contextlib.suppress(OSError):  # the process has ended
+            is_again |= _look_up(pid, to_look_up)
+    return is_again
+
+
+def parsed(written: bytes) -> tuple[list[int], list[abi.Found], bool]:
+    """What a visit has written: the numbers of files whose readers need a new edge, the sockets
+    that are yet to be visited, and whether one that was may take its next step."""
+    size = ctypes.sizeof(abi.Found)
+    words = memoryview(written).cast("I")
+    fds, found, is_again, at = list[int](), list[abi.Found](), False, 0
+    while at < len(words):
+        if words[at] == abi.LOOK_UP:
+            found.append(abi.Found.from_buffer_copy(written, 4 * at))
+            at += size // 4
+            continue
+        if words[at] == abi.VISIT_AGAIN:
+            is_again = True
+        else:
+            fds.append(words[at])
+        at += 1
+    return fds, found, is_again
+
+
+def _look_up(pid: int, sockets: list[abi.Found]) -> bool:
+    """Visit these sockets of a process by their addresses, and wake their readers.
+
+    Returns as visit_process() does. Raises OSError when the process has ended.
+    """
+    needs = 0
+    with (
+        bpfsys.closing(_process_with_files(pid)) as process,
+        lookups.network_of(process),
+    ):
+        for found in {each.sk: each for each in sockets}.values():
+            with (
+                contextlib.suppress(OSError),  # closed meanwhile
+                _copied(process, found.fd) as copy,
+            ):
+                of_one = lookups.visit(found, copy)
+                needs |= of_one
+                if of_one & abi.NEEDS_EDGE:
+                    _wake(copy)
+    return bool(needs & abi.NEEDS_VISIT)
 
 
 def take_in(program: int, folder: Path) -> int:
@@ -118,9 +161,13 @@ def wake_reader(pid: int, fd: int) -> None:
     kernel does not let this process have another's files (pidfd_getfd(2)).
     """
     with bpfsys.closing(_process_with_files(pid)) as process, _copied(process, fd) as reader:
-        # A member has 1. With another the number is by now that of a socket which sets its own.
-        if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
-            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        _wake(reader)
+
+
+def _wake(reader: socket.socket) -> None:
+    # A member has 1. With another the number is by now that of a socket which sets its own.
+    if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _process_with_files(pid: int) -> int:

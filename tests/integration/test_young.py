@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Connections too young to join: bpf/data_path/pairing.h, TB_MIN_SEGMENTS and TB_MIN_AGE; and those
-that would soon leave: known.h, TB_LARGE_EXCHANGE."""
+that would soon leave: known.h, TB_LARGE_EXCHANGE. How they are visited: lookup.h."""
 
 from __future__ import annotations
 
 import select
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from dataclasses import replace
 
 import pytest
 
+from bpf import abi, trust
 from bpf.loader import Programs
+from install.program import lookups, passes
 from tests import light
 from tests.fuzz.cases import Ends, heard, holds
 from tests.light import LIMITS, LightPod
@@ -194,3 +197,96 @@ def test_a_large_answer_behind_small_ones_is_no_stream() -> None:
     with accelerated_after(1000) as pod:
         assert holds(ask, pod)
         assert pod.total().connections == {"paired": 2}
+
+
+@pytest.fixture
+def by_lookup(monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
+    """As on a kernel where no program may go from a file to its socket."""
+    monkeypatch.setattr(trust, "reaches_sockets", lambda _btf: False)
+    with closing(Programs(LIMITS)) as programs:
+        yield programs
+
+
+def until_left(pod: LightPod) -> None:
+    deadline = time.monotonic() + light.PATIENCE_S
+    while pod.members():
+        assert time.monotonic() < deadline, f"{pod.members()} sockets have not left"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("device", [b"", b"lo"])
+def test_by_their_addresses_sockets_join_and_leave(by_lookup: Programs, device: bytes) -> None:
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        ends.client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+        ends.join(pod)
+        ends.exchange()
+        pod.control(abi.CONTROL_LEAVE)
+        until_left(pod)
+        ends.exchange()
+        return True
+
+    with light.accelerated(by_lookup) as pod:
+        assert holds(ask, pod)
+        assert pod.total().bypassed_messages >= 2
+
+
+def test_another_socket_at_those_addresses_is_left_alone(
+    by_lookup: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RULE (lookup): the addresses were another socket's when it was named."""
+    visit = lookups.visit
+
+    def elsewhere(found: abi.Found, copy: socket.socket) -> int:
+        found.sk += 64
+        return visit(found, copy)
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        for _ in range(light.ACQUAINTANCE):
+            ends.exchange()
+        monkeypatch.setattr(lookups, "visit", elsewhere)
+        pod.visit()
+        assert not pod.members()
+        monkeypatch.setattr(lookups, "visit", visit)
+        pod.visit()
+        return pod.members() == 2
+
+    with light.accelerated(by_lookup, passes=False) as pod:
+        assert holds(ask, pod)
+
+
+@pytest.mark.parametrize(
+    ("listens", "address", "expected"),
+    [
+        ("127.0.0.1", "127.0.0.1", "7f0000017f000001"),
+        ("127.0.0.1", "::ffff:127.0.0.1", "7f0000017f000001"),
+        ("::1", "::1", f"{1:032x}{1:032x}"),
+    ],
+)
+def test_the_packet_says_which_socket(listens: str, address: str, expected: str) -> None:
+    families = [socket.AF_INET6 if ":" in each else socket.AF_INET for each in (listens, address)]
+    with (
+        socket.create_server((listens, 0), family=families[0]) as listener,
+        socket.socket(families[1]) as client,
+    ):
+        client.connect((address, listener.getsockname()[1]))
+        own, peer = client.getsockname()[1], client.getpeername()[1]
+        made = abi.Lookup.from_buffer_copy(lookups.packet(client, 4711), 14)
+    ends = bytes.fromhex(expected) + peer.to_bytes(2, "big") + own.to_bytes(2, "big")
+    assert (made.sk, made.is_ipv4) == (4711, address != "::1")
+    assert bytes(made.tuple) == ends.ljust(36, b"\0")
+
+
+def test_what_a_visit_wrote_is_told_apart() -> None:
+    """Numbers of files, sockets that are yet to be visited, and that a next step may follow."""
+    named = [abi.Found(mark=abi.LOOK_UP, fd=fd, visitor=7, sk=1 << 40) for fd in (3, 4)]
+    again = abi.VISIT_AGAIN.to_bytes(4, "little")
+    written = bytes(named[0]) + b"\5\0\0\0" + again + bytes(named[1]) + b"\6\0\0\0"
+    readers, found, is_again = passes.parsed(written)
+    assert (readers, is_again) == ([5, 6], True)
+    assert [(each.fd, each.visitor, each.sk) for each in found] == [
+        (3, 7, 1 << 40),
+        (4, 7, 1 << 40),
+    ]
+    assert passes.parsed(b"") == ([], [], False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf/abi.py agrees with tcpip_bypass.h, as the C compiler lays it out."""
+"""bpf/abi.py agrees with tcpip_bypass.h, as the C compiler lays it out; values of all CPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bpf import abi
+from bpf import abi, stats
+from bpf.stats import HopCounters
 
 HEADER = Path(abi.__file__).with_name("tcpip_bypass.h")
 
@@ -21,6 +22,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "tb_pod": abi.Pod,
     "tb_control": abi.Control,
     "tb_due": abi.Due,
+    "tb_found": abi.Found,
+    "tb_lookup": abi.Lookup,
     "tb_fionread": abi.Fionread,
     "tb_counter_key": abi.CounterKey,
     "tb_counters": abi.Counters,
@@ -31,6 +34,9 @@ CONSTANTS = {
     "TB_MAX_PORT_RANGES": abi.MAX_PORT_RANGES,
     "TB_FIRST_COST": abi.FIRST_COST,
     "TB_VISIT_AGAIN": abi.VISIT_AGAIN,
+    "TB_LOOK_UP": abi.LOOK_UP,
+    "TB_NEEDS_EDGE": abi.NEEDS_EDGE,
+    "TB_NEEDS_VISIT": abi.NEEDS_VISIT,
     "TB_TAKE_IN": abi.TAKE_IN,
     "TB_POD_PROXY_ONLY": abi.POD_PROXY_ONLY,
     "TB_POD_FORCED": abi.POD_FORCED,
@@ -110,3 +116,34 @@ def test_enumerators_are_named_in_order(prefix: str, compiled: dict[str, int]) -
     last = prefix.rstrip("_") + "S"
     in_header = re.findall(rf"^\t({prefix}\w+)", text, flags=re.MULTILINE)
     assert len(in_header) == len(names), f"{last}: a name is missing in bpf/abi.py"
+
+
+def test_all_cpus_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "possible_cpus", lambda: 3)
+    per_cpu = (abi.Counters * 3)()
+    for cpu, value in enumerate(per_cpu, 1):
+        value.bypassed_messages = cpu
+        value.bypassed_bytes = 10 * cpu
+        value.tcp_messages[1] = cpu
+        value.tcp_bytes = 2**62
+        value.connections[6] = 1
+
+    def lookup(key: bytes, size: int) -> bytes:
+        assert size == 3 * ctypes.sizeof(abi.Counters)
+        if abi.CounterKey.from_buffer_copy(key).hop != 2:
+            raise FileNotFoundError
+        return bytes(per_cpu)
+
+    assert stats.pod_counters(1, lookup) == {
+        "outbound": HopCounters(6, 60, 3 * 2**62, {"waiting": 6}, {"blocking": 3})
+    }
+
+
+def test_possible_cpus_is_the_last_ones_number_plus_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    possible = tmp_path / "possible"
+    monkeypatch.setattr(stats, "POSSIBLE_CPUS", possible)
+    for text, count in (("0\n", 1), ("0-3\n", 4), ("0,2-5\n", 6), ("0-1,8\n", 9)):
+        possible.write_text(text)
+        assert stats.possible_cpus.__wrapped__() == count

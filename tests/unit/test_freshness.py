@@ -25,7 +25,10 @@ from install.program.installer import Places
 from install.program.node import Node
 from install.program.selftest import Check, Verdict
 
-OPTIONAL = (pins.SPLICE_REFUSAL, pins.SPLICE_REFUSAL + pins.AGAIN, pins.SPLICERS)
+OPTIONAL = (
+    *(pins.SPLICE_REFUSAL, pins.SPLICE_REFUSAL + pins.AGAIN, pins.SPLICERS),
+    pins.VISIT_SOCKET,
+)
 
 
 @pytest.fixture
