@@ -118,21 +118,23 @@ class Due(ctypes.Structure):
 
 
 class Found(ctypes.Structure):
-    """A socket that a visit to files names instead, to be visited by its addresses."""
+    """A socket that a visit to files names; program tb_visit_socket reads it behind an Ethernet
+    header."""
 
     _fields_ = [
         ("mark", c_uint32),
         ("fd", c_uint32),
         ("visitor", c_uint32),
-        ("reserved", c_uint32),
+        ("netns", c_uint32),
+        ("device", c_uint32),
+        ("is_ipv4", c_uint32),
         ("sk", c_uint64),
+        ("peer", Addr),
+        ("own", Addr),
+        ("peer_port", c_uint16),
+        ("own_port", c_uint16),
+        ("reserved", c_uint32),
     ]
-
-
-class Lookup(ctypes.Structure):
-    """What program tb_visit_socket reads, behind an Ethernet header."""
-
-    _fields_ = [("sk", c_uint64), ("is_ipv4", c_uint32), ("tuple", c_uint32 * 9)]
 
 
 class Fionread(ctypes.Structure):

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import resource
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -201,13 +202,28 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
 def lookup_flags(btf: KernelBTF) -> list[str]:
     """Those for a kernel where sockets are visited by their addresses: bpf/trust.py."""
     members: dict[str, _Place] = {
+        "INET_SPORT": ("inet_sock", "inet_sport"),
+        "SOCK_BOUND_DEV_IF": ("sock", "__sk_common.skc_bound_dev_if"),
+        "SOCK_DADDR": ("sock", "__sk_common.skc_daddr"),
+        "SOCK_DPORT": ("sock", "__sk_common.skc_dport"),
+        "SOCK_FAMILY": ("sock", "__sk_common.skc_family"),
+        "SOCK_RCV_SADDR": ("sock", "__sk_common.skc_rcv_saddr"),
         "SOCK_STORAGE": ("sock", "sk_bpf_storage"),
-        "STORAGE_LIST": ("bpf_local_storage", "list"),
-        "STORAGE_NODE": ("bpf_local_storage_elem", "snode"),
         "STORAGE_DATA": ("bpf_local_storage_elem", "sdata.data"),
+        "STORAGE_LIST": ("bpf_local_storage", "list"),
+        "STORAGE_MAP": ("bpf_local_storage_elem", "sdata.smap"),
+        "STORAGE_NODE": ("bpf_local_storage_elem", "snode"),
     }
-    offsets = [f"-DOFF_{name}={btf.member(*place).offset}" for name, place in members.items()]
-    return ["-DTB_BY_LOOKUP", *offsets]
+    ipv6: dict[str, _Place] = {  # not in a kernel built without it
+        "SOCK_V6_DADDR": ("sock", "__sk_common.skc_v6_daddr"),
+        "SOCK_V6_RCV_SADDR": ("sock", "__sk_common.skc_v6_rcv_saddr"),
+    }
+    offsets = {name: btf.member(*place).offset for name, place in members.items()}
+    offsets |= {
+        name: btf.member(*place).offset if btf.has_member(*place) else 0
+        for name, place in ipv6.items()
+    }
+    return ["-DTB_BY_LOOKUP", *(f"-DOFF_{name}={at}" for name, at in offsets.items())]
 
 
 def _version(release: str) -> tuple[int, ...]:
@@ -419,8 +435,8 @@ class Programs:
         """The program that visits sockets; the one that visits files knows its ID."""
         visitor = self._load(VISIT_SOCKET, self._bcc.SCHED_CLS)
         self.fds[pins.VISIT_SOCKET] = visitor
-        own_id = bpfsys.prog_info(visitor).id
-        bpfsys.map_update(self._map_fd("visitor"), bytes(4), own_id.to_bytes(4, sys.byteorder))
+        ids = (bpfsys.prog_info(visitor).id, bpfsys.map_info(self._map_fd(pins.CONNS)).id)
+        bpfsys.map_update(self._map_fd("own_ids"), bytes(4), struct.pack("=II", *ids))
 
     def _load(self, function: str, kind: int, attached_as: str = "", *, expected: int = -1) -> int:
         """The file descriptor of one program; raises OSError with the verifier's last words.

@@ -132,29 +132,29 @@ struct tb_fionread {
 /* What a visit writes for a process with a socket that needs another visit to leave. */
 #define TB_VISIT_AGAIN 0xffffffff
 
-/* What it writes in place of a visit, where it may not go from a file to its socket: lookup.h. */
+/* What it writes in place of a visit, where it may not go from a file to its socket, and what
+ * tb_visit_socket() reads then, behind an Ethernet header: lookup.h. */
 #define TB_LOOK_UP 0xfffffffe
 
 struct tb_found {
 	__u32 mark; /* TB_LOOK_UP */
 	__u32 fd;
 	__u32 visitor; /* the kernel's ID of program tb_visit_socket */
+	__u32 netns;   /* the inode number of its network namespace */
+	__u32 device;  /* the number of the one that it is bound to; 0: none */
+	__u32 is_ipv4; /* of its addresses the last words count */
+	__u64 sk;      /* where it lies in the kernel */
+	struct tb_addr peer;
+	struct tb_addr own;
+	__u16 peer_port; /* network byte order, as the rest of struct bpf_sock_tuple */
+	__u16 own_port;
 	__u32 reserved;
-	__u64 sk; /* the address of the socket to be visited */
 };
 
 /* What a socket needs after a visit. */
 enum tb_needs {
 	TB_NEEDS_EDGE = 1,  /* its reader needs a new edge: edge.h */
 	TB_NEEDS_VISIT = 2, /* its next step on its way out may follow at once */
-};
-
-/* The socket that tb_visit_socket() visits: an established one of its network namespace. It stands
- * behind an Ethernet header. Of an IPv4 connection `tuple` has three words. */
-struct tb_lookup {
-	__u64 sk; /* its address */
-	__u32 is_ipv4;
-	__u32 tuple[9]; /* struct bpf_sock_tuple, of a packet to it */
 };
 
 /* setsockopt(SOL_TCP): lets a connection from before be paired. No option of TCP's. */

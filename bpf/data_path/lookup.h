@@ -4,11 +4,12 @@
  *
  * There the visit to a file only names its socket, if a visit would do anything. Then user space
  * (install/program/lookups.py) holds the file, as the iterator does elsewhere. It goes to the
- * process's network namespace and runs tb_visit_socket(). This looks the socket up by its
+ * socket's network namespace and runs tb_visit_socket(). This looks the socket up by its
  * addresses.
  *
  * RULE (lookup). What is visited is the very socket that was named: its place in memory is
- * compared.
+ * compared. One in TCP_CLOSE cannot be looked up. So what it may need is done as it is met: an
+ * edge, and to leave.
  */
 
 #ifdef TB_BY_LOOKUP
@@ -16,13 +17,20 @@
 #define TB_MAX_STORAGES 16 /* maps like `conns` that one socket is in */
 #define TB_AT_PACKET 14	   /* behind the Ethernet header that BPF_PROG_RUN asks for */
 
-BPF_ARRAY(visitor, __u32, 1); /* the kernel's ID of program tb_visit_socket */
+/* IDs of the kernel's. */
+struct tb_ids {
+	__u32 visitor; /* of program tb_visit_socket */
+	__u32 conns;   /* of map `conns` */
+};
 
-/* Where a socket's struct tb_conn lies, 0 if it has none. Of all that BPF programs have stored with
- * the socket, it is what names the socket. */
-static __always_inline __u64 tb_conn_at(__u64 sk)
+BPF_ARRAY(own_ids, struct tb_ids, 1); /* written by the loader */
+
+/* Where a socket's struct tb_conn lies, 0 if it has none, by the ID of map `conns`. Each generation
+ * of these programs has a map of its own. A struct bpf_local_storage_map begins with its bpf_map.
+ */
+static __always_inline __u64 tb_conn_at(__u64 sk, __u32 conns_id)
 {
-	__u64 storage = tb_read64(sk + OFF_SOCK_STORAGE), node, conn;
+	__u64 storage = tb_read64(sk + OFF_SOCK_STORAGE), node, element, map;
 	int i;
 
 	if (!storage)
@@ -30,9 +38,10 @@ static __always_inline __u64 tb_conn_at(__u64 sk)
 	node = tb_read64(storage + OFF_STORAGE_LIST);
 #pragma clang loop unroll(disable)
 	for (i = 0; i < TB_MAX_STORAGES && node; i++) {
-		conn = node - OFF_STORAGE_NODE + OFF_STORAGE_DATA;
-		if (tb_read64(conn + offsetof(struct tb_conn, me.sk)) == sk)
-			return conn;
+		element = node - OFF_STORAGE_NODE;
+		map = tb_read64(element + OFF_STORAGE_MAP);
+		if (map && tb_read32(map + OFF_BPF_MAP_ID) == conns_id)
+			return element + OFF_STORAGE_DATA;
 		node = tb_read64(node);
 	}
 	return 0;
@@ -43,15 +52,46 @@ static __always_inline int tb_is_due(const struct tb_conn *conn, __u64 sk, __u64
 {
 	__u32 membership = tb_membership(conn->state);
 
-	if (!conn->me.id || tb_tcp_state(sk) == BPF_TCP_CLOSE) /* it could not be found */
-		return 0;
-	if (tb_may_be_behind(conn))
-		return 1;
 	if (membership == TB_OUT)
-		return conn->path == TB_PATH_BEHIND ||
+		return (conn->path == TB_PATH_BEHIND && tb_has_peer(conn)) ||
 		       (!conn->refused && tb_may_join(conn, sk, now));
 	return membership == TB_LEAVING || tb_psock(sk) != conn->at.psock ||
 	       (!conn->refused && tb_reason_to_refuse(conn, sk)) || tb_is_to_leave(conn, now);
+}
+
+/* A member in TCP_CLOSE: no send at either end begins on the bypass any more. */
+static __always_inline void tb_leave_closed(const struct tb_conn *conn, __u64 sk)
+{
+	__u64 id = conn->me.id;
+
+	if (tb_membership(conn->state) == TB_OUT || tb_psock(sk) != conn->at.psock ||
+	    tb_must_stay(conn, sk))
+		return;
+	if (tb_is_idle(conn) && tb_is_drained(conn))
+		sockhash.delete(&id);
+	else
+		tb_ring(conn->me.pod_id);
+}
+
+static __always_inline void tb_read_addresses(struct tb_found *found, __u64 sk)
+{
+	int i, is_ipv6 = TB_READ(__u16, sk + OFF_SOCK_FAMILY) == AF_INET6;
+
+#pragma unroll
+	for (i = 0; OFF_SOCK_V6_DADDR && is_ipv6 && i < 4; i++) {
+		found->peer.word[i] = tb_read32(sk + OFF_SOCK_V6_DADDR + 4 * i);
+		found->own.word[i] = tb_read32(sk + OFF_SOCK_V6_RCV_SADDR + 4 * i);
+	}
+	if (!is_ipv6) {
+		found->peer.word[3] = tb_read32(sk + OFF_SOCK_DADDR);
+		found->own.word[3] = tb_read32(sk + OFF_SOCK_RCV_SADDR);
+	}
+	found->is_ipv4 = !is_ipv6 || (!found->peer.word[0] && !found->peer.word[1] &&
+				      found->peer.word[2] == bpf_htonl(0xffff));
+	found->peer_port = TB_READ(__u16, sk + OFF_SOCK_DPORT);
+	found->own_port = TB_READ(__u16, sk + OFF_INET_SPORT);
+	found->device = tb_read32(sk + OFF_SOCK_BOUND_DEV_IF);
+	found->netns = tb_read32(tb_netns_of(sk) + OFF_NET_NS_INODE);
 }
 
 /* In place of the one in tcpip_bypass.c: writes a struct tb_found for a socket to be visited. */
@@ -59,23 +99,29 @@ int tb_visit_file(__u64 *context)
 {
 	void *meta = (void *)context[0], *file = (void *)context[3], *socket;
 	struct tb_found found = {.mark = TB_LOOK_UP, .fd = context[2]};
+	struct tb_ids *ids;
 	struct tb_conn conn;
-	__u64 at = 0;
-	int zero = 0;
-	__u32 *id = visitor.lookup(&zero);
+	__u64 now = bpf_ktime_get_ns(), at;
+	int zero = 0, needs_edge;
 
-	if (!file || !id)
-		return 0;
-	socket = tb_sock_from_file(file);
-	if (!socket)
+	ids = own_ids.lookup(&zero);
+	socket = file && ids ? tb_sock_from_file(file) : 0;
+	if (!socket || !ids)
 		return 0;
 	found.sk = tb_read64((__u64)socket + OFF_SOCKET_SK);
-	found.visitor = *id;
-	if (found.sk)
-		at = tb_conn_at(found.sk);
-	if (at && !tb_probe_read_kernel(&conn, sizeof(conn), (void *)at) &&
-	    tb_is_due(&conn, found.sk, bpf_ktime_get_ns()))
+	found.visitor = ids->visitor;
+	at = found.sk ? tb_conn_at(found.sk, ids->conns) : 0;
+	if (!at || tb_probe_read_kernel(&conn, sizeof(conn), (void *)at) || !conn.me.id)
+		return 0;
+	needs_edge = tb_may_be_behind(&conn) && tb_find_edge(&conn, found.sk);
+	if (tb_tcp_state(found.sk) == BPF_TCP_CLOSE) {
+		if (needs_edge)
+			bpf_seq_write(*(void *volatile *)meta, &found.fd, sizeof(found.fd));
+		tb_leave_closed(&conn, found.sk);
+	} else if (needs_edge || tb_is_due(&conn, found.sk, now)) {
+		tb_read_addresses(&found, found.sk);
 		bpf_seq_write(*(void *volatile *)meta, &found, sizeof(found));
+	}
 	return 0;
 }
 
@@ -87,27 +133,28 @@ static long (*tb_release)(void *socket) = (void *)BPF_FUNC_sk_release;
 
 #define TB_CURRENT_NETNS -1ULL /* BPF_F_CURRENT_NETNS */
 
-/* `packet` holds a struct tb_lookup; returns enum tb_needs. */
+/* `packet` holds a struct tb_found; returns enum tb_needs. */
 int tb_visit_socket(struct __sk_buff *packet)
 {
-	struct tb_lookup named;
+	struct tb_found found;
 	void *socket;
 	int needs = 0;
 
-	if (tb_load_bytes(packet, TB_AT_PACKET, &named, sizeof(named)))
+	if (tb_load_bytes(packet, TB_AT_PACKET, &found, sizeof(found)))
 		return 0;
-	if (named.is_ipv4)
-		socket = tb_sk_lookup(packet, named.tuple,
-				      sizeof(((struct bpf_sock_tuple *)0)->ipv4), TB_CURRENT_NETNS,
-				      0);
-	else
-		socket = tb_sk_lookup(packet, named.tuple,
+	if (found.is_ipv4) {
+		__u32 tuple[] = {found.peer.word[3], found.own.word[3], *(__u32 *)&found.peer_port};
+
+		socket = tb_sk_lookup(packet, tuple, sizeof(tuple), TB_CURRENT_NETNS, 0);
+	} else { /* as they lie in the struct */
+		socket = tb_sk_lookup(packet, &found.peer,
 				      sizeof(((struct bpf_sock_tuple *)0)->ipv6), TB_CURRENT_NETNS,
 				      0);
+	}
 	if (!socket)
 		return 0;
-	if ((__u64)socket == named.sk) /* volatile: an address that may be added to */
-		needs = tb_visit(socket, *(volatile __u64 *)&named.sk);
+	if ((__u64)socket == found.sk) /* volatile: a number that may be added to */
+		needs = tb_visit(socket, *(volatile __u64 *)&found.sk);
 	tb_release(socket);
 	return needs;
 }

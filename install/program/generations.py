@@ -42,6 +42,15 @@ def kept_open(stack: contextlib.ExitStack, pin: Path) -> int:
     return fd
 
 
+def kept_visit(stack: contextlib.ExitStack, folder: Path) -> tuple[int, ...]:
+    """A generation's program for visits to files. Behind it the one for sockets, where there is
+    one: the first relies on it, and it goes with its last pin or file descriptor."""
+    kept = [kept_open(stack, folder / pins.VISIT)]
+    with contextlib.suppress(FileNotFoundError):
+        kept.append(kept_open(stack, folder / pins.VISIT_SOCKET))
+    return tuple(kept)
+
+
 @dataclass(frozen=True)
 class Generation:
     """One set of pins, `gen-<N>`."""

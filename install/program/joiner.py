@@ -311,7 +311,7 @@ class Joiner:
         cost = self._costs.get(pod_id, abi.FIRST_COST)
         served.begin(pod_id, cost)
         try:
-            cost_ns = self.runner.run(served.visit, folder)
+            cost_ns = self.runner.run(served.visits[0], folder)
         except (PassTimeout, EOFError, OSError) as error:
             self._put_off(served, pod_id, cost)
             if isinstance(error, BlockingIOError) and self._note_blocked(pod_id) < BLOCKED_S:

@@ -7,12 +7,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from bpf import bpfsys, pins
 from install.program import log, passes
-from install.program.generations import Generation, Generations, opened
+from install.program.generations import Generation, Generations, kept_open, kept_visit, opened
 from install.program.passes import PassTimeout, Runner
 from install.program.pods import attached_cgroups
 
@@ -74,10 +74,9 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
     """
     if not generation.is_whole():
         return
-    with (
-        opened(generation.folder / pins.VISIT) as visit,
-        opened(generation.folder / pins.SOCKHASH) as sockhash,
-    ):
+    with ExitStack() as stack:
+        visit, *visitor = kept_visit(stack, generation.folder)
+        sockhash = kept_open(stack, generation.folder / pins.SOCKHASH)
         runner, pods = Runner(), list(folders)
 
         def visit_all() -> float | None:
@@ -88,7 +87,7 @@ def stay_behind(generation: Generation, folders: Iterable[Path], locked: Locked)
             try:
                 passes.leave_container()
                 if not os.fork():
-                    passes.detach(visit, sockhash)
+                    passes.detach(visit, sockhash, *visitor)
                     _go_on(runner, visit_all)
                     with locked():
                         _remove_empty(generation, sockhash)

@@ -1,70 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Visits to sockets by their addresses, where the kernel asks for it: bpf/data_path/lookup.h.
-
-The caller holds the socket's file, in place of the iterator. So the socket cannot be closed during
-the visit.
-"""
+"""Visits to sockets by their addresses, where the kernel asks for it: bpf/data_path/lookup.h."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bpf import abi, bpfsys
 
-_NO_ETHERNET = bytes(14)
-_PACKET = 64  # bytes: the kernel takes no packet that is much shorter
+_ETHERNET_HEADER = bytes(14)
 _CLONE_NEWNET = 0x40000000
-_SO_BINDTOIFINDEX = 62
-_MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96, an IPv4 address of an IPv6 socket
+_SIOCGSKNS = 0x894C
+_SYS_PIDFD_GETFD = 438
+# The file was closed meanwhile, its process has ended, the number is no socket's any more, or the
+# device that the socket is bound to has gone.
+_GONE = {errno.EBADF, errno.ESRCH, errno.ENOTTY, errno.ENODEV}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def copied(process: int, fd: int) -> int:
+    """A copy of another process's file, by its pidfd and the file's number there; to be closed.
+
+    Raises OSError; PermissionError where the kernel does not let this process have it.
+    """
+    copy: int = _libc.syscall(_SYS_PIDFD_GETFD, process, fd, 0)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+    return copy
+
+
 @contextlib.contextmanager
-def network_of(process: int) -> Iterator[None]:
-    """This thread is in the network namespace of a process, by its pidfd. Raises OSError."""
-    with bpfsys.closing(os.open("/proc/thread-self/ns/net", os.O_RDONLY)) as own:
-        _enter(process)
+def networks() -> Iterator[Callable[[int, int], None]]:
+    """Yields what puts this thread into a socket's network namespace, by the namespace's inode
+    number and a copy of the socket's file. In the end it is in its own again."""
+    with bpfsys.closing(os.open("/proc/thread-self/ns/net", os.O_RDONLY)) as home:
+        entered = at_home = os.fstat(home).st_ino
+
+        def enter(netns: int, copy: int) -> None:
+            nonlocal entered
+            if netns != entered:
+                with bpfsys.closing(fcntl.ioctl(copy, _SIOCGSKNS)) as there:
+                    _set_network(there)
+                entered = netns
+
         try:
-            yield
+            yield enter
         finally:
-            _enter(own)
+            if entered != at_home:
+                _set_network(home)
 
 
-def _enter(fd: int) -> None:
+def _set_network(fd: int) -> None:
     if _libc.setns(fd, _CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), f"setns: {os.strerror(ctypes.get_errno())}")
 
 
-def _end(address: tuple[str, int], family: int) -> tuple[bytes, bytes]:
-    """An address and a port, in network byte order."""
-    return socket.inet_pton(family, address[0]), address[1].to_bytes(2, "big")
+def visit(process: int, sockets: list[abi.Found], wake: Callable[[int], None]) -> bool:
+    """Visit these sockets of a process, by its pidfd; `wake` gives a reader a new edge, by the
+    number of its file there.
 
-
-def packet(copy: socket.socket, sk: int) -> bytes:
-    """What the visiting program reads: a struct tb_lookup. Raises OSError if it has no peer."""
-    family = copy.family
-    (peer, peer_port), (own, own_port) = (
-        _end(address[:2], family) for address in (copy.getpeername(), copy.getsockname())
-    )
-    is_ipv4 = family == socket.AF_INET or peer.startswith(_MAPPED)
-    ends = peer[-4:] + own[-4:] if is_ipv4 else peer + own
-    lookup = abi.Lookup(sk=sk, is_ipv4=is_ipv4)
-    ctypes.memmove(lookup.tuple, ends + peer_port + own_port, len(ends) + 4)
-    return (_NO_ETHERNET + bytes(lookup)).ljust(_PACKET, b"\0")
-
-
-def visit(found: abi.Found, copy: socket.socket) -> int:
-    """Visit a socket, by a copy of its file; what it needs: NEEDS_EDGE and NEEDS_VISIT of abi.py.
-
-    Call it within network_of(). Raises OSError.
+    The file is held meanwhile, so the socket cannot be closed. Returns whether a socket may take
+    its next step on its way out. Raises OSError, after all others were visited.
     """
-    if copy.family not in (socket.AF_INET, socket.AF_INET6):  # the number is another file's by now
-        return 0
-    device = copy.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
-    with bpfsys.closing(bpfsys.prog_open(found.visitor)) as program:
-        return bpfsys.prog_run(program, packet(copy, found.sk), device)
+    needs, failure = 0, None
+    with bpfsys.closing(bpfsys.prog_open(sockets[0].visitor)) as visitor, networks() as enter:
+        for found in {each.sk: each for each in sockets}.values():
+            try:
+                with bpfsys.closing(copied(process, found.fd)) as copy:
+                    enter(found.netns, copy)
+                    packet = _ETHERNET_HEADER + bytes(found)
+                    of_one = bpfsys.prog_run(visitor, packet, found.device)
+            except OSError as error:
+                failure = failure if error.errno in _GONE else error
+                continue
+            needs |= of_one
+            if of_one & abi.NEEDS_EDGE:
+                wake(found.fd)
+    if failure:
+        raise failure
+    return bool(needs & abi.NEEDS_VISIT)

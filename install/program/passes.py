@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,8 @@ PATIENCE_S = 1.0  # a pass that takes longer is left to itself, and its pod left
 MOST_VISITS = 4  # of a process in one pass: leaving takes three
 BETWEEN_VISITS_S = 0.0002
 OWN_CGROUP = "tcpip-bypass-passes"  # at the root of cgroup2
-SYS_PIDFD_GETFD = 438
 PIDFD_THREAD = os.O_EXCL  # Linux 6.9
 _END = b"end"
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def visit_pod(visit: int, folder: Path) -> None:
@@ -67,14 +65,22 @@ def visit_process(visit: int, pid: int) -> bool:
         written = bpfsys.visit_files(visit, pid)
     except ProcessLookupError:  # it has just ended
         return False
-    readers, to_look_up, is_again = parsed(written)
+    readers, sockets, is_again = parsed(written)
     for fd in dict.fromkeys(readers):
-        with contextlib.suppress(OSError):  # closed meanwhile, or the process has ended
-            wake_reader(pid, fd)
-    if to_look_up:
-        with contextlib.suppress(OSError):  # the process has ended
-            is_again |= _look_up(pid, to_look_up)
+        _wake(pid, fd)
+    if sockets:
+        try:
+            process = _process_with_files(pid)
+        except (ProcessLookupError, FileNotFoundError):
+            return is_again
+        with bpfsys.closing(process):
+            is_again |= lookups.visit(process, sockets, partial(_wake, pid))
     return is_again
+
+
+def _wake(pid: int, fd: int) -> None:
+    with contextlib.suppress(OSError):  # closed meanwhile, or the process has ended
+        wake_reader(pid, fd)
 
 
 def parsed(written: bytes) -> tuple[list[int], list[abi.Found], bool]:
@@ -94,28 +100,6 @@ def parsed(written: bytes) -> tuple[list[int], list[abi.Found], bool]:
             fds.append(words[at])
         at += 1
     return fds, found, is_again
-
-
-def _look_up(pid: int, sockets: list[abi.Found]) -> bool:
-    """Visit these sockets of a process by their addresses, and wake their readers.
-
-    Returns as visit_process() does. Raises OSError when the process has ended.
-    """
-    needs = 0
-    with (
-        bpfsys.closing(_process_with_files(pid)) as process,
-        lookups.network_of(process),
-    ):
-        for found in {each.sk: each for each in sockets}.values():
-            with (
-                contextlib.suppress(OSError),  # closed meanwhile
-                _copied(process, found.fd) as copy,
-            ):
-                of_one = lookups.visit(found, copy)
-                needs |= of_one
-                if of_one & abi.NEEDS_EDGE:
-                    _wake(copy)
-    return bool(needs & abi.NEEDS_VISIT)
 
 
 def take_in(program: int, folder: Path) -> int:
@@ -161,13 +145,9 @@ def wake_reader(pid: int, fd: int) -> None:
     kernel does not let this process have another's files (pidfd_getfd(2)).
     """
     with bpfsys.closing(_process_with_files(pid)) as process, _copied(process, fd) as reader:
-        _wake(reader)
-
-
-def _wake(reader: socket.socket) -> None:
-    # A member has 1. With another the number is by now that of a socket which sets its own.
-    if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
-        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        # A member has 1. With another the number is by now that of a socket which sets its own.
+        if reader.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
 def _process_with_files(pid: int) -> int:
@@ -180,9 +160,7 @@ def _process_with_files(pid: int) -> int:
 
 def _copied(process: int, fd: int) -> socket.socket:
     """Another process's socket, by its pidfd, to be closed; raises as wake_reader() does."""
-    copy: int = _libc.syscall(SYS_PIDFD_GETFD, process, fd, 0)
-    if copy < 0:
-        raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+    copy = lookups.copied(process, fd)
     try:
         return socket.socket(fileno=copy)
     except OSError:  # the number is another file's by now

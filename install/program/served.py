@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from bpf import abi, bpfsys, pins
 from install.program.canary import Canary
-from install.program.generations import Generation, kept_open, opened
+from install.program.generations import Generation, kept_open, kept_visit, opened
 
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -61,7 +61,7 @@ class Served:
     """A generation that the joiner serves."""
 
     generation: Generation
-    visit: int
+    visits: tuple[int, ...]  # kept_visit()
     due: int
     beat: int
     bell: Bell
@@ -70,16 +70,15 @@ class Served:
     @staticmethod
     def of(generation: Generation) -> Served:
         with contextlib.ExitStack() as stack:
-            visit, due, beat = (
-                kept_open(stack, generation.folder / pin)
-                for pin in (pins.VISIT, pins.DUE, pins.BEAT)
-            )
+            visits = kept_visit(stack, generation.folder)
+            due = kept_open(stack, generation.folder / pins.DUE)
+            beat = kept_open(stack, generation.folder / pins.BEAT)
             with opened(generation.folder / pins.BELL) as ring:
                 bell = Bell(ring)
             stack.callback(bell.close)
             canary = Canary.of(generation)
             stack.pop_all()
-        return Served(generation, visit, due, beat, bell, canary)
+        return Served(generation, visits, due, beat, bell, canary)
 
     def show_life(self) -> None:
         """Tells the programs that there is a joiner; else all goes by TCP after 5 s."""
@@ -136,5 +135,5 @@ class Served:
         self.bell.close()
         if self.canary:
             self.canary.close()
-        for fd in (self.visit, self.due, self.beat):
+        for fd in (*self.visits, self.due, self.beat):
             os.close(fd)

@@ -7,18 +7,19 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 
 import pytest
 
-from bpf import abi, trust
-from bpf.loader import Programs
+from bpf import abi, bpfsys, pins, trust
+from bpf.loader import VISIT, Programs
 from install.program import lookups, passes
+from install.program.probes import PART, heard_by_edges
 from tests import light
-from tests.fuzz.cases import Ends, heard, holds
+from tests.fuzz.cases import Ends, edges_of, heard, holds
 from tests.light import LIMITS, LightPod
 
 YOUNG_MS = 200
@@ -207,11 +208,21 @@ def by_lookup(monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
         yield programs
 
 
+def until_closed(end: socket.socket) -> None:
+    tcp_close = 7  # include/net/tcp_states.h
+    deadline = time.monotonic() + light.PATIENCE_S
+    while end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != tcp_close:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def until_left(pod: LightPod) -> None:
     deadline = time.monotonic() + light.PATIENCE_S
     while pod.members():
         assert time.monotonic() < deadline, f"{pod.members()} sockets have not left"
         time.sleep(0.01)
+        with suppress(BlockingIOError):  # a pass is under way
+            pod.visit()
 
 
 @pytest.mark.parametrize("device", [b"", b"lo"])
@@ -237,45 +248,97 @@ def test_another_socket_at_those_addresses_is_left_alone(
     """RULE (lookup): the addresses were another socket's when it was named."""
     visit = lookups.visit
 
-    def elsewhere(found: abi.Found, copy: socket.socket) -> int:
-        found.sk += 64
-        return visit(found, copy)
+    def exchanged(process: int, sockets: list[abi.Found], wake: Callable[[int], None]) -> bool:
+        one, other = sockets
+        one.sk, other.sk = other.sk, one.sk
+        return visit(process, sockets, wake)
 
     def ask(pod: LightPod) -> bool:
         ends = Ends(pod, joins=False)
         for _ in range(light.ACQUAINTANCE):
             ends.exchange()
-        monkeypatch.setattr(lookups, "visit", elsewhere)
         pod.visit()
-        assert not pod.members()
+        assert pod.members() == 2
+        pod.control(abi.CONTROL_LEAVE)
+        monkeypatch.setattr(lookups, "visit", exchanged)
+        pod.visit()
         monkeypatch.setattr(lookups, "visit", visit)
-        pod.visit()
-        return pod.members() == 2
+        until_left(pod)
+        return True
 
     with light.accelerated(by_lookup, passes=False) as pod:
         assert holds(ask, pod)
 
 
-@pytest.mark.parametrize(
-    ("listens", "address", "expected"),
-    [
-        ("127.0.0.1", "127.0.0.1", "7f0000017f000001"),
-        ("127.0.0.1", "::ffff:127.0.0.1", "7f0000017f000001"),
-        ("::1", "::1", f"{1:032x}{1:032x}"),
-    ],
-)
-def test_the_packet_says_which_socket(listens: str, address: str, expected: str) -> None:
-    families = [socket.AF_INET6 if ":" in each else socket.AF_INET for each in (listens, address)]
-    with (
-        socket.create_server((listens, 0), family=families[0]) as listener,
-        socket.socket(families[1]) as client,
-    ):
-        client.connect((address, listener.getsockname()[1]))
-        own, peer = client.getsockname()[1], client.getpeername()[1]
-        made = abi.Lookup.from_buffer_copy(lookups.packet(client, 4711), 14)
-    ends = bytes.fromhex(expected) + peer.to_bytes(2, "big") + own.to_bytes(2, "big")
-    assert (made.sk, made.is_ipv4) == (4711, address != "::1")
-    assert bytes(made.tuple) == ends.ljust(36, b"\0")
+def set_control(programs: Programs, flags: int) -> None:
+    bpfsys.map_update(programs.fds[pins.CONTROL], bytes(4), bytes(abi.Control(flags)))
+
+
+def known_to(programs: Programs, end: socket.socket) -> bytes:
+    """The ID of a socket's connection there, in 8 bytes; zeros if there is none."""
+    conns = programs.fds[pins.CONNS]
+    size = bpfsys.map_info(conns).value_size
+    return bpfsys.map_lookup(conns, end.fileno().to_bytes(4, "little"), size)[:8]
+
+
+def test_what_was_stored_by_other_programs_is_not_taken_for_ours(by_lookup: Programs) -> None:
+    """A member outlives a load: the new programs keep notes of the same socket."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        for _ in range(light.ACQUAINTANCE):
+            ends.exchange()
+        pod.visit()
+        ends.exchange()  # the first messages after a join go by TCP
+        ends.exchange()
+        pod.reload(new)
+        ends.client.send(b"unread")
+        set_control(by_lookup, abi.CONTROL_PAUSED)
+        for _ in range(2 * light.ACQUAINTANCE):  # by TCP: the new ones get to know it
+            ends.server.send(b"more")
+            heard(ends.client, 4)
+        assert any(known_to(new, ends.server))
+        assert heard(ends.server, 6) == b"unread"
+        set_control(by_lookup, abi.CONTROL_LEAVE)
+        deadline = time.monotonic() + light.PATIENCE_S
+        while not bpfsys.map_is_empty(by_lookup.fds[pins.SOCKHASH]):
+            assert time.monotonic() < deadline, "a socket has not left"
+            passes.visit_pod(by_lookup.fds[VISIT], pod.folder)
+        return True
+
+    with closing(Programs(LIMITS)) as new, light.accelerated(by_lookup, passes=False) as pod:
+        assert holds(ask, pod)
+
+
+def test_a_socket_in_close_gets_its_edge_and_leaves(by_lookup: Programs) -> None:
+    """It has sent its FIN before, and got the peer's: it cannot be looked up any more, and its
+    reader has bytes of both kinds unread."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod)
+        edges = edges_of(ends.client)
+        sent = 0
+        while "backlog" not in pod.total().tcp_messages:
+            sent += ends.server.send(bytes(8_000))
+        ends.client.shutdown(socket.SHUT_WR)
+        ends.server.close()
+        edges.poll()
+        until_closed(ends.client)
+        got = len(ends.client.recv(PART))
+        heard_bytes = got
+        while got == PART:  # until a short read
+            got = len(ends.client.recv(PART))
+            heard_bytes += got
+        assert heard_bytes < sent
+        assert heard_bytes + heard_by_edges(edges, ends.client, sent - heard_bytes) == sent
+        deadline = time.monotonic() + light.PATIENCE_S
+        while not bpfsys.map_is_empty(pod.programs.fds[pins.SOCKHASH]):
+            assert time.monotonic() < deadline, "a socket has not left"
+            time.sleep(0.01)
+        return True
+
+    with light.accelerated(by_lookup) as pod:
+        assert holds(ask, pod)
 
 
 def test_what_a_visit_wrote_is_told_apart() -> None:

@@ -23,7 +23,6 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "tb_control": abi.Control,
     "tb_due": abi.Due,
     "tb_found": abi.Found,
-    "tb_lookup": abi.Lookup,
     "tb_fionread": abi.Fionread,
     "tb_counter_key": abi.CounterKey,
     "tb_counters": abi.Counters,

@@ -52,7 +52,7 @@ class FakeServed:
         self.left = list(pods)
         self.rung: list[int] = []
         self.beats = 0
-        self.visit = 0
+        self.visits = (0,)
         self.needed = True
 
     def pods(self) -> list[int]:
