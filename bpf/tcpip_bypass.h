@@ -107,7 +107,7 @@ enum tb_outcome {
 	TB_OUTCOME_OPTIONS,    /* paired, but an end set an option: tb_has_options() */
 	TB_OUTCOME_SPLICE,     /* paired, but an end has spliced from its socket */
 	TB_OUTCOME_STREAM,     /* paired, but its exchanges are large: they go by TCP as fast */
-	TB_OUTCOME_NAGLE,      /* paired, but TCP_NODELAY is not set: RULE (Nagle) */
+	TB_OUTCOME_NAGLE,      /* paired, but without TCP_NODELAY, RULE (Nagle), or it corks */
 	TB_OUTCOME_BUSY,       /* paired, but another program's sockmap has the socket */
 	TB_OUTCOME_FULL,       /* a map was full or memory short */
 	TB_OUTCOMES,

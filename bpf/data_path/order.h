@@ -275,7 +275,9 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 	if (reason == TB_REASON_PAUSED)
 		return;
 	conn->credit -= tb_min(conn->credit, tb_cost(size));
-	if (!conn->credit)
+	if (!conn->credit && reason == TB_REASON_CORKED)
+		tb_give_up(conn, TB_OUTCOME_NAGLE); /* as all of its answers will go */
+	else if (!conn->credit)
 		tb_miss(conn->me.pod_id, 1 + size / TB_EXCHANGE_BYTES);
 }
 

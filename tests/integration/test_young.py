@@ -24,6 +24,7 @@ from tests.light import LIMITS, LightPod
 
 YOUNG_MS = 200
 ANSWER = 1 << 20
+CORKED = 16_384
 
 
 @contextmanager
@@ -223,6 +224,28 @@ def until_left(pod: LightPod) -> None:
         time.sleep(0.01)
         with suppress(BlockingIOError):  # a pass is under way
             pod.visit()
+
+
+def test_one_that_corks_its_answers_leaves_for_good() -> None:
+    """They go by TCP, and a few of them use up its credit."""
+
+    def ask(pod: LightPod) -> bool:
+        ends, answers = Ends(pod), 0
+        while "nagle" not in pod.total().connections:
+            answers += 1
+            ends.client.send(b"?")
+            assert heard(ends.server, 1)
+            for is_corked in (1, 0):
+                ends.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, is_corked)
+                ends.server.send(bytes(CORKED * is_corked))
+            assert len(heard(ends.client, CORKED)) == CORKED
+        until_left(pod)
+        for _ in range(4 * light.ACQUAINTANCE):
+            ends.exchange()
+        return pod.members() == 0 and answers in range(32, 128)
+
+    with light.accelerated() as pod:
+        assert holds(ask, pod)
 
 
 @pytest.mark.parametrize("device", [b"", b"lo"])
