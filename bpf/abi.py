@@ -129,6 +129,7 @@ class Found(ctypes.Structure):
         ("device", c_uint32),
         ("is_ipv4", c_uint32),
         ("sk", c_uint64),
+        ("cookie", c_uint64),
         ("peer", Addr),
         ("own", Addr),
         ("peer_port", c_uint16),

@@ -223,7 +223,9 @@ def lookup_flags(btf: KernelBTF) -> list[str]:
         name: btf.member(*place).offset if btf.has_member(*place) else 0
         for name, place in ipv6.items()
     }
-    return ["-DTB_BY_LOOKUP", *(f"-DOFF_{name}={at}" for name, at in offsets.items())]
+    offsets_flags = [f"-DOFF_{name}={at}" for name, at in offsets.items()]
+    bit = btf.enumerator("sock_flags", "SOCK_RCU_FREE")
+    return ["-DTB_BY_LOOKUP", f"-DBIT_SOCK_RCU_FREE={bit}", *offsets_flags]
 
 
 def _version(release: str) -> tuple[int, ...]:

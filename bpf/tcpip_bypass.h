@@ -144,6 +144,7 @@ struct tb_found {
 	__u32 device;  /* the number of the one that it is bound to; 0: none */
 	__u32 is_ipv4; /* of its addresses the last words count */
 	__u64 sk;      /* where it lies in the kernel */
+	__u64 cookie;  /* SO_COOKIE */
 	struct tb_addr peer;
 	struct tb_addr own;
 	__u16 peer_port; /* network byte order, as the rest of struct bpf_sock_tuple */

@@ -39,7 +39,8 @@ static __always_inline int tb_find_edge(const struct tb_conn *conn, __u64 sk)
 {
 	/* In this order: a thread lets go of its queue after its redirect has arrived. */
 	int may_come = tb_is_peer_in(conn) && tb_psock_refs(TB_PEERS(__u64, conn, at.psock)) > 1;
-	int is_empty = tb_membership(conn->state) == TB_OUT || tb_is_empty(conn->at.psock);
+	int is_out = tb_membership(conn->state) == TB_OUT || tb_psock(sk) != conn->at.psock;
+	int is_empty = is_out || tb_is_empty(conn->at.psock);
 	__u32 copied = tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ);
 	__u32 unread = tb_read32(sk + OFF_TCP_SOCK_RCV_NXT) - copied;
 	/* A FIN counts, which needs no edge. */

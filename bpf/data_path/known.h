@@ -11,9 +11,6 @@
 /* One that left joins again after so many times as many exchanges as the last time. */
 #define TB_BACK_OFF 4
 #define TB_MAX_WANTED 65536
-/* Unless it has sent so many messages by the bypass that it was worth it: the passes, and a TCP
- * that starts as after a pause. */
-#define TB_WORTH_IT 16384
 /* An exchange of so many bytes goes by TCP for the most part: TB_STREAM. A socket that makes many
  * would join and leave again. So one while it is watched makes it back off. Once it wants so many
  * exchanges and begins with another one, it stays on TCP: its calls would cost more than it can

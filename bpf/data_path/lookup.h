@@ -53,13 +53,18 @@ static __always_inline int tb_is_due(const struct tb_conn *conn, __u64 sk, __u64
 	__u32 membership = tb_membership(conn->state);
 
 	if (membership == TB_OUT)
-		return (conn->path == TB_PATH_BEHIND && tb_has_peer(conn)) ||
+		return (conn->path == TB_PATH_BEHIND && tb_has_peer(conn) &&
+			tb_has_read_on(conn)) ||
 		       (!conn->refused && tb_may_join(conn, sk, now));
-	return membership == TB_LEAVING || tb_psock(sk) != conn->at.psock ||
-	       (!conn->refused && tb_reason_to_refuse(conn, sk)) || tb_is_to_leave(conn, now);
+	if (!conn->refused && tb_reason_to_refuse(conn, sk))
+		return 1;
+	return !tb_must_stay(conn, sk) &&
+	       (membership == TB_LEAVING || tb_psock(sk) != conn->at.psock ||
+		tb_is_to_leave(conn, now));
 }
 
-/* A member in TCP_CLOSE: no send at either end begins on the bypass any more. */
+/* A member in TCP_CLOSE: no send at either end begins on the bypass any more. Not while a thread
+ * owns its lock: an edge may be owed, still. */
 static __always_inline void tb_leave_closed(const struct tb_conn *conn, __u64 sk)
 {
 	__u64 id = conn->me.id;
@@ -67,7 +72,7 @@ static __always_inline void tb_leave_closed(const struct tb_conn *conn, __u64 sk
 	if (tb_membership(conn->state) == TB_OUT || tb_psock(sk) != conn->at.psock ||
 	    tb_must_stay(conn, sk))
 		return;
-	if (tb_is_idle(conn) && tb_is_drained(conn))
+	if (!tb_is_owned(sk) && tb_is_idle(conn) && tb_is_drained(conn))
 		sockhash.delete(&id);
 	else
 		tb_ring(conn->me.pod_id);
@@ -111,8 +116,11 @@ int tb_visit_file(__u64 *context)
 	found.sk = tb_read64((__u64)socket + OFF_SOCKET_SK);
 	found.visitor = ids->visitor;
 	at = found.sk ? tb_conn_at(found.sk, ids->conns) : 0;
-	if (!at || tb_probe_read_kernel(&conn, sizeof(conn), (void *)at) || !conn.me.id)
+	/* The kernel drops no reference to a socket that was a listener (bpf_sk_release). */
+	if (!at || (tb_read64(found.sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_RCU_FREE)) ||
+	    tb_probe_read_kernel(&conn, sizeof(conn), (void *)at) || !conn.me.id)
 		return 0;
+	found.cookie = conn.me.id >> TB_ID_SHIFT;
 	needs_edge = tb_may_be_behind(&conn) && tb_find_edge(&conn, found.sk);
 	if (tb_tcp_state(found.sk) == BPF_TCP_CLOSE) {
 		if (needs_edge)
@@ -137,20 +145,20 @@ static long (*tb_release)(void *socket) = (void *)BPF_FUNC_sk_release;
 int tb_visit_socket(struct __sk_buff *packet)
 {
 	struct tb_found found;
+	__u32 size = sizeof(((struct bpf_sock_tuple *)0)->ipv6);
 	void *socket;
 	int needs = 0;
 
 	if (tb_load_bytes(packet, TB_AT_PACKET, &found, sizeof(found)))
 		return 0;
 	if (found.is_ipv4) {
-		__u32 tuple[] = {found.peer.word[3], found.own.word[3], *(__u32 *)&found.peer_port};
-
-		socket = tb_sk_lookup(packet, tuple, sizeof(tuple), TB_CURRENT_NETNS, 0);
-	} else { /* as they lie in the struct */
-		socket = tb_sk_lookup(packet, &found.peer,
-				      sizeof(((struct bpf_sock_tuple *)0)->ipv6), TB_CURRENT_NETNS,
-				      0);
+		found.peer.word[0] = found.peer.word[3];
+		found.peer.word[1] = found.own.word[3];
+		found.peer.word[2] = *(__u32 *)&found.peer_port;
+		size = sizeof(((struct bpf_sock_tuple *)0)->ipv4);
 	}
+	/* Its addresses and ports lie as in struct bpf_sock_tuple. */
+	socket = tb_sk_lookup(packet, &found.peer, size, TB_CURRENT_NETNS, 0);
 	if (!socket)
 		return 0;
 	if ((__u64)socket == found.sk) /* volatile: a number that may be added to */

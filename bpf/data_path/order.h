@@ -33,6 +33,9 @@
 #define TB_FIRST_CREDIT (1 << 20)
 #define TB_MOST_CREDIT (2 << 20)
 #define TB_EXCHANGE_CREDIT 2048
+/* After so many messages by the bypass it was worth it to join: the passes, and a TCP that starts
+ * as after a pause. */
+#define TB_WORTH_IT 16384
 /* So many bytes the kernel can put into one piece at any time (PAGE_ALLOC_COSTLY_ORDER). */
 #define TB_ONE_PIECE (32 * 1024)
 
@@ -275,8 +278,8 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 	if (reason == TB_REASON_PAUSED)
 		return;
 	conn->credit -= tb_min(conn->credit, tb_cost(size));
-	if (!conn->credit && reason == TB_REASON_CORKED)
-		tb_give_up(conn, TB_OUTCOME_NAGLE); /* as all of its answers will go */
+	if (!conn->credit && reason == TB_REASON_CORKED && conn->begun < TB_WORTH_IT)
+		tb_give_up(conn, TB_OUTCOME_NAGLE); /* as most of its answers go */
 	else if (!conn->credit)
 		tb_miss(conn->me.pod_id, 1 + size / TB_EXCHANGE_BYTES);
 }

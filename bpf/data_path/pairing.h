@@ -217,7 +217,7 @@ static __always_inline int tb_has_peer(const struct tb_conn *conn)
 static __always_inline int tb_is_peer_in(const struct tb_conn *conn)
 {
 	return tb_has_peer(conn) && tb_membership(TB_PEERS(__u32, conn, state)) != TB_OUT &&
-	       tb_file(conn->peer.sk);
+	       tb_file(conn->peer.sk) && tb_psock(conn->peer.sk) == TB_PEERS(__u64, conn, at.psock);
 }
 
 /* Are these two still the sockets that were paired? */

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Iterator
 
 from bpf import abi, bpfsys
@@ -16,9 +17,10 @@ _ETHERNET_HEADER = bytes(14)
 _CLONE_NEWNET = 0x40000000
 _SIOCGSKNS = 0x894C
 _SYS_PIDFD_GETFD = 438
+_SO_COOKIE = 57
 # The file was closed meanwhile, its process has ended, the number is no socket's any more, or the
 # device that the socket is bound to has gone.
-_GONE = {errno.EBADF, errno.ESRCH, errno.ENOTTY, errno.ENODEV}
+_GONE = {errno.EBADF, errno.ESRCH, errno.ENOTSOCK, errno.ENODEV}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,13 +48,23 @@ def networks() -> Iterator[Callable[[int, int], None]]:
             if netns != entered:
                 with bpfsys.closing(fcntl.ioctl(copy, _SIOCGSKNS)) as there:
                     _set_network(there)
-                entered = netns
+                    entered = os.fstat(there).st_ino
 
         try:
             yield enter
         finally:
             if entered != at_home:
                 _set_network(home)
+
+
+def _cookie(fd: int) -> int:
+    """Of a socket. Python's own getsockopt() is a method of an object that asks for more, under the
+    socket's lock. Raises OSError."""
+    value, size = ctypes.c_uint64(), ctypes.c_uint32(8)
+    arguments = (fd, socket.SOL_SOCKET, _SO_COOKIE, ctypes.byref(value), ctypes.byref(size))
+    if _libc.getsockopt(*arguments):
+        raise OSError(ctypes.get_errno(), f"getsockopt: {os.strerror(ctypes.get_errno())}")
+    return value.value
 
 
 def _set_network(fd: int) -> None:
@@ -72,6 +84,8 @@ def visit(process: int, sockets: list[abi.Found], wake: Callable[[int], None]) -
         for found in {each.sk: each for each in sockets}.values():
             try:
                 with bpfsys.closing(copied(process, found.fd)) as copy:
+                    if _cookie(copy) != found.cookie:  # the number is another socket's by now
+                        continue
                     enter(found.netns, copy)
                     packet = _ETHERNET_HEADER + bytes(found)
                     of_one = bpfsys.prog_run(visitor, packet, found.device)

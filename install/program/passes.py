@@ -48,12 +48,23 @@ def visit_pod(visit: int, folder: Path) -> None:
     socket at once would write the same memory.
     """
     with lock.held(folder / "cgroup.procs"):
-        left = list(_processes(folder))
+        left, failures = list(_processes(folder)), list[OSError]()
         for _ in range(MOST_VISITS):
-            left = [pid for pid in left if visit_process(visit, pid)]
+            left = [pid for pid in left if _is_to_go_on(visit, pid, failures)]
             if not left:
                 break
             time.sleep(BETWEEN_VISITS_S)
+    if failures:
+        raise failures[0]
+
+
+def _is_to_go_on(visit: int, pid: int, failures: list[OSError]) -> bool:
+    """visit_process(); one that fails does not keep the others from theirs."""
+    try:
+        return visit_process(visit, pid)
+    except OSError as error:
+        failures.append(error)
+        return False
 
 
 def visit_process(visit: int, pid: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -217,6 +218,13 @@ def until_closed(end: socket.socket) -> None:
         time.sleep(0.01)
 
 
+def until_empty(pod: LightPod) -> None:
+    deadline = time.monotonic() + light.PATIENCE_S
+    while not bpfsys.map_is_empty(pod.programs.fds[pins.SOCKHASH]):
+        assert time.monotonic() < deadline, "a socket has not left"
+        time.sleep(0.01)
+
+
 def until_left(pod: LightPod) -> None:
     deadline = time.monotonic() + light.PATIENCE_S
     while pod.members():
@@ -354,14 +362,73 @@ def test_a_socket_in_close_gets_its_edge_and_leaves(by_lookup: Programs) -> None
             heard_bytes += got
         assert heard_bytes < sent
         assert heard_bytes + heard_by_edges(edges, ends.client, sent - heard_bytes) == sent
-        deadline = time.monotonic() + light.PATIENCE_S
-        while not bpfsys.map_is_empty(pod.programs.fds[pins.SOCKHASH]):
-            assert time.monotonic() < deadline, "a socket has not left"
-            time.sleep(0.01)
+        until_empty(pod)
         return True
 
     with light.accelerated(by_lookup) as pod:
         assert holds(ask, pod)
+
+
+def test_two_sockets_in_close_leave(by_lookup: Programs) -> None:
+    """Both have bypassed bytes unread. Each leaves once it has read them, also after its peer."""
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod)
+        sockets = ends.client, ends.server
+        for each in sockets:
+            each.send(b"unread")
+        for each in sockets:
+            each.shutdown(socket.SHUT_WR)
+        for each in sockets:
+            until_closed(each)
+        for each in sockets:
+            assert heard(each, 7) == b"unread"
+        until_empty(pod)
+        return True
+
+    with light.accelerated(by_lookup) as pod:
+        assert holds(ask, pod)
+
+
+def test_a_number_that_is_another_files_by_now(
+    by_lookup: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was closed after it was named: it is not visited, as no file of it is held."""
+    visit = lookups.visit
+
+    def closed_before(process: int, sockets: list[abi.Found], wake: Callable[[int], None]) -> bool:
+        for each in sockets:
+            each.fd = kept.fileno()
+        return visit(process, sockets, wake)
+
+    def ask(pod: LightPod) -> bool:
+        ends = Ends(pod, joins=False)
+        for _ in range(light.ACQUAINTANCE):
+            ends.exchange()
+        monkeypatch.setattr(lookups, "visit", closed_before)
+        pod.visit()
+        return not pod.members()
+
+    with socket.socket() as kept, light.accelerated(by_lookup, passes=False) as pod:
+        assert holds(ask, pod)
+
+
+def test_one_process_that_fails_does_not_keep_others_from_their_visits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    visited = list[int]()
+
+    def visit(_program: int, pid: int) -> bool:
+        visited.append(pid)
+        if pid == 1:
+            raise PermissionError
+        return False
+
+    (tmp_path / "cgroup.procs").write_text("1\n2\n3\n")
+    monkeypatch.setattr(passes, "visit_process", visit)
+    with pytest.raises(PermissionError):
+        passes.visit_pod(0, tmp_path)
+    assert visited == [1, 2, 3]
 
 
 def test_what_a_visit_wrote_is_told_apart() -> None:
