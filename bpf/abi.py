@@ -126,15 +126,13 @@ class Found(ctypes.Structure):
         ("fd", c_uint32),
         ("visitor", c_uint32),
         ("netns", c_uint32),
-        ("device", c_uint32),
-        ("is_ipv4", c_uint32),
         ("sk", c_uint64),
         ("cookie", c_uint64),
         ("peer", Addr),
         ("own", Addr),
         ("peer_port", c_uint16),
         ("own_port", c_uint16),
-        ("reserved", c_uint32),
+        ("device", c_uint32),
     ]
 
 

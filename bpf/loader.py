@@ -16,7 +16,7 @@ import re
 import resource
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,10 +166,7 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
         "PSOCK_MSG_TOT_LEN": total if btf.has_member(*total) else None,
     }
     members = _OFFSETS | optional | _memcg_members(btf)
-    flags = [
-        f"-DOFF_{name}={btf.member(*place).offset if place else 0}"
-        for name, place in sorted(members.items())
-    ]
+    flags = _offset_flags(btf, members)
     flags += [
         f"-DOFF_PT_REGS_{name}={btf.member('pt_regs', member).offset + further}"
         for name, (member, further) in _REGISTERS[platform.machine()].items()
@@ -201,7 +198,9 @@ def kernel_flags(btf: KernelBTF) -> list[str]:
 
 def lookup_flags(btf: KernelBTF) -> list[str]:
     """Those for a kernel where sockets are visited by their addresses: bpf/trust.py."""
-    members: dict[str, _Place] = {
+    peer6 = ("sock", "__sk_common.skc_v6_daddr")  # not in a kernel built without IPv6
+    own6 = ("sock", "__sk_common.skc_v6_rcv_saddr")
+    members: dict[str, _Place | None] = {
         "INET_SPORT": ("inet_sock", "inet_sport"),
         "SOCK_BOUND_DEV_IF": ("sock", "__sk_common.skc_bound_dev_if"),
         "SOCK_DADDR": ("sock", "__sk_common.skc_daddr"),
@@ -209,23 +208,22 @@ def lookup_flags(btf: KernelBTF) -> list[str]:
         "SOCK_FAMILY": ("sock", "__sk_common.skc_family"),
         "SOCK_RCV_SADDR": ("sock", "__sk_common.skc_rcv_saddr"),
         "SOCK_STORAGE": ("sock", "sk_bpf_storage"),
+        "SOCK_V6_DADDR": peer6 if btf.has_member(*peer6) else None,
+        "SOCK_V6_RCV_SADDR": own6 if btf.has_member(*own6) else None,
         "STORAGE_DATA": ("bpf_local_storage_elem", "sdata.data"),
         "STORAGE_LIST": ("bpf_local_storage", "list"),
         "STORAGE_MAP": ("bpf_local_storage_elem", "sdata.smap"),
         "STORAGE_NODE": ("bpf_local_storage_elem", "snode"),
     }
-    ipv6: dict[str, _Place] = {  # not in a kernel built without it
-        "SOCK_V6_DADDR": ("sock", "__sk_common.skc_v6_daddr"),
-        "SOCK_V6_RCV_SADDR": ("sock", "__sk_common.skc_v6_rcv_saddr"),
-    }
-    offsets = {name: btf.member(*place).offset for name, place in members.items()}
-    offsets |= {
-        name: btf.member(*place).offset if btf.has_member(*place) else 0
-        for name, place in ipv6.items()
-    }
-    offsets_flags = [f"-DOFF_{name}={at}" for name, at in offsets.items()]
     bit = btf.enumerator("sock_flags", "SOCK_RCU_FREE")
-    return ["-DTB_BY_LOOKUP", f"-DBIT_SOCK_RCU_FREE={bit}", *offsets_flags]
+    return ["-DTB_BY_LOOKUP", f"-DBIT_SOCK_RCU_FREE={bit}", *_offset_flags(btf, members)]
+
+
+def _offset_flags(btf: KernelBTF, members: Mapping[str, _Place | None]) -> list[str]:
+    return [
+        f"-DOFF_{name}={btf.member(*place).offset if place else 0}"
+        for name, place in sorted(members.items())
+    ]
 
 
 def _version(release: str) -> tuple[int, ...]:

@@ -132,24 +132,24 @@ struct tb_fionread {
 /* What a visit writes for a process with a socket that needs another visit to leave. */
 #define TB_VISIT_AGAIN 0xffffffff
 
-/* What it writes in place of a visit, where it may not go from a file to its socket, and what
- * tb_visit_socket() reads then, behind an Ethernet header: lookup.h. */
+/* The visit to a file writes this where it may not go on to the file's socket: lookup.h. */
 #define TB_LOOK_UP 0xfffffffe
 
+/* The socket that tb_visit_socket() is to visit. That program reads it behind an Ethernet header.
+ */
 struct tb_found {
 	__u32 mark; /* TB_LOOK_UP */
 	__u32 fd;
 	__u32 visitor; /* the kernel's ID of program tb_visit_socket */
 	__u32 netns;   /* the inode number of its network namespace */
-	__u32 device;  /* the number of the one that it is bound to; 0: none */
-	__u32 is_ipv4; /* of its addresses the last words count */
 	__u64 sk;      /* where it lies in the kernel */
 	__u64 cookie;  /* SO_COOKIE */
+	/* From here on as in struct bpf_sock_tuple, in network byte order. */
 	struct tb_addr peer;
 	struct tb_addr own;
-	__u16 peer_port; /* network byte order, as the rest of struct bpf_sock_tuple */
+	__u16 peer_port;
 	__u16 own_port;
-	__u32 reserved;
+	__u32 device; /* the number of the one that it is bound to; 0: none */
 };
 
 /* What a socket needs after a visit. */

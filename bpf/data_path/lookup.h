@@ -78,21 +78,18 @@ static __always_inline void tb_leave_closed(const struct tb_conn *conn, __u64 sk
 		tb_ring(conn->me.pod_id);
 }
 
+static __always_inline void tb_read_address(struct tb_addr *addr, __u64 sk, __u32 v4, __u32 v6)
+{
+	__u32 family = OFF_SOCK_V6_DADDR ? TB_READ(__u16, sk + OFF_SOCK_FAMILY) : AF_INET;
+
+	tb_addr_select(family, tb_read32(sk + v4), tb_read32(sk + v6), tb_read32(sk + v6 + 4),
+		       tb_read32(sk + v6 + 8), tb_read32(sk + v6 + 12), addr);
+}
+
 static __always_inline void tb_read_addresses(struct tb_found *found, __u64 sk)
 {
-	int i, is_ipv6 = TB_READ(__u16, sk + OFF_SOCK_FAMILY) == AF_INET6;
-
-#pragma unroll
-	for (i = 0; OFF_SOCK_V6_DADDR && is_ipv6 && i < 4; i++) {
-		found->peer.word[i] = tb_read32(sk + OFF_SOCK_V6_DADDR + 4 * i);
-		found->own.word[i] = tb_read32(sk + OFF_SOCK_V6_RCV_SADDR + 4 * i);
-	}
-	if (!is_ipv6) {
-		found->peer.word[3] = tb_read32(sk + OFF_SOCK_DADDR);
-		found->own.word[3] = tb_read32(sk + OFF_SOCK_RCV_SADDR);
-	}
-	found->is_ipv4 = !is_ipv6 || (!found->peer.word[0] && !found->peer.word[1] &&
-				      found->peer.word[2] == bpf_htonl(0xffff));
+	tb_read_address(&found->peer, sk, OFF_SOCK_DADDR, OFF_SOCK_V6_DADDR);
+	tb_read_address(&found->own, sk, OFF_SOCK_RCV_SADDR, OFF_SOCK_V6_RCV_SADDR);
 	found->peer_port = TB_READ(__u16, sk + OFF_SOCK_DPORT);
 	found->own_port = TB_READ(__u16, sk + OFF_INET_SPORT);
 	found->device = tb_read32(sk + OFF_SOCK_BOUND_DEV_IF);
@@ -110,8 +107,10 @@ int tb_visit_file(__u64 *context)
 	int zero = 0, needs_edge;
 
 	ids = own_ids.lookup(&zero);
-	socket = file && ids ? tb_sock_from_file(file) : 0;
-	if (!socket || !ids)
+	if (!file || !ids)
+		return 0;
+	socket = tb_sock_from_file(file);
+	if (!socket)
 		return 0;
 	found.sk = tb_read64((__u64)socket + OFF_SOCKET_SK);
 	found.visitor = ids->visitor;
@@ -151,13 +150,13 @@ int tb_visit_socket(struct __sk_buff *packet)
 
 	if (tb_load_bytes(packet, TB_AT_PACKET, &found, sizeof(found)))
 		return 0;
-	if (found.is_ipv4) {
+	if (!found.peer.word[0] && !found.peer.word[1] &&
+	    found.peer.word[2] == bpf_htonl(0xffff)) { /* IPv4 */
 		found.peer.word[0] = found.peer.word[3];
 		found.peer.word[1] = found.own.word[3];
 		found.peer.word[2] = *(__u32 *)&found.peer_port;
 		size = sizeof(((struct bpf_sock_tuple *)0)->ipv4);
 	}
-	/* Its addresses and ports lie as in struct bpf_sock_tuple. */
 	socket = tb_sk_lookup(packet, &found.peer, size, TB_CURRENT_NETNS, 0);
 	if (!socket)
 		return 0;
