@@ -32,7 +32,8 @@ def is_own(path: str) -> bool:
         return False
 
 
-def _setns(fd: int, path: str, kind: int = _CLONE_NEWNET) -> None:
+def enter(fd: int, path: str, kind: int = _CLONE_NEWNET) -> None:
+    """Put this thread into a namespace, by its file; `path` is for the OSError that this raises."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, kind) != 0:
         error = ctypes.get_errno()
@@ -46,13 +47,13 @@ def entered(path: str) -> Iterator[None]:
     try:
         target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _setns(target, path)
+            enter(target, path)
         finally:
             os.close(target)
         try:
             yield
         finally:
-            _setns(own, str(_OWN))
+            enter(own, str(_OWN))
     finally:
         os.close(own)
 
@@ -86,7 +87,7 @@ def _uid_map(users: int) -> list[list[int]]:
     child = os.fork()
     if not child:
         try:
-            _setns(users, str(_OWN_USERS), _CLONE_NEWUSER)
+            enter(users, str(_OWN_USERS), _CLONE_NEWUSER)
         except BaseException:  # the parent's clean-up is not the child's
             os._exit(1)
         os._exit(0)

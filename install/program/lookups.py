@@ -12,9 +12,10 @@ import socket
 from collections.abc import Callable, Iterator
 
 from bpf import abi, bpfsys
+from cni_plugin import netns
 
 _ETHERNET_HEADER = bytes(14)
-_CLONE_NEWNET = 0x40000000
+_HOME = "/proc/thread-self/ns/net"
 _SIOCGSKNS = 0x894C
 _SYS_PIDFD_GETFD = 438
 _SO_COOKIE = 57
@@ -40,21 +41,21 @@ def copied(process: int, fd: int) -> int:
 def networks() -> Iterator[Callable[[int, int], None]]:
     """Yields what puts this thread into a socket's network namespace, by the namespace's inode
     number and a copy of the socket's file. In the end it is in its own again."""
-    with bpfsys.closing(os.open("/proc/thread-self/ns/net", os.O_RDONLY)) as home:
+    with bpfsys.closing(os.open(_HOME, os.O_RDONLY)) as home:
         entered = at_home = os.fstat(home).st_ino
 
-        def enter(netns: int, copy: int) -> None:
+        def enter(number: int, copy: int) -> None:
             nonlocal entered
-            if netns != entered:
+            if number != entered:
                 with bpfsys.closing(fcntl.ioctl(copy, _SIOCGSKNS)) as there:
-                    _set_network(there)
+                    netns.enter(there, "a socket's")
                     entered = os.fstat(there).st_ino
 
         try:
             yield enter
         finally:
             if entered != at_home:
-                _set_network(home)
+                netns.enter(home, _HOME)
 
 
 def _cookie(fd: int) -> int:
@@ -65,11 +66,6 @@ def _cookie(fd: int) -> int:
     if _libc.getsockopt(*arguments):
         raise OSError(ctypes.get_errno(), f"getsockopt: {os.strerror(ctypes.get_errno())}")
     return value.value
-
-
-def _set_network(fd: int) -> None:
-    if _libc.setns(fd, _CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), f"setns: {os.strerror(ctypes.get_errno())}")
 
 
 def visit(process: int, sockets: list[abi.Found], wake: Callable[[int], None]) -> bool:

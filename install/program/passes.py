@@ -95,8 +95,11 @@ def _wake(pid: int, fd: int) -> None:
 
 
 def parsed(written: bytes) -> tuple[list[int], list[abi.Found], bool]:
-    """What a visit has written: the numbers of files whose readers need a new edge, the sockets
-    that are yet to be visited, and whether one that was may take its next step."""
+    """What a visit has written.
+
+    Returns three things: numbers of files whose readers need a new edge; sockets that are yet to be
+    visited; and whether a visited one may take its next step.
+    """
     size = ctypes.sizeof(abi.Found)
     words = memoryview(written).cast("I")
     fds, found, is_again, at = list[int](), list[abi.Found](), False, 0

@@ -109,7 +109,7 @@ class Served:
         return [int.from_bytes(key, sys.byteorder) for key in bpfsys.map_keys(self.due, 8)]
 
     def pending(self) -> dict[int, abi.Due]:
-        """Maps each pod whose pass is due to its entry."""
+        """Returns the entries of the pods whose pass is due, by pod ID."""
         found = {}
         for key in bpfsys.map_keys(self.due, 8):
             with contextlib.suppress(FileNotFoundError):
