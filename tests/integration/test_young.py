@@ -21,6 +21,7 @@ from install.program import lookups, passes
 from install.program.probes import PART, heard_by_edges
 from tests import light
 from tests.fuzz.cases import Ends, edges_of, heard, holds
+from tests.integration.traffic_pods import eventually
 from tests.light import LIMITS, LightPod
 
 YOUNG_MS = 200
@@ -212,17 +213,15 @@ def by_lookup(monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
 
 def until_closed(end: socket.socket) -> None:
     tcp_close = 7  # include/net/tcp_states.h
-    deadline = time.monotonic() + light.PATIENCE_S
-    while end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != tcp_close:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert eventually(
+        lambda: end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == tcp_close,
+        light.PATIENCE_S,
+    )
 
 
 def until_empty(pod: LightPod) -> None:
-    deadline = time.monotonic() + light.PATIENCE_S
-    while not bpfsys.map_is_empty(pod.programs.fds[pins.SOCKHASH]):
-        assert time.monotonic() < deadline, "a socket has not left"
-        time.sleep(0.01)
+    sockhash = pod.programs.fds[pins.SOCKHASH]
+    assert eventually(lambda: bpfsys.map_is_empty(sockhash), light.PATIENCE_S), "one has not left"
 
 
 def until_left(pod: LightPod) -> None:
