@@ -5,4 +5,7 @@ import sys
 
 from cni_plugin.main import main
 
-sys.exit(main())
+REFUSED = 3  # to start.c, which ends with 1 then: Python itself ends with 1 if it cannot start
+
+code = main()
+sys.exit(REFUSED if code and getattr(sys, "frozen", False) else code)

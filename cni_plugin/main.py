@@ -23,24 +23,15 @@ MUST_WORK = ("DEL", "STATUS")  # whatever has become of the program
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 1 with an error result on stdout."""
+    """Returns the exit code: 0, or 1 with an error result on stdout.
+
+    Raises ImportError if not even the call can be read: start.c then answers.
+    """
     _occupy_standard_descriptors()
-    try:
-        document, code = run(os.environ, 0)
-    except Exception as error:  # not even json can be imported: the program's folder is damaged
-        document, code = _without_json(os.environ.get("CNI_COMMAND"), error)
+    document, code = run(os.environ, 0)
     if document and not _write(1, document + "\n"):
         return 1
     return code
-
-
-def _without_json(command: str | None, error: Exception) -> tuple[str, int]:
-    """As start.c does without the plugin: a pod still ends, and the node stays ready."""
-    msg = f"internal error: {type(error).__name__}"
-    if command in MUST_WORK:
-        _write(2, f"{names.PLUGIN}: warning: {msg}\n")
-        return "", 0
-    return f'{{"cniVersion": "{names.NEWEST_CNI_VERSION}", "code": 999, "msg": "{msg}"}}', 1
 
 
 def run(env: Mapping[str, str], stdin: int) -> tuple[str, int]:

@@ -6,22 +6,42 @@
  *
  * The plugin gets CNI's variables and no others. LD_PRELOAD, a locale and the like are made for the
  * node's own C library, and may harm another one.
+ *
+ * Where the plugin cannot run, this program answers in its place, as a plugin that does nothing:
+ * pods start and end. Its folder may be damaged. Or there is none: `uninstall` leaves this program
+ * alone, for runtimes that still have our entry in a configuration that they have read before.
  */
+#include <asm/signal.h>
 #include <asm/unistd.h>
 #include <linux/auxvec.h>
 #include <linux/fcntl.h>
 #include <linux/limits.h>
+#include <linux/prctl.h>
 #include <stdbool.h>
 
-static const char no_loader[] =
-	"{\"cniVersion\": \"1.0.0\", \"code\": 999, \"msg\": \"tcpip-bypass cannot start: "
-	"ld-glibc.so.2 in its folder cannot be executed; install it again\"}\n";
+#define MAX_CALL (1 << 20) /* bytes that a runtime may say to a plugin */
+#define REFUSED 3	   /* cni_plugin/__main__.py: the plugin has answered with an error */
+
+#define CANNOT_RUN                                                                                 \
+	"tcpip-bypass: warning: it cannot run, and answers as a plugin that does nothing: it "     \
+	"was removed from this node, or its folder is damaged: `tcpip-bypass-node install`\n"
+#define VERSIONS                                                                                   \
+	"{\"cniVersion\": \"1.1.0\", \"supportedVersions\": [\"0.3.0\", \"0.3.1\", "               \
+	"\"0.4.0\", \"1.0.0\", \"1.1.0\"]}\n"
+#define NO_RESULT                                                                                  \
+	"{\"cniVersion\": \"1.0.0\", \"code\": 11, \"msg\": \"tcpip-bypass cannot run on this "    \
+	"node, and the call has no prevResult to be passed on: install it again, or take its "     \
+	"entry out of the network configuration\"}\n"
+#define NO_COMMAND                                                                                 \
+	"{\"cniVersion\": \"1.0.0\", \"code\": 4, \"msg\": \"CNI_COMMAND is missing or "           \
+	"unknown\"}\n"
 
 static char path[2 * PATH_MAX], target[PATH_MAX];
 /* PyInstaller's bootloader knows a loader by this form of its name: ld-NAME.so.N. */
 static char loader[sizeof(path) + sizeof("ld-glibc.so.2")];
 static char libraries[sizeof(path) + sizeof("_internal")];
 static char archive[sizeof("_PYI_ARCHIVE_FILE=") + sizeof(path) + sizeof("plugin")];
+static char call[MAX_CALL];
 
 static long system_call(long number, long first, const void *second, const void *third, long fourth)
 {
@@ -63,6 +83,28 @@ static bool has_prefix(const char *text, const char *prefix)
 	return true;
 }
 
+static bool is_equal(const char *a, const char *b)
+{
+	return has_prefix(a, b) && has_prefix(b, a);
+}
+
+static void write_to(long fd, const char *text, const char *end)
+{
+	while (text < end) {
+		long written = system_call(__NR_write, fd, text, (const void *)(end - text), 0);
+
+		if (written <= 0)
+			return;
+		text += written;
+	}
+}
+
+#define SAY(fd, text)                                                                              \
+	do {                                                                                       \
+		static const char said[] = text;                                                   \
+		write_to(fd, said, said + sizeof(said) - 1);                                       \
+	} while (0)
+
 static long follow(const char *link)
 {
 	return system_call(__NR_readlinkat, AT_FDCWD, link, target, PATH_MAX - 1);
@@ -92,11 +134,123 @@ static void find_folder(const char *link)
 	*file_name() = 0;
 }
 
+/* Behind the string that begins at a quote. */
+static char *skip_string(char *at)
+{
+	for (at++; *at && *at != '"'; at++)
+		if (*at == '\\' && at[1])
+			at++;
+	return *at ? at + 1 : at;
+}
+
+/* Behind a JSON value: where the next member begins, or the object ends. */
+static char *skip_value(char *at)
+{
+	long depth = 0;
+
+	while (*at) {
+		if (*at == '"') {
+			at = skip_string(at);
+			continue;
+		}
+		if (depth == 0 && (*at == ',' || *at == '}'))
+			break;
+		depth += (*at == '{' || *at == '[') - (*at == '}' || *at == ']');
+		at++;
+	}
+	return at;
+}
+
+static bool is_space(char c)
+{
+	return c == ' ' || c == '\t' || c == '\n' || c == '\r';
+}
+
+static char *skip_to(char *at, char wanted)
+{
+	while (*at && *at != wanted)
+		at++;
+	return at;
+}
+
+/* Writes the call's prevResult, as a chained plugin that changes nothing. */
+static bool pass_on(void)
+{
+	static const char key[] = "\"prevResult\"";
+	char *at = call, *end;
+	long length = 0, more;
+
+	while ((more = system_call(__NR_read, 0, call + length,
+				   (const void *)(MAX_CALL - 1 - length), 0)) > 0)
+		length += more;
+	if (more < 0 || length == MAX_CALL - 1)
+		return false;
+	for (at = skip_to(call, '{'); *at && *at != '}'; at = end) {
+		char *name = skip_to(at + 1, '"'), *value = skip_to(skip_string(name), ':') + 1;
+
+		if (!value[-1])
+			return false;
+		end = skip_value(value);
+		if (!has_prefix(name, key))
+			continue;
+		while (is_space(*value))
+			value++;
+		if (*value != '{' || !*end)
+			return false;
+		write_to(1, value, end);
+		return true;
+	}
+	return false;
+}
+
+/* Answers in the plugin's place. Returns the exit status. */
+static long stand_in(const char *command)
+{
+	SAY(2, CANNOT_RUN);
+	if (is_equal(command, "DEL") || is_equal(command, "CHECK") || is_equal(command, "GC") ||
+	    is_equal(command, "STATUS"))
+		return 0;
+	if (is_equal(command, "VERSION")) {
+		SAY(1, VERSIONS);
+		return 0;
+	}
+	if (is_equal(command, "ADD")) {
+		if (pass_on())
+			return 0;
+		SAY(1, NO_RESULT);
+	} else {
+		SAY(1, NO_COMMAND);
+	}
+	return 1;
+}
+
+/* Runs the plugin, which ends with this process. Returns its status as wait4(2) has it. */
+static long run(char **arguments, char **environment)
+{
+	static const char by_default[32]; /* struct sigaction: SIG_DFL */
+	long child, status = -1;
+	int waited = -1;
+
+	/* A runtime may ignore this signal: the status would be lost. */
+	system_call(__NR_rt_sigaction, SIGCHLD, by_default, 0, 8);
+	child = system_call(__NR_clone, SIGCHLD, 0, 0, 0);
+	if (child == 0) {
+		system_call(__NR_prctl, PR_SET_PDEATHSIG, (void *)SIGKILL, 0, 0);
+		system_call(__NR_execve, (long)loader, arguments, environment, 0);
+		SAY(2, "tcpip-bypass: ld-glibc.so.2 in its folder cannot be executed\n");
+		system_call(__NR_exit_group, 127, 0, 0, 0);
+	}
+	if (child > 0 && system_call(__NR_wait4, child, &waited, 0, 0) == child)
+		status = waited;
+	return status;
+}
+
 /* The stack as the kernel makes it: argc, arguments, 0, variables, 0, pairs of numbers, 0. */
 __attribute__((used)) void start(long *stack)
 {
 	char **variables = (char **)stack + 1 + stack[0] + 1;
-	long count = 0;
+	const char *command = "";
+	long count = 0, status;
 
 	while (variables[count])
 		count++;
@@ -116,22 +270,20 @@ __attribute__((used)) void start(long *stack)
 	*next++ = archive;
 	*next++ = "_PYI_PARENT_PROCESS_LEVEL=-1";
 	*next++ = "_PYI_LINUX_PROCESS_NAME=tcpip-bypass";
-	/* Without the plugin a pod still ends, and the node stays ready. */
-	bool must_work = false;
 	for (; *variables; variables++) {
 		if (has_prefix(*variables, "CNI_"))
 			*next++ = *variables;
-		if (has_prefix(*variables, "CNI_COMMAND=DEL") ||
-		    has_prefix(*variables, "CNI_COMMAND=STATUS"))
-			must_work = true;
+		if (has_prefix(*variables, "CNI_COMMAND="))
+			command = *variables + sizeof("CNI_COMMAND");
 	}
 	*next = 0;
-	system_call(__NR_execve, (long)loader, arguments, environment, 0);
-
-	if (!must_work)
-		system_call(__NR_write, 1, no_loader, (const void *)(sizeof(no_loader) - 1), 0);
+	status = run(arguments, environment);
+	if (status == REFUSED << 8)
+		status = 1;
+	else if (status != 0)
+		status = stand_in(command);
 	for (;;)
-		system_call(__NR_exit_group, !must_work, 0, 0, 0);
+		system_call(__NR_exit_group, status, 0, 0, 0);
 }
 
 #if defined(__x86_64__)

@@ -26,34 +26,6 @@ _STAGED = f".{names.PLUGIN}.next"
 _PART = ".part"
 _DIGEST_LENGTH = 16
 
-_VERSIONS = ", ".join(f'"{version}"' for version in names.CNI_VERSIONS)
-STUB = f"""\
-#!/bin/sh
-# {names.PLUGIN} was removed from this node. A runtime that cached the network configuration from
-# before may still call it for the pods of that time, and could not end them if nothing was here.
-# This file can be deleted when these pods are gone.
-case "$CNI_COMMAND" in
-DEL | CHECK | GC | STATUS)
-	exit 0
-	;;
-VERSION)
-	echo '{{"cniVersion": "{names.NEWEST_CNI_VERSION}", "supportedVersions": [{_VERSIONS}]}}'
-	exit 0
-	;;
-ADD)
-	code=11
-	message="try again later: {names.PLUGIN} runs on this node no more; if this lasts,"
-	message="$message take its entry out of the network configuration, or install it again"
-	;;
-*)
-	code=4
-	message="CNI_COMMAND is missing or unknown"
-	;;
-esac
-echo "{{\\"cniVersion\\": \\"1.0.0\\", \\"code\\": $code, \\"msg\\": \\"$message\\"}}"
-exit 1
-"""
-
 
 class InstallError(Exception):
     """Nothing was installed; the message says what to do about it."""
@@ -228,18 +200,19 @@ class PluginFiles:
 
     @property
     def has_stub(self) -> bool:
-        """Whether an earlier uninstall left what answers for us."""
-        plain = self.link.is_file() and not self.link.is_symlink()
-        return plain and self.link.read_bytes().startswith(b"#!/bin/sh\n")
+        """Whether an earlier uninstall left what answers for us: start.c, alone."""
+        return self.link.is_file() and not self.link.is_symlink()
 
     def put_stub(self) -> None:
         """From now on the stub is called in our place. What was there stays in the store.
 
-        Nothing changes where the node cannot run it either, for want of a /bin/sh.
+        It is the program that starts the plugin, without the plugin's folder.
         """
-        if not self.has_stub and self.bin_dir.exists():
-            with contextlib.suppress(DoesNotRun):
-                self._put_stub()
+        starters = (folder / names.PLUGIN for folder in (self._current(), self.source) if folder)
+        starter = next((path for path in starters if path.is_file()), None)
+        if starter and not self.has_stub and self.bin_dir.exists():
+            staged = self.bin_dir / _STAGED
+            whole_file.write_synced(self.link, starter.read_bytes(), staged=staged, mode=0o755)
 
     def remove(self) -> bool:
         """Whether there was anything. A stub stays; nothing else may call the plugin any more."""
@@ -258,22 +231,6 @@ class PluginFiles:
         if self.has_stub:
             self.link.unlink()
             whole_file.sync(self.bin_dir)
-
-    def _put_stub(self) -> None:
-        """Raises DoesNotRun."""
-        staged = self.bin_dir / _STAGED
-
-        def refuse_what_does_not_run() -> None:
-            try:
-                self._try(staged)
-            except DoesNotRun:
-                raise
-            except InstallError:  # not known
-                pass
-
-        whole_file.write_synced(
-            self.link, STUB.encode(), staged=staged, mode=0o755, before=refuse_what_does_not_run
-        )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from cni_plugin import names
 from cni_plugin.main import run
 from cni_plugin.state import Attachment, Key, State
+from tests.bed.bed import FROZEN_PLUGIN
 
 RUNS = settings(
     max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "300")),
@@ -234,3 +237,21 @@ def test_any_node_json(content: bytes) -> None:
     mode, reason = State(str(folder)).node_mode()
     assert mode in names.MODES
     assert reason
+
+
+@RUNS
+@given(value=anything)
+def test_start_passes_any_result_on(value: object, tmp_path: Path) -> None:
+    """start.c, where there is no plugin: as it stands in the call, wherever that is."""
+    starter = Path(shutil.copy(FROZEN_PLUGIN / names.PLUGIN, tmp_path))
+    call = {"a": value, "prevResul": [value], "prevResult": {"x": value}, "z": {"prevResult": 1}}
+    for indent in (None, 1):
+        done = subprocess.run(
+            [starter],
+            env={"CNI_COMMAND": "ADD"},
+            input=json.dumps(call, indent=indent),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert json.dumps(json.loads(done.stdout)) == json.dumps({"x": value})

@@ -496,7 +496,9 @@ def test_the_plugin_is_tried(tmp_path: Path) -> None:
     found = of_node._runs(asked)
     assert found.status == exits.NOT
     assert "it ends with 1: 'broken'" in found.found
-    plugin(bin_dir, PLUGIN)
+    plugin(tmp_path / "older", PLUGIN)
+    bin_dir.mkdir()
+    (bin_dir / names.PLUGIN).symlink_to(tmp_path / "older" / names.PLUGIN)
     assert of_node._runs(asked).status == exits.WELL
 
 

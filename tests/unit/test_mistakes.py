@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 
 from cni_plugin import names
 from cni_plugin.state import State
+from tests.bed.bed import FROZEN_PLUGIN
 from tests.unit.cases import ROOT
 
 RESULT = {"cniVersion": "1.1.0", "ips": [{"address": "10.22.0.7/16"}]}
@@ -23,6 +28,11 @@ MODULES = (
     *("cni_plugin.add", "cni_plugin.attachment", "cni_plugin.policy", "cni_plugin.schema"),
     *("cni_plugin.delete", "cni_plugin.status", "cni_plugin.state", "cni_plugin.cgroup"),
 )
+IGNORING = """
+import os, signal, sys
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 WITHOUT = """
 import sys
 for name in sys.argv.pop().split():
@@ -85,15 +95,88 @@ def test_a_module_is_lost(module: str, tmp_path: Path) -> None:
         check_passed_through(command, call(command, tmp_path, WITHOUT, module))
 
 
-@pytest.mark.parametrize("module", ["json", "typing", "cni_plugin.protocol"])
-def test_not_even_the_call_can_be_read(module: str, tmp_path: Path) -> None:
+def spoil(file: Path) -> None:
+    """All but the ends, of which PyInstaller's archive is known."""
+    data = file.read_bytes()
+    file.write_bytes(data[:8192] + bytes(len(data) - 8192 - 65536) + data[-65536:])
+
+
+def leave_the_starter(folder: Path) -> None:
+    shutil.rmtree(folder / "_internal")
+    for name in ("ld-glibc.so.2", "plugin"):
+        (folder / name).unlink()
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "removed": leave_the_starter,
+    "no loader": lambda folder: (folder / "ld-glibc.so.2").unlink(),
+    "no plugin": lambda folder: (folder / "plugin").unlink(),
+    "plugin cut off": lambda folder: os.truncate(folder / "plugin", 100_000),
+    "plugin spoilt": lambda folder: spoil(folder / "plugin"),
+    "no library": lambda folder: next((folder / "_internal").glob("libpython*")).unlink(),
+    "no modules": lambda folder: (folder / "_internal" / "base_library.zip").unlink(),
+}
+
+
+def frozen(folder: Path, command: str, stdin: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [folder / names.PLUGIN],
+        env={"CNI_COMMAND": command, "CNI_CONTAINERID": "c", "CNI_IFNAME": "eth0"},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_plugin_cannot_run(damage: str, tmp_path: Path) -> None:
+    """Its folder is damaged, or was removed: start.c answers as a plugin that does nothing."""
+    folder = shutil.copytree(FROZEN_PLUGIN, tmp_path / "plugin")
+    DAMAGE[damage](folder)
+    conf = json.dumps({"cniVersion": "1.1.0", "name": "pods", "prevResult": RESULT})
     for command in COMMANDS:
-        done = call(command, tmp_path, WITHOUT, module)
-        if command in ("DEL", "STATUS"):  # as start.c does without the plugin
-            check_passed_through(command, done)
-            assert "warning: internal error: " in done.stderr
-        else:
-            assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 999)
+        done = frozen(folder, command, conf)
+        check_passed_through(command, done)
+        assert "warning: it cannot run" in done.stderr
+    done = frozen(folder, "VERSION", "")
+    assert json.loads(done.stdout)["supportedVersions"] == list(names.CNI_VERSIONS)
+    for command, stdin, code in (("ADD", "{}", 11), ("ADD", "", 11), ("OTHER", conf, 4)):
+        done = frozen(folder, command, stdin)
+        assert (done.returncode, json.loads(done.stdout)["code"]) == (1, code)
+
+
+def test_a_runtime_that_ignores_its_childrens_ends() -> None:
+    done = subprocess.run(
+        ["python3", "-c", IGNORING, FROZEN_PLUGIN / names.PLUGIN],
+        env={**os.environ, "CNI_COMMAND": "VERSION"},
+        input="{}",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stderr, "supportedVersions" in json.loads(done.stdout)) == ("", True)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_plugin_ends_with_what_the_runtime_has_started() -> None:
+    with subprocess.Popen(
+        [FROZEN_PLUGIN / names.PLUGIN],
+        env={"CNI_COMMAND": "DEL", "CNI_CONTAINERID": "c", "CNI_IFNAME": "eth0"},
+        stdin=subprocess.PIPE,
+    ) as started:
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+        wait_until(lambda: children.read_text() != "")
+        child = Path("/proc", children.read_text().strip())
+        wait_until(lambda: b"plugin" in (child / "cmdline").read_bytes())
+        started.kill()
+        wait_until(lambda: not child.exists())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
