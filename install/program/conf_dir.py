@@ -114,6 +114,10 @@ class _File:
         return None
 
 
+def _names_us(file: _File) -> bool:
+    return f'"{names.PLUGIN}"'.encode() in file.data
+
+
 def _own_name(single: str) -> str:
     """Our list of it. No file sorts between the two that a runtime would not have preferred."""
     return single.rpartition(".")[0] + _OWN
@@ -150,13 +154,25 @@ class ConfDir:
 
     def ours(self) -> Ours | None:
         """None when the configuration that the runtime uses is not there or does without us."""
+        file, chain = self._used() or (None, None)
+        if file is None or chain is None or chain.version is None:
+            return None
+        at = chain.ours()
+        if not any(at):  # none, or only where it cannot work
+            return None
+        return Ours(file.path, chain.name, chain.version, chain.plugins[at[-1]].value)
+
+    def others(self) -> tuple[Path, list[str]] | None:
+        """The configuration that the runtime uses, and the other plugins in it."""
+        file, chain = self._used() or (None, None)
+        if file is None or chain is None:
+            return None
+        return file.path, [kind for kind in chain.types() if kind != names.PLUGIN]
+
+    def _used(self) -> tuple[_File, Conflist] | None:
         for file in self._files((_LIST, *_SINGLE)):
             with contextlib.suppress(ConfError):
-                chain = Conflist.parse(file.as_list)
-                at = chain.ours()
-                if not any(at) or chain.version is None:  # none, or only where it cannot work
-                    return None
-                return Ours(file.path, chain.name, chain.version, chain.plugins[at[-1]].value)
+                return file, Conflist.parse(file.as_list)
         return None
 
     def take_out(self) -> Outcome:
@@ -312,10 +328,12 @@ class ConfDir:
                         changed = changed or file.path
                     continue
                 if not file.chain.ours():
+                    if _names_us(file):
+                        raise ConfError("it names us where only its owner can take us out")
                     continue
                 bare = conflist.without_entry(file.text)
             except ConfError as error:
-                if f'"{names.PLUGIN}"'.encode() in file.data:
+                if _names_us(file):
                     problems.append(f"{file.path} is left alone: {error}")
                 continue
             if single := _first_edition(file):

@@ -34,7 +34,11 @@ EXAMPLES: dict[str, list[tuple[str, str]]] = {
     "install": [
         ("a node with containerd or CRI-O", "install"),
         ("one namespace stays on TCP", """install --conf-json '{"excludeNamespaces": ["db"]}'"""),
-        ("K3s", "install --cni-conf-dir /var/lib/rancher/k3s/agent/etc/cni/net.d"),
+        (
+            "K3s",
+            "install --cni-conf-dir /var/lib/rancher/k3s/agent/etc/cni/net.d "
+            "--cni-bin-dir /var/lib/rancher/k3s/data/cni",
+        ),
     ],
     "uninstall": [
         ("running pods go on over TCP", "uninstall"),

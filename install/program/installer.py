@@ -84,15 +84,19 @@ def install(places: Places, entry: Entry) -> Installed:
     When it raises and the plugin that is installed does not run, no configuration names it.
 
     Raises:
-        DoesNotRun: the node cannot run the new plugin, or no longer the installed one.
+        DoesNotRun: the node cannot run the new plugin, or no longer the installed one. Or the
+            runtime does not look for it there.
         InstallError: the plugin is missing, or cannot be read, written or tried.
         OSError: a configuration cannot be read or written.
     """
+    if not places.bin_dir.exists():
+        check_is_looked_for(places)  # before it is made
     with _as_install_error():
         places.bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with alone(places.bin_dir):
         files, conf = places.files, ConfDir(places.conf_dir)
         try:
+            check_is_looked_for(places)
             with _as_install_error():
                 intact = files.is_intact()  # reads 23 MB: once, when all is well
                 if not intact:
@@ -104,7 +108,7 @@ def install(places: Places, entry: Entry) -> Installed:
             if intact:
                 files.check_runs()
         except (InstallError, OSError) as error:
-            _spare_pods(files, conf, error)
+            _spare_pods(places, conf, error)
         return Installed(changed, conf.put_in(entry))
 
 
@@ -117,13 +121,30 @@ def _as_install_error() -> Iterator[None]:
         raise InstallError(str(error)) from error
 
 
-def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoReturn:
+def check_is_looked_for(places: Places) -> None:
+    """A runtime looks for all plugins of a configuration in one folder, or a few.
+
+    Raises DoesNotRun if the folder that we were told of has none of the others; OSError.
+    """
+    used = ConfDir(places.conf_dir).others()
+    if not used or not used[1]:
+        return
+    path, others = used
+    if not any(os.path.lexists(places.bin_dir / kind) for kind in others):
+        raise DoesNotRun(
+            f"the runtime does not look for plugins in {places.bin_dir}: none of those that {path} "
+            f"names is there ({', '.join(others)}); name their folder with --cni-bin-dir"
+        )
+
+
+def _spare_pods(places: Places, conf: ConfDir, problem: Exception) -> NoReturn:
     """Raises the problem; if the installed plugin does not run either, our entry goes first.
 
     A runtime may have cached the configuration, so there is a stub in the plugin's place.
     """
     try:
-        files.check_runs()
+        check_is_looked_for(places)
+        places.files.check_runs()
     except DoesNotRun as why:
         try:
             out = conf.withdraw()
@@ -132,7 +153,7 @@ def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoRetu
         if not out.changed:
             raise problem from None
         with contextlib.suppress(OSError):
-            files.put_stub()
+            places.files.put_stub()
         raise Withdrawn(f"{problem}; so {out.conflist} no longer has our entry") from why
     except InstallError:  # not known
         pass
@@ -143,8 +164,9 @@ def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) ->
     """No pod any more, then no execution, then nothing in the kernel, then no program.
 
     Pods from before may get a DEL later, from a runtime that cached the configuration of their
-    time (CRI-O does, also for pods that were none of our business). For them a stub takes the
-    program's place, unless ``purge``.
+    time (CRI-O does, also for pods that were none of our business). And a configuration that is not
+    ours to change may still name us. For them a stub takes the program's place: it lets pods start
+    and end. With ``purge`` it goes, unless something still names us.
 
     Raises:
         OSError: something cannot be written. As long as our entry is in a configuration, the
@@ -156,10 +178,10 @@ def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) ->
         still_running = _wait_until_unused(files)
         switch_off()
         again = folder.take_out()  # a writer may have put back what it had read before
-        if (files.is_there or conf.changed or conf.problems) and not purge:
+        if files.is_there or conf.changed or conf.problems:
             files.put_stub()
         removed = files.remove()
-        if purge:
+        if purge and not again.problems:
             files.remove_stub()
         return Uninstalled(again if again.changed else conf, removed, files.has_stub, still_running)
 

@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from install.program import node as program
 from install.program.agent.agent import Agent, Settings
 from install.program.agent.http import Health
 from install.program.agent.metrics import Metrics
+from install.program.cli import build_parser
 from install.program.conf_dir import ConfDir, Outcome
 from install.program.conflist import Entry
 from install.program.installer import Places, Uninstalled
@@ -36,6 +37,7 @@ from tests.unit import frozen, networks, runtimes
 PLAIN = Entry(None, {})
 FLANNEL = networks.text("flannel.conflist").encode()
 SINGLE = networks.text("single-conf.conf").encode()
+OTHERS = ("flannel", "bridge")  # plugins of these two
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Node:
     @property
     def kernel(self) -> Path:
         return self.folder / "kernel"
+
+    def programs(self) -> list[str]:
+        """What is of ours in the plugins' folder."""
+        found = [path.name for path in self.places.bin_dir.iterdir()]
+        return [name for name in found if name not in OTHERS]
 
     def files(self) -> dict[str, bytes]:
         """The network configurations."""
@@ -75,6 +82,9 @@ def node(tmp_path: Path, request: pytest.FixtureRequest) -> Node:
     node = Node(tmp_path)
     frozen.made(node.places.plugin_dir)
     node.places.conf_dir.mkdir()
+    node.places.bin_dir.mkdir()
+    for other in OTHERS:
+        (node.places.bin_dir / other).touch()
     content = FLANNEL if request.param.endswith("list") else SINGLE
     (node.places.conf_dir / request.param).write_bytes(content)
     return node
@@ -101,15 +111,15 @@ def test_there_and_back(node: Node) -> None:
     assert left.left_stub
     assert not node.kernel.exists()
     assert node.files() == before
-    assert [path.name for path in node.places.bin_dir.iterdir()] == [names.PLUGIN]
+    assert node.programs() == [names.PLUGIN]
     assert node.uninstall() == Uninstalled(Outcome(None, False, ()), False, True, [])
     assert node.uninstall(purge=True).left_stub is False
-    assert list(node.places.bin_dir.iterdir()) == []
+    assert node.programs() == []
 
 
 @pytest.mark.usefixtures("hasty")
 def test_an_entry_that_is_put_back_meanwhile_goes_too(node: Node) -> None:
-    """By a program that has read the file before. With the stub, each pod would fail."""
+    """By a program that has read the file before."""
     before = node.files()
     installer.install(node.places, PLAIN)
     installed = node.files()
@@ -122,11 +132,56 @@ def test_an_entry_that_is_put_back_meanwhile_goes_too(node: Node) -> None:
     assert node.files() == before
 
 
+def test_folders_that_are_told_are_absolute() -> None:
+    """The plugin, which reads them in our entry, is started in another folder."""
+    parsed = build_parser().parse_args(["install", "--state-dir", "run/tb", "--bpffs", "b"])
+    assert (parsed.state_dir, parsed.bpffs) == (Path.cwd() / "run/tb", Path.cwd() / "b")
+
+
+def test_a_folder_in_which_the_runtime_does_not_look(node: Node) -> None:
+    """K3s' configuration, say, and the plugins' folder of other distributions."""
+    before = node.files()
+    wrong = replace(node.places, bin_dir=node.folder / "wrong")
+    with pytest.raises(DoesNotRun, match=r"does not look for plugins in .*/wrong: none of those"):
+        installer.install(wrong, PLAIN)
+    assert not wrong.bin_dir.exists()
+    wrong.bin_dir.mkdir()  # as the runtime of the agent's pod does
+    with pytest.raises(DoesNotRun, match="name their folder with --cni-bin-dir"):
+        installer.install(wrong, PLAIN)
+    assert list(wrong.bin_dir.iterdir()) == []
+    assert node.files() == before
+
+    (wrong.bin_dir / "flannel").symlink_to("/only/on/the/node")
+    (wrong.bin_dir / "bridge").symlink_to("/only/on/the/node")
+    assert installer.install(wrong, PLAIN).conf.changed
+    for other in OTHERS:  # as an earlier edition has installed it
+        (wrong.bin_dir / other).unlink()
+    with pytest.raises(installer.Withdrawn):
+        installer.install(wrong, PLAIN)
+    assert node.files().keys() == {*before, "entry.tcpip-bypass"}
+
+
+@pytest.mark.parametrize("name", ["00-multus.conf", "00-multus.conflist"])
+def test_what_still_names_us_keeps_the_stub(node: Node, name: str) -> None:
+    """Multus without daemon has copied a list with our entry, and does not look again."""
+    installer.install(node.places, PLAIN)
+    copied = json.dumps({"plugins": [{"type": names.PLUGIN}]})
+    multus = {"type": "multus", "delegates": [json.loads(copied)]}
+    head = {"cniVersion": "1.0.0", "name": "multus-cni-network"}
+    whole = {**head, **multus} if name.endswith(".conf") else {**head, "plugins": [multus]}
+    (node.places.conf_dir / name).write_text(json.dumps(whole))
+    left = node.uninstall(purge=True)
+    assert left.left_stub
+    assert any(name in problem for problem in left.conf.problems), left
+    (node.places.conf_dir / name).unlink()
+    assert not node.uninstall(purge=True).left_stub
+
+
 def test_purge_at_once(node: Node) -> None:
     before = node.files()
     installer.install(node.places, PLAIN)
     assert not node.uninstall(purge=True).left_stub
-    assert list(node.places.bin_dir.iterdir()) == []
+    assert node.programs() == []
     assert node.files() == before
 
 
@@ -197,7 +252,7 @@ def test_what_the_node_cannot_run_is_not_named(node: Node) -> None:
     with pytest.raises(DoesNotRun, match="the node cannot run the plugin: it ends with 3"):
         installer.install(node.places, PLAIN)
     assert node.files() == before
-    assert list(node.places.bin_dir.iterdir()) == []
+    assert node.programs() == []
 
 
 def test_what_the_node_can_no_longer_run_is_named_no_more(node: Node) -> None:
@@ -225,7 +280,7 @@ def test_what_the_node_can_no_longer_run_is_named_no_more(node: Node) -> None:
 
 
 def test_a_stub_is_not_named(node: Node) -> None:
-    """It would answer each ADD with an error."""
+    """No pod would be accelerated, and nothing would tell."""
     installer.install(node.places, PLAIN)
     node.places.files.put_stub()
     break_source(node)
@@ -368,7 +423,7 @@ def test_killed_anywhere_while_installing(node: Node) -> None:
         ]
         node.uninstall(purge=True)
         assert node.files() == before
-        assert list(node.places.bin_dir.iterdir()) == []
+        assert node.programs() == []
         steps += 1
     assert steps > 20
 
@@ -386,7 +441,7 @@ def test_killed_anywhere_while_uninstalling(node: Node) -> None:
         check_has_network(node, expected)
         assert node.uninstall().left_stub
         assert node.files() == before
-        assert [path.name for path in node.places.bin_dir.iterdir()] == [names.PLUGIN]
+        assert node.programs() == [names.PLUGIN]
         steps += 1
     assert steps > 8
 
@@ -508,9 +563,10 @@ def test_disks_that_refuse(node: Node) -> None:
         assert code == 1
         assert f"cannot be written; nothing was changed: '{folder}'" in said
         assert node.files() == before
-        assert list(node.places.bin_dir.iterdir()) == []
+        assert node.programs() == []
 
-    full = f"mount -t tmpfs -o size=4k none {node.places.bin_dir}"
+    bin_dir = node.places.bin_dir
+    full = f"mount -t tmpfs -o size=4k none {bin_dir}; touch {bin_dir}/flannel"
     code, said = on_a_disk(node, full, "install")
     assert code == 1
     assert "No space left on device" in said
@@ -534,4 +590,4 @@ def test_disks_that_refuse(node: Node) -> None:
     assert node.files() == before
     code, said = on_a_disk(node, ":", "uninstall", "--purge")
     assert code == 0, said
-    assert list(node.places.bin_dir.iterdir()) == []
+    assert node.programs() == []

@@ -16,7 +16,7 @@ from install.program.check.finding import THE_PROGRAM, Finding
 from install.program.check.pods import PodState
 from install.program.conf_dir import ConfDir
 from install.program.freshness import reason_to_load, reason_to_try
-from install.program.installer import Places, entry
+from install.program.installer import Places, check_is_looked_for, entry
 from install.program.plugin_files import DoesNotRun, InstallError
 
 if TYPE_CHECKING:
@@ -122,6 +122,11 @@ def _runs(asked: Asked, problem: str = "") -> Finding:
 def _tried(asked: Asked) -> Finding:
     """Tried: the plugin that the runtime calls; when there is none, the one to be installed."""
     files = asked.places.files
+    try:
+        check_is_looked_for(asked.places)
+    except (DoesNotRun, OSError) as error:
+        hint = "install it where the runtime looks"
+        return finding.broken("plugin runs", str(error), hint, THE_PROGRAM)
     is_installed = files.link.exists() and not files.has_stub
     if not is_installed and not (files.source / names.PLUGIN).is_file():
         hint = "run make build, or name the frozen plugin's folder with --plugin-dir"
