@@ -221,20 +221,19 @@ def detach(each: Attached, cgroup_fd: int, inode: int) -> None:
         bpfsys.prog_detach(each.fd, cgroup_fd)
 
 
-def take_out(cgroup: str, inode: int, owner: int) -> bool:
+def take_out(cgroup: str, inode: int, owner: int) -> None:
     """Detach from a cgroup what belongs to attachment ``owner``; raises OSError.
 
     A record of zero belongs to an ADD that did not live to write it (every ADD holds the lock
-    from attaching to writing). Returns whether there was a record or a program.
+    from attaching to writing).
     """
     with open_cgroup(cgroup, inode) as cgroup_fd:
         if cgroup_fd is None:
-            return False
+            return
         with attached(cgroup_fd, inode) as found:
-            mine = [each for each in found if each.record.id in (0, owner)]
-            for each in mine:
-                detach(each, cgroup_fd, inode)
-            return bool(mine)
+            for each in found:
+                if each.record.id in (0, owner):
+                    detach(each, cgroup_fd, inode)
 
 
 def undo(state: State, bpffs: str, key: Key, record: Attachment | None) -> None:

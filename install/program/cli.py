@@ -46,12 +46,17 @@ def _places() -> argparse.ArgumentParser:
     return places
 
 
+def _folder(text: str) -> Path:
+    """The runtime starts the plugin in another folder, and the agent starts its child in one."""
+    return Path(text).absolute()
+
+
 def _folder_option(
     parser: argparse.ArgumentParser, option: str, default: Path, help_text: str
 ) -> None:
     parser.add_argument(
         option,
-        type=Path,
+        type=_folder,
         default=default,
         metavar="DIR",
         help=f"{help_text}; default: %(default)s",
@@ -125,7 +130,7 @@ def _agent_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--switch-dir",
-        type=Path,
+        type=_folder,
         metavar="DIR",
         help="where the ConfigMap is mounted that holds for the whole cluster",
     )
@@ -136,11 +141,15 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; every command takes the two folders and the form of log lines."""
     folders = argparse.ArgumentParser(add_help=False)
     folders.add_argument(
-        "--bpffs", type=Path, default=Path(names.BPFFS), metavar="DIR", help="default: %(default)s"
+        "--bpffs",
+        type=_folder,
+        default=Path(names.BPFFS),
+        metavar="DIR",
+        help="default: %(default)s",
     )
     folders.add_argument(
         "--state-dir",
-        type=Path,
+        type=_folder,
         default=Path(names.STATE_DIR),
         metavar="DIR",
         help="default: %(default)s",

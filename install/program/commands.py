@@ -244,6 +244,8 @@ def unload(node: Node) -> None:
                 leaving.stay_behind(generation, folders, _lock(node))
         for pod in attached_cgroups(ours):
             pod.take_out()
+        for record in node.attachments():  # also of programs whose pins are gone
+            attachment.take_out(record.cgroup, record.inode, record.pod_id)
         generations.remove_all()
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
@@ -252,8 +254,10 @@ def unload(node: Node) -> None:
                 *(names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON),
                 names.TAKE_IN_JSON,
             )
-            for file in (*written, *names.AGENT_LOGS, *names.JOINER_LOGS):
-                (node.state_dir / file).unlink(missing_ok=True)
+            for name in (*written, *names.AGENT_LOGS, *names.JOINER_LOGS):
+                (node.state_dir / name).unlink(missing_ok=True)
+            for part in node.state_dir.glob("*.part"):  # of a process that was killed
+                part.unlink(missing_ok=True)
             node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
     passes.remove_cgroup()

@@ -73,11 +73,23 @@ def test_load_and_unload_find_a_pod_whose_record_is_lost(bed: Bed, pod: Sandbox)
     assert pod.owners() == []
 
 
+def test_unload_finds_a_pod_when_the_pins_are_gone(bed: Bed, pod: Sandbox) -> None:
+    """As after `umount /sys/fs/bpf`: by the pod's record."""
+    must(pod, "ADD")
+    for generation in bed.node.bpffs.iterdir():
+        if not generation.is_symlink():
+            shutil.rmtree(generation)
+    assert pod.owners() == [pod.pod_id]
+    bed.node.call("unload")
+    assert pod.owners() == []
+
+
 def test_unload_removes_only_what_is_ours(bed: Bed, pod: Sandbox) -> None:
     must(pod, "ADD")
     stranger = bed.node.state_dir / "somebody-else's"
     stranger.write_text("data")
     (bed.node.bpffs / "next").symlink_to("gen-9")  # a load was killed here
+    (bed.node.state_dir / "node.part").write_text("")
     (bed.node.bpffs / "gen-of-another").mkdir()
     bed.node.call("unload")
     left = {path.name for path in bed.node.state_dir.iterdir()}

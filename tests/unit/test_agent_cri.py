@@ -187,6 +187,15 @@ def test_what_a_killed_runtime_leaves_goes_when_it_is_no_longer_young(
     assert task.due - now == pytest.approx(task.every_s)
 
 
+def test_records_of_a_network_that_was_renamed(tmp_path: Path) -> None:
+    """Or of another runtime, which ends its own pods while they are there."""
+    node = Node(tmp_path / "bpffs", tmp_path / "state")
+    gone = record(node, "gone", YOUNG_S + 1)
+    there = record(node, "there", YOUNG_S + 1, cgroup=cgroups.mount_point())
+    collect(node, "renamed", [], Tally())
+    assert (gone.exists(), there.exists()) == (False, True)
+
+
 def agent_of(node: Node, folder: Path, *cri_sockets: Path) -> Agent:
     places = Places(folder, folder, folder, OWN_PROC)
     settings = Settings(places, Entry({}, {}), [], [], [], cri_sockets, None, None, once=True)

@@ -149,10 +149,11 @@ def _young_s(node: Node, key: Key) -> float:
 
 
 def _undo(node: Node, network: str, key: Key) -> bool:
-    """Other networks' attachments, perhaps of another runtime, are left; raises OSError."""
+    """Attachments of other networks, perhaps of another runtime, are left while they have a cgroup.
+    Raises OSError."""
     with node.state.locked(LOCK_PATIENCE_S):
         record = node.state.read(key)
-        if record is not None and record.network != network:
+        if record is not None and record.network != network and has_cgroup(record):
             return False
         attachment.undo(node.state, str(node.bpffs), key, record)
         return True
