@@ -37,24 +37,21 @@ static __always_inline __u32 tb_size_of(__u64 list)
 	return tb_read32(list - OFF_SK_MSG_LIST + OFF_SK_MSG_SIZE);
 }
 
-/* Looks at a socket. Returns 0 if TCP holds the spinlock, for a packet, for more than some hundred
- * nanoseconds. rcv_nxt may count a FIN that SOCK_DONE does not show yet: so it is read before the
- * spinlock, sk_flags after it. */
-static __always_inline int tb_look_at(__u64 sk, __u64 queue, struct tb_look *look)
+/* Looks at a socket. While TCP holds the spinlock, for a packet, rcv_nxt may count a FIN that
+ * SOCK_DONE does not show yet. It will within some ten nanoseconds. So rcv_nxt is read first, and
+ * sk_flags when the spinlock is free or some hundred nanoseconds have passed. */
+static __always_inline void tb_look_at(__u64 sk, __u64 queue, struct tb_look *look)
 {
 	int spins;
 
 	look->received = tb_read32(sk + OFF_TCP_SOCK_RCV_NXT);
 #pragma clang loop unroll(disable)
-	for (spins = 0; tb_read32(sk + OFF_SOCK_SPINLOCK); spins++) {
-		if (spins == TB_SPINS)
-			return 0;
-	}
+	for (spins = 0; spins < TB_SPINS && tb_read32(sk + OFF_SOCK_SPINLOCK); spins++)
+		;
 	look->flags = tb_read64(sk + OFF_SOCK_FLAGS);
 	look->copied = tb_read32(sk + OFF_TCP_SOCK_COPIED_SEQ);
 	look->head = queue ? tb_read64(queue) : 0;
 	look->size = look->head == queue ? 0 : tb_size_of(look->head);
-	return 1;
 }
 
 /* What TCP has unread, as tcp_inq() has it: up to an urgent byte, and without a FIN. */
@@ -105,13 +102,14 @@ static __always_inline int tb_unread(const struct tb_conn *conn)
 	queue = psock ? psock + OFF_PSOCK_INGRESS_MSG : 0;
 #pragma clang loop unroll(disable)
 	for (i = 0; i < TB_TRIES; i++) {
-		if (!tb_look_at(sk, queue, &first) ||
-		    !tb_add_bypassed(psock, queue, first.head, &bypassed))
+		tb_look_at(sk, queue, &first);
+		if (!tb_add_bypassed(psock, queue, first.head, &bypassed))
 			continue;
 		by_tcp = tb_tcp_unread(sk, &first);
-		if (!tb_look_at(sk, queue, &second) || first.received != second.received ||
-		    first.copied != second.copied || first.flags != second.flags ||
-		    first.head != second.head || first.size != second.size)
+		tb_look_at(sk, queue, &second);
+		if (first.received != second.received || first.copied != second.copied ||
+		    first.flags != second.flags || first.head != second.head ||
+		    first.size != second.size)
 			continue;
 		return (OFF_PSOCK_MSG_TOT_LEN ? by_tcp : bypassed) ? bypassed + by_tcp : -1;
 	}

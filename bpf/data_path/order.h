@@ -80,9 +80,7 @@ static __always_inline __u32 tb_wish(const struct tb_conn *conn, const void *tp,
 	/* Only TCP can hold back what TCP_CORK holds back. */
 	if (TB_OWN(__u8, tp, OFF_TCP_SOCK_NONAGLE) & MASK_TCP_NAGLE_CORK)
 		return TB_REASON_CORKED;
-	if ((TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
-	    TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) || TB_OWN(__u16, tp, OFF_SOCK_TSFLAGS) ||
-	    tb_has_options(conn->peer.sk))
+	if (TB_OWN(__u64, tp, OFF_ICSK_ULP_OPS) || tb_has_options(conn->peer.sk))
 		return TB_REASON_INELIGIBLE;
 	if (tb_is_joiner_silent(now))
 		return TB_REASON_WAITING;
@@ -240,6 +238,14 @@ static __always_inline void tb_give_up(struct tb_conn *conn, __u32 outcome)
 	tb_ring(conn->peer.pod_id);
 }
 
+/* Is the kernel to tell the sender what has become of its bytes? Of bypassed ones it tells nothing.
+ */
+static __always_inline int tb_expects_notice(const void *tp)
+{
+	return (TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
+	       TB_OWN(__u16, tp, OFF_SOCK_TSFLAGS);
+}
+
 /* RULE (urgent). Why this message goes by TCP, whatever lies unread. Others that are no plain send
  * may be urgent, too. */
 static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)
@@ -288,7 +294,7 @@ static __always_inline void tb_note_tcp(struct tb_conn *conn, __u32 reason, __u3
 static __always_inline void tb_send(struct sk_msg_md *msg, struct tb_conn *conn, const void *tp)
 {
 	__u64 now = tb_tick_ns();
-	int is_plain = tb_is_plain_send();
+	int is_plain = tb_is_plain_send() && !tb_expects_notice(tp);
 	__u32 reason, state;
 
 	tb_note_answers(conn, msg->size);

@@ -22,11 +22,12 @@
 #define TB_STACK_SIZE (64 * 1024) /* at least THREAD_SIZE: so much with pages of 64 KB */
 
 /* Has the application set an option that changes what its reads return, or when? Time stamps come
- * with packets only. sk_tsflags has 16 bits before Linux 6.5: all of SO_TIMESTAMPING but details.
- * SO_RCVBUF makes the buffer one that cannot grow: RULE (bound). */
+ * with packets only, and a filter (SO_ATTACH_BPF) drops packets. sk_tsflags has 16 bits before
+ * Linux 6.5: all of SO_TIMESTAMPING but details. SO_RCVBUF makes the buffer one that cannot grow:
+ * RULE (bound). */
 static __always_inline int tb_has_options(__u64 sk)
 {
-	return TB_READ(__u16, sk + OFF_SOCK_TSFLAGS) ||
+	return TB_READ(__u16, sk + OFF_SOCK_TSFLAGS) || tb_read64(sk + OFF_SOCK_FILTER) ||
 	       (tb_read64(sk + OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_RCVTSTAMP)) ||
 	       (int)tb_read32(sk + OFF_SOCK_RCVLOWAT) > 1 ||
 	       (int)tb_read32(sk + OFF_SOCK_PEEK_OFF) >= 0 ||

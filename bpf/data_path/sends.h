@@ -8,7 +8,8 @@
  * sends in such a way never joins, and a member leaves.
  *
  * RULE (urgent). The urgent byte (MSG_OOB) is not in the stream that its receiver reads, but a
- * redirect would put it there. So it goes by TCP, at once, and both ends leave.
+ * redirect would put it there. So it goes by TCP, at once, and both ends leave. So does what the
+ * kernel is to tell the sender of: MSG_ZEROCOPY's completions, time stamps.
  */
 
 /* task_struct.flags: a thread of the kernel's that works for io_uring. */

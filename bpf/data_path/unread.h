@@ -106,13 +106,15 @@ static __always_inline __u64 tb_room(__u64 sk)
 	return least / TB_SHARE;
 }
 
-/* The kernel's memory for TCP is over its mark (net.ipv4.tcp_mem): from here on a redirect may fail
- * with ENOMEM, which no TCP send does. */
+/* The kernel's memory for TCP is over its first mark (net.ipv4.tcp_mem). From here on receive
+ * buffers do not grow (tcp_clamp_window), as RULE (bound) expects. Over the second one a redirect
+ * may fail with ENOMEM, which no TCP send does. */
 static __always_inline int tb_is_under_pressure(__u64 prot)
 {
-	__u64 pressure = tb_read64(prot + OFF_PROTO_MEMORY_PRESSURE);
+	__s64 pages = tb_read64(tb_read64(prot + OFF_PROTO_MEMORY_ALLOCATED)); /* or less than 0 */
+	__s64 mark = tb_read64(tb_read64(prot + OFF_PROTO_SYSCTL_MEM));
 
-	return pressure && tb_read64(pressure);
+	return pages >= mark;
 }
 
 /* Returns why this message would leave the peer too much unread, TB_REASON_NONE if it would not.

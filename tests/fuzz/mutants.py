@@ -125,7 +125,7 @@ BLOCKING = _mutant(
 )
 OWN_ULP = _mutant(
     "readers: bypassed plaintext of a sender with kTLS",
-    (r" \|\|\n\t    TB_OWN\(__u64, tp, OFF_ICSK_ULP_OPS\) \|\|", " ||"),
+    (r"TB_OWN\(__u64, tp, OFF_ICSK_ULP_OPS\) \|\| ", ""),
 )
 PEERS_ULP = _mutant(
     "readers: bypassed bytes past a reader's kTLS",

@@ -165,6 +165,8 @@ def configure(sock: socket.socket, options: dict[str, int]) -> None:
 
 # What Python's socket module does not name (include/uapi/linux/tcp.h, asm-generic/socket.h).
 OPTIONS: Final = {
+    "SO_ATTACH_FILTER": 26,
+    "SO_DETACH_FILTER": 27,
     "SO_ZEROCOPY": 60,
     "SO_PEEK_OFF": 42,
     "SO_TIMESTAMPNS": 35,

@@ -44,7 +44,7 @@ struct psock {
 };
 
 struct host_sock {
-	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg;
+	__u64 flags, ulp, user_data, wq, prot, net, socket, memcg, filter;
 	__u32 rcvbuf, sndbuf, rcvlowat, uid, copied_seq, write_seq, rcv_nxt, snd_una, owned,
 		rcv_wnd, spinlock, urg_seq;
 	__u32 bytes_acked, bytes_received;
@@ -78,7 +78,7 @@ struct host_socket {
 };
 
 struct proto {
-	__u64 memory_pressure;
+	__u64 memory_allocated, sysctl_mem;
 };
 
 struct request {
@@ -108,7 +108,8 @@ struct poll_wqueues {
 #define OFF_PAGE_COUNTER_PARENT offsetof(struct page_counter, parent)
 #define OFF_PAGE_COUNTER_USAGE offsetof(struct page_counter, usage)
 #define OFF_POLL_WQUEUES_TASK offsetof(struct poll_wqueues, task)
-#define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
+#define OFF_PROTO_MEMORY_ALLOCATED offsetof(struct proto, memory_allocated)
+#define OFF_PROTO_SYSCTL_MEM offsetof(struct proto, sysctl_mem)
 #define OFF_PSOCK_INGRESS_MSG offsetof(struct psock, ingress)
 #ifndef OFF_PSOCK_MSG_TOT_LEN /* of newer kernels: then with its place */
 #define OFF_PSOCK_MSG_TOT_LEN 0
@@ -134,6 +135,7 @@ struct poll_wqueues {
 #define OFF_SOCK_SOCKET offsetof(struct host_sock, socket)
 #define OFF_SOCK_SPINLOCK offsetof(struct host_sock, spinlock)
 #define OFF_SOCK_STATE offsetof(struct host_sock, state)
+#define OFF_SOCK_FILTER offsetof(struct host_sock, filter)
 #define OFF_SOCK_TSFLAGS offsetof(struct host_sock, tsflags)
 #define OFF_SOCK_UID offsetof(struct host_sock, uid)
 #define OFF_SOCK_USERLOCKS offsetof(struct host_sock, userlocks)

@@ -377,6 +377,20 @@ def zerocopy_receive(io: Io) -> None:
 
 
 @scenario()
+def socket_filter(io: Io) -> None:
+    """SO_ATTACH_FILTER by the receiver, of a filter that drops every packet, and its end"""
+    sender, receiver = io.pair()
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))  # BPF_RET, 0 bytes
+    program = struct.pack("HP", 1, ctypes.addressof(drop_all))  # struct sock_fprog
+    receiver.setsockopt(socket.SOL_SOCKET, OPTIONS["SO_ATTACH_FILTER"], program)
+    sender.sendall(b"dropped")
+    settle()
+    io.log("received", recv(receiver, 100, socket.MSG_DONTWAIT))
+    receiver.setsockopt(socket.SOL_SOCKET, OPTIONS["SO_DETACH_FILTER"], 0)
+    io.log("sent again", exactly(receiver, len(b"dropped")))
+
+
+@scenario()
 def receive_timestamps(io: Io) -> None:
     """Receive time stamps (SO_TIMESTAMPNS), asked for on an established connection"""
     sender, receiver = io.pair()

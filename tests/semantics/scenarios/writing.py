@@ -285,11 +285,16 @@ def nagle_and_quickack(io: Io) -> None:
             io.log(f"nodelay {nodelay}, quickack {quickack}", to_end(receiver))
 
 
-def zerocopy_completions(io: Io, sender: socket.socket, receiver: socket.socket) -> None:
-    """Sends with MSG_ZEROCOPY and looks for the completion that the sender must wait for."""
+def zerocopy_completions(
+    io: Io, sender: socket.socket, receiver: socket.socket, unread: bytes = b""
+) -> None:
+    """Sends with MSG_ZEROCOPY and looks for the completion that the sender must wait for.
+
+    `unread` was sent before.
+    """
     data = pattern(20_000)
     io.log("send", attempt(sender.send, data, MSG_ZEROCOPY))
-    io.log("received intact", exactly(receiver, len(data)) == data)
+    io.log("received intact", exactly(receiver, len(unread + data)) == unread + data)
     deadline = time.monotonic() + 10 * SETTLE_S
     while time.monotonic() < deadline:
         if "ERR" in poll_mask(sender):
@@ -312,8 +317,9 @@ def zerocopy(io: Io) -> None:
 def zerocopy_set_late(io: Io) -> None:
     """MSG_ZEROCOPY with SO_ZEROCOPY set on an established connection"""
     sender, receiver = io.pair()
+    sender.sendall(b"unread")
     sender.setsockopt(socket.SOL_SOCKET, OPTIONS["SO_ZEROCOPY"], 1)
-    zerocopy_completions(io, sender, receiver)
+    zerocopy_completions(io, sender, receiver, b"unread")
 
 
 @scenario()
@@ -322,9 +328,10 @@ def transmit_timestamp(io: Io) -> None:
     sender, receiver = io.pair()
     tx_ack, software, opt_id, opt_tsonly = 1 << 9, 1 << 4, 1 << 7, 1 << 11
     flags = tx_ack | software | opt_id | opt_tsonly
+    sender.sendall(b"unread")
     sender.setsockopt(socket.SOL_SOCKET, OPTIONS["SO_TIMESTAMPING"], flags)
     sender.sendall(b"data")
-    exactly(receiver, 4)
+    exactly(receiver, len(b"unreaddata"))
     poller = select.poll()
     poller.register(sender, 0)
     io.log("time stamp", bool(poller.poll(10 * SETTLE_S * 1000)))
