@@ -15,6 +15,7 @@
 #include <asm/unistd.h>
 #include <linux/auxvec.h>
 #include <linux/fcntl.h>
+#include <linux/fs.h>
 #include <linux/limits.h>
 #include <linux/prctl.h>
 #include <stdbool.h>
@@ -25,6 +26,8 @@
 #define CANNOT_RUN                                                                                 \
 	"tcpip-bypass: warning: it cannot run, and answers as a plugin that does nothing: it "     \
 	"was removed from this node, or its folder is damaged: `tcpip-bypass-node install`\n"
+/* install/program/trial.py knows it. */
+#define KILLED "tcpip-bypass: it was killed, or no process could be made\n"
 #define VERSIONS                                                                                   \
 	"{\"cniVersion\": \"1.1.0\", \"supportedVersions\": [\"0.3.0\", \"0.3.1\", "               \
 	"\"0.4.0\", \"1.0.0\", \"1.1.0\"]}\n"
@@ -88,15 +91,16 @@ static bool is_equal(const char *a, const char *b)
 	return has_prefix(a, b) && has_prefix(b, a);
 }
 
-static void write_to(long fd, const char *text, const char *end)
+static bool write_to(long fd, const char *text, const char *end)
 {
 	while (text < end) {
 		long written = system_call(__NR_write, fd, text, (const void *)(end - text), 0);
 
 		if (written <= 0)
-			return;
+			return false;
 		text += written;
 	}
+	return true;
 }
 
 #define SAY(fd, text)                                                                              \
@@ -173,6 +177,19 @@ static char *skip_to(char *at, char wanted)
 	return at;
 }
 
+/* Puts what the runtime says into a file, where it can be read again after the plugin. */
+static void keep_call(void)
+{
+	long file = system_call(__NR_memfd_create, (long)"call", 0, 0, 0), length;
+
+	if (file < 0)
+		return;
+	while ((length = system_call(__NR_read, 0, call, (const void *)MAX_CALL, 0)) > 0)
+		write_to(file, call, call + length);
+	system_call(__NR_dup3, file, 0, 0, 0);
+	system_call(__NR_lseek, 0, 0, SEEK_SET, 0);
+}
+
 /* Writes the call's prevResult, as a chained plugin that changes nothing. */
 static bool pass_on(void)
 {
@@ -180,6 +197,7 @@ static bool pass_on(void)
 	char *at = call, *end;
 	long length = 0, more;
 
+	system_call(__NR_lseek, 0, 0, SEEK_SET, 0);
 	while ((more = system_call(__NR_read, 0, call + length,
 				   (const void *)(MAX_CALL - 1 - length), 0)) > 0)
 		length += more;
@@ -197,16 +215,14 @@ static bool pass_on(void)
 			value++;
 		if (*value != '{' || !*end)
 			return false;
-		write_to(1, value, end);
-		return true;
+		return write_to(1, value, end);
 	}
 	return false;
 }
 
 /* Answers in the plugin's place. Returns the exit status. */
-static long stand_in(const char *command)
+static long answer(const char *command)
 {
-	SAY(2, CANNOT_RUN);
 	if (is_equal(command, "DEL") || is_equal(command, "CHECK") || is_equal(command, "GC") ||
 	    is_equal(command, "STATUS"))
 		return 0;
@@ -224,19 +240,26 @@ static long stand_in(const char *command)
 	return 1;
 }
 
+/* The beginning of struct sigaction. */
+static void on_signal(long signal, long handler)
+{
+	long action[4] = {handler};
+
+	system_call(__NR_rt_sigaction, signal, action, 0, sizeof(long));
+}
+
 /* Runs the plugin, which ends with this process. Returns its status as wait4(2) has it. */
 static long run(char **arguments, char **environment)
 {
-	static const char by_default[32]; /* struct sigaction: SIG_DFL */
-	long child, status = -1;
+	long parent = system_call(__NR_getpid, 0, 0, 0, 0), child, status = -1;
 	int waited = -1;
 
-	/* A runtime may ignore this signal: the status would be lost. */
-	system_call(__NR_rt_sigaction, SIGCHLD, by_default, 0, 8);
+	on_signal(SIGCHLD, 0); /* a runtime may ignore it: the status would be lost */
 	child = system_call(__NR_clone, SIGCHLD, 0, 0, 0);
 	if (child == 0) {
 		system_call(__NR_prctl, PR_SET_PDEATHSIG, (void *)SIGKILL, 0, 0);
-		system_call(__NR_execve, (long)loader, arguments, environment, 0);
+		if (system_call(__NR_getppid, 0, 0, 0, 0) == parent)
+			system_call(__NR_execve, (long)loader, arguments, environment, 0);
 		SAY(2, "tcpip-bypass: ld-glibc.so.2 in its folder cannot be executed\n");
 		system_call(__NR_exit_group, 127, 0, 0, 0);
 	}
@@ -277,11 +300,20 @@ __attribute__((used)) void start(long *stack)
 			command = *variables + sizeof("CNI_COMMAND");
 	}
 	*next = 0;
+	if (is_equal(command, "ADD"))
+		keep_call();
 	status = run(arguments, environment);
-	if (status == REFUSED << 8)
+	if (status == REFUSED << 8) {
 		status = 1;
-	else if (status != 0)
-		status = stand_in(command);
+	} else if (status != 0) {
+		bool was_killed = status < 0 || (status & 0x7f);
+
+		on_signal(SIGPIPE, 1); /* SIG_IGN */
+		status = answer(command);
+		if (was_killed)
+			SAY(2, KILLED);
+		SAY(2, CANNOT_RUN);
+	}
 	for (;;)
 		system_call(__NR_exit_group, status, 0, 0, 0);
 }

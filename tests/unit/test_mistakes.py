@@ -158,6 +158,36 @@ def test_a_runtime_that_ignores_its_childrens_ends() -> None:
     assert (done.stderr, "supportedVersions" in json.loads(done.stdout)) == ("", True)
 
 
+@pytest.mark.parametrize("end", ["exit 7", "kill -9 $$"])
+def test_the_plugin_dies_when_it_has_read_the_call(end: str, tmp_path: Path) -> None:
+    shutil.copy(FROZEN_PLUGIN / names.PLUGIN, tmp_path)
+    loader = tmp_path / "ld-glibc.so.2"
+    loader.write_text(f"#!/bin/sh\ncat >/dev/null\n{end}\n")
+    loader.chmod(0o755)
+    fill = "x" * 200_000  # more than a pipe holds
+    conf = json.dumps({"cniVersion": "1.1.0", "fill": fill, "prevResult": RESULT})
+    for command in COMMANDS:
+        done = frozen(tmp_path, command, conf)
+        check_passed_through(command, done)
+        assert ("it was killed" in done.stderr) == ("kill" in end)
+    whole = json.dumps({"prevResult": {"a": "x" * 2**20}})
+    assert json.loads(frozen(tmp_path, "ADD", whole).stdout)["code"] == 11, "too long for start.c"
+
+
+def test_nobody_hears_the_answer(tmp_path: Path) -> None:
+    starter = shutil.copy(FROZEN_PLUGIN / names.PLUGIN, tmp_path)
+    for command, code in (("ADD", 1), ("DEL", 0)):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [starter],
+                env={"CNI_COMMAND": command},
+                input=json.dumps({"prevResult": RESULT}).encode(),
+                stdout=full,
+                check=False,
+            )
+        assert done.returncode == code
+
+
 def wait_until(is_so: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not is_so():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cni_plugin import names
-from install.program.plugin_files import InstallError, PluginFiles, digest
+from install.program.plugin_files import DoesNotRun, InstallError, PluginFiles, digest
 from tests.bed.bed import FROZEN_PLUGIN
 from tests.unit import frozen, runtimes
 
@@ -133,6 +133,17 @@ def test_what_does_not_run_is_not_installed(files: PluginFiles, program: str, wh
         newer.install()
     assert files.is_intact()
     assert stored(files) == [files.wanted]
+
+
+def test_one_that_was_killed_may_run(files: PluginFiles) -> None:
+    """For want of memory, say: nothing is known, and nothing is taken out."""
+    shutil.copy(FROZEN_PLUGIN / names.PLUGIN, files.source)
+    loader = files.source / "ld-glibc.so.2"
+    loader.write_text("#!/bin/sh\nkill -9 $$\n")
+    loader.chmod(0o755)
+    with pytest.raises(InstallError, match=r"could not be tried: .*it was killed") as raised:
+        files.install()
+    assert not isinstance(raised.value, DoesNotRun)
 
 
 def test_no_source(files: PluginFiles) -> None:
