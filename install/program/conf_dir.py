@@ -114,8 +114,11 @@ class _File:
         return None
 
 
-def _names_us(file: _File) -> bool:
-    return f'"{names.PLUGIN}"'.encode() in file.data
+def _calls_us(value: object) -> bool:
+    """Whether our entry is anywhere in it, as Multus has those of its delegates."""
+    if isinstance(value, dict):
+        return value.get("type") == names.PLUGIN or any(map(_calls_us, value.values()))
+    return isinstance(value, list) and any(map(_calls_us, value))
 
 
 def _own_name(single: str) -> str:
@@ -162,12 +165,12 @@ class ConfDir:
             return None
         return Ours(file.path, chain.name, chain.version, chain.plugins[at[-1]].value)
 
-    def others(self) -> tuple[Path, list[str]] | None:
-        """The configuration that the runtime uses, and the other plugins in it."""
+    def first_plugin(self) -> tuple[Path, str] | None:
+        """The configuration that the runtime uses, and the type of its first plugin."""
         file, chain = self._used() or (None, None)
         if file is None or chain is None:
             return None
-        return file.path, [kind for kind in chain.types() if kind != names.PLUGIN]
+        return file.path, chain.types()[0]
 
     def _used(self) -> tuple[_File, Conflist] | None:
         for file in self._files((_LIST, *_SINGLE)):
@@ -189,8 +192,12 @@ class ConfDir:
         Raises:
             OSError: as with put_in; our entry may be left then.
         """
-        if ours := self.ours():
-            _write(self._withdrawn, json.dumps(ours.entry), ours.path.stat())
+        for file in self._files((_LIST, *_SINGLE)):
+            with contextlib.suppress(ConfError):
+                if at := file.chain.ours():
+                    entry = file.chain.plugins[at[-1]].value
+                    _write(self._withdrawn, json.dumps(entry), file.path.stat())
+                    break
         return self._retried(lambda: self._take_out(for_good=False))
 
     @property
@@ -328,12 +335,12 @@ class ConfDir:
                         changed = changed or file.path
                     continue
                 if not file.chain.ours():
-                    if _names_us(file):
-                        raise ConfError("it names us where only its owner can take us out")
+                    if _calls_us(json.loads(file.text)):
+                        problems.append(f"{file.path} calls us by another plugin: its owner's task")
                     continue
                 bare = conflist.without_entry(file.text)
             except ConfError as error:
-                if _names_us(file):
+                if f'"{names.PLUGIN}"'.encode() in file.data:
                     problems.append(f"{file.path} is left alone: {error}")
                 continue
             if single := _first_edition(file):

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,19 +84,18 @@ def install(places: Places, entry: Entry) -> Installed:
     When it raises and the plugin that is installed does not run, no configuration names it.
 
     Raises:
-        DoesNotRun: the node cannot run the new plugin, or no longer the installed one. Or the
-            runtime does not look for it there.
+        DoesNotRun: the node cannot run the new plugin, or no longer the installed one. Or, before
+            our entry is in, the runtime does not look for plugins there.
         InstallError: the plugin is missing, or cannot be read, written or tried.
         OSError: a configuration cannot be read or written.
     """
-    if not places.bin_dir.exists():
-        check_is_looked_for(places)  # before it is made
+    if ConfDir(places.conf_dir).ours() is None:
+        check_is_looked_for(places)
     with _as_install_error():
         places.bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with alone(places.bin_dir):
         files, conf = places.files, ConfDir(places.conf_dir)
         try:
-            check_is_looked_for(places)
             with _as_install_error():
                 intact = files.is_intact()  # reads 23 MB: once, when all is well
                 if not intact:
@@ -108,7 +107,7 @@ def install(places: Places, entry: Entry) -> Installed:
             if intact:
                 files.check_runs()
         except (InstallError, OSError) as error:
-            _spare_pods(places, conf, error)
+            _spare_pods(files, conf, error)
         return Installed(changed, conf.put_in(entry))
 
 
@@ -122,29 +121,26 @@ def _as_install_error() -> Iterator[None]:
 
 
 def check_is_looked_for(places: Places) -> None:
-    """A runtime looks for all plugins of a configuration in one folder, or a few.
+    """The runtime looks for ours where it finds the plugin that makes the pods' interfaces.
 
-    Raises DoesNotRun if the folder that we were told of has none of the others; OSError.
+    Raises DoesNotRun if that one is not in the folder that we were told of; OSError.
     """
-    used = ConfDir(places.conf_dir).others()
-    if not used or not used[1]:
-        return
-    path, others = used
-    if not any(os.path.lexists(places.bin_dir / kind) for kind in others):
+    used = ConfDir(places.conf_dir).first_plugin()
+    if used and not os.path.lexists(places.bin_dir / used[1]):
         raise DoesNotRun(
-            f"the runtime does not look for plugins in {places.bin_dir}: none of those that {path} "
-            f"names is there ({', '.join(others)}); name their folder with --cni-bin-dir"
+            f"does the runtime look for plugins in {places.bin_dir}? {used[1]}, which {used[0]} "
+            "names, is not there: name its folder with --cni-bin-dir; if the runtime looks in "
+            "both, link it there"
         )
 
 
-def _spare_pods(places: Places, conf: ConfDir, problem: Exception) -> NoReturn:
+def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoReturn:
     """Raises the problem; if the installed plugin does not run either, our entry goes first.
 
     A runtime may have cached the configuration, so there is a stub in the plugin's place.
     """
     try:
-        check_is_looked_for(places)
-        places.files.check_runs()
+        files.check_runs()
     except DoesNotRun as why:
         try:
             out = conf.withdraw()
@@ -153,7 +149,7 @@ def _spare_pods(places: Places, conf: ConfDir, problem: Exception) -> NoReturn:
         if not out.changed:
             raise problem from None
         with contextlib.suppress(OSError):
-            places.files.put_stub()
+            files.put_stub()
         raise Withdrawn(f"{problem}; so {out.conflist} no longer has our entry") from why
     except InstallError:  # not known
         pass
@@ -183,7 +179,8 @@ def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) ->
         removed = files.remove()
         if purge and not again.problems:
             files.remove_stub()
-        return Uninstalled(again if again.changed else conf, removed, files.has_stub, still_running)
+        done = again if again.changed else replace(conf, problems=again.problems)
+        return Uninstalled(done, removed, files.has_stub, still_running)
 
 
 def _wait_until_unused(files: PluginFiles) -> list[int]:

@@ -142,23 +142,35 @@ def test_a_folder_in_which_the_runtime_does_not_look(node: Node) -> None:
     """K3s' configuration, say, and the plugins' folder of other distributions."""
     before = node.files()
     wrong = replace(node.places, bin_dir=node.folder / "wrong")
-    with pytest.raises(DoesNotRun, match=r"does not look for plugins in .*/wrong: none of those"):
+    with pytest.raises(DoesNotRun, match=r"look for plugins in .*/wrong\? (flannel|bridge), which"):
         installer.install(wrong, PLAIN)
     assert not wrong.bin_dir.exists()
     wrong.bin_dir.mkdir()  # as the runtime of the agent's pod does
-    with pytest.raises(DoesNotRun, match="name their folder with --cni-bin-dir"):
+    (wrong.bin_dir / "portmap").touch()  # another packager's plugins
+    with pytest.raises(DoesNotRun, match="name its folder with --cni-bin-dir"):
         installer.install(wrong, PLAIN)
+    (wrong.bin_dir / "portmap").unlink()
     assert list(wrong.bin_dir.iterdir()) == []
     assert node.files() == before
 
     (wrong.bin_dir / "flannel").symlink_to("/only/on/the/node")
     (wrong.bin_dir / "bridge").symlink_to("/only/on/the/node")
     assert installer.install(wrong, PLAIN).conf.changed
-    for other in OTHERS:  # as an earlier edition has installed it
+    for other in OTHERS:  # its owner replaces it just now
         (wrong.bin_dir / other).unlink()
+    assert not installer.install(wrong, PLAIN).conf.changed
+
+
+def test_what_is_withdrawn_is_kept_wherever_it_stands(node: Node) -> None:
+    """A configuration that has come since, and is the first one now, is without us."""
+    installer.install(node.places, Entry({"scope": "all"}, {}))
+    first = node.places.conf_dir / "00-first.conflist"
+    first.write_text(json.dumps({**json.loads(FLANNEL), "name": "first"}))
+    node.places.files.link.resolve().write_text("#!/bin/sh\nexit 3\n")
+    break_source(node)
     with pytest.raises(installer.Withdrawn):
-        installer.install(wrong, PLAIN)
-    assert node.files().keys() == {*before, "entry.tcpip-bypass"}
+        installer.install(node.places, PLAIN)
+    assert json.loads(node.files()["entry.tcpip-bypass"])["scope"] == "all"
 
 
 @pytest.mark.parametrize("name", ["00-multus.conf", "00-multus.conflist"])
@@ -174,6 +186,9 @@ def test_what_still_names_us_keeps_the_stub(node: Node, name: str) -> None:
     assert left.left_stub
     assert any(name in problem for problem in left.conf.problems), left
     (node.places.conf_dir / name).unlink()
+    other = {"type": "istio-cni", "exclude_namespaces": [names.PLUGIN]}
+    whole = {**head, "plugins": [{"type": "bridge"}, other]}
+    (node.places.conf_dir / "00-named.conflist").write_text(json.dumps(whole))
     assert not node.uninstall(purge=True).left_stub
 
 
