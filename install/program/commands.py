@@ -40,7 +40,7 @@ from install.program.agent.schedule import NotDone
 from install.program.generations import Generation, Generations, is_bpffs
 from install.program.node import LOCK_PATIENCE_S, Node, NodeError
 from install.program.plugin_files import DoesNotRun
-from install.program.pods import attached_cgroups
+from install.program.pods import attached_cgroups, take_out
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -244,8 +244,11 @@ def unload(node: Node) -> None:
                 leaving.stay_behind(generation, folders, _lock(node))
         for pod in attached_cgroups(ours):
             pod.take_out()
-        for record in node.attachments():  # also of programs whose pins are gone
-            attachment.take_out(record.cgroup, record.inode, record.pod_id)
+        for record in node.attachments():  # of programs whose pins are gone
+            try:
+                take_out(record)
+            except OSError as error:
+                log.warning("pod_stays", f"{record.cgroup}: {error}", **log.of(record))
         generations.remove_all()
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)

@@ -39,6 +39,17 @@ class AttachedCgroup:
             attachment.detach(each, self.fd, self.inode)
 
 
+def take_out(record: Attachment) -> None:
+    """Detaches the very program that is recorded; raises OSError."""
+    with attachment.open_cgroup(record.cgroup, record.inode) as fd:
+        if fd is None:
+            return
+        with attachment.attached(fd, record.inode) as found:
+            for each in found:
+                if each.program.id == record.prog_id:
+                    attachment.detach(each, fd, record.inode)
+
+
 def has_cgroup(record: Attachment) -> bool:
     """Whether the cgroup that the attachment was made for is still there."""
     with attachment.open_cgroup(record.cgroup, record.inode) as fd:
