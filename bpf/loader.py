@@ -68,6 +68,7 @@ _OFFSETS: dict[str, _Place | None] = {
     "NET_TCP_RMEM": ("net", "ipv4.sysctl_tcp_rmem"),
     "POLL_WQUEUES_TASK": ("poll_wqueues", "polling_task"),
     "PROTO_MEMORY_ALLOCATED": ("proto", "memory_allocated"),
+    "PROTO_MEMORY_PRESSURE": ("proto", "memory_pressure"),
     "PROTO_SYSCTL_MEM": ("proto", "sysctl_mem"),
     "PSOCK_INGRESS_MSG": ("sk_psock", "ingress_msg"),
     "PSOCK_LINK": ("sk_psock", "link"),

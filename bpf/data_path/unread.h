@@ -106,10 +106,19 @@ static __always_inline __u64 tb_room(__u64 sk)
 	return least / TB_SHARE;
 }
 
-/* The kernel's memory for TCP is over its first mark (net.ipv4.tcp_mem). From here on receive
- * buffers do not grow (tcp_clamp_window), as RULE (bound) expects. Over the second one a redirect
- * may fail with ENOMEM, which no TCP send does. */
+/* The kernel's memory for TCP is over its second mark (net.ipv4.tcp_mem), and was not below the
+ * first one since: from here on a redirect may fail with ENOMEM, which no TCP send does. */
 static __always_inline int tb_is_under_pressure(__u64 prot)
+{
+	__u64 pressure = tb_read64(prot + OFF_PROTO_MEMORY_PRESSURE);
+
+	return pressure && tb_read64(pressure);
+}
+
+/* It is over the first one: receive buffers do not grow (tcp_clamp_window), as RULE (bound)
+ * expects.
+ */
+static __always_inline int tb_is_memory_short(__u64 prot)
 {
 	__s64 pages = tb_read64(tb_read64(prot + OFF_PROTO_MEMORY_ALLOCATED)); /* or less than 0 */
 	__s64 mark = tb_read64(tb_read64(prot + OFF_PROTO_SYSCTL_MEM));
@@ -124,7 +133,7 @@ static __always_inline __u32 tb_check_room(struct tb_conn *conn, __u32 size)
 {
 	__u32 unread = conn->queued + tb_cost(size);
 
-	if (tb_is_under_pressure(conn->there.prot))
+	if (tb_is_memory_short(conn->there.prot))
 		return TB_REASON_MEMORY;
 	if (unread <= TB_LOOK)
 		return TB_REASON_NONE;

@@ -165,7 +165,7 @@ MEMORY_OF_POD = _mutant(
 )
 PRESSURE = _mutant(
     "memory: redirects while the kernel's memory for TCP is short",
-    (r"if \(tb_is_under_pressure\(conn->there\.prot\)\)", "if (0)"),
+    (r"if \(tb_is_memory_short\(conn->there\.prot\)\)", "if (0)"),
 )
 FRESH_EDGE = _mutant(
     "edges: no fresh edge",

@@ -78,7 +78,7 @@ struct host_socket {
 };
 
 struct proto {
-	__u64 memory_allocated, sysctl_mem;
+	__u64 memory_allocated, memory_pressure, sysctl_mem;
 };
 
 struct request {
@@ -109,6 +109,7 @@ struct poll_wqueues {
 #define OFF_PAGE_COUNTER_USAGE offsetof(struct page_counter, usage)
 #define OFF_POLL_WQUEUES_TASK offsetof(struct poll_wqueues, task)
 #define OFF_PROTO_MEMORY_ALLOCATED offsetof(struct proto, memory_allocated)
+#define OFF_PROTO_MEMORY_PRESSURE offsetof(struct proto, memory_pressure)
 #define OFF_PROTO_SYSCTL_MEM offsetof(struct proto, sysctl_mem)
 #define OFF_PSOCK_INGRESS_MSG offsetof(struct psock, ingress)
 #ifndef OFF_PSOCK_MSG_TOT_LEN /* of newer kernels: then with its place */

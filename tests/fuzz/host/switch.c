@@ -34,6 +34,7 @@ static __u64 last_beat;
 static struct tb_due passes[2]; /* by pod */
 static struct memcg container, pod;
 static __u64 allocated, marks[3]; /* the kernel's memory for TCP, and net.ipv4.tcp_mem */
+static __u64 under_pressure;
 static struct host_net net = {{4096, 131072, 6 << 20}};
 
 static struct tb_conn *storage_of(void *sk, void *value, int flags)
@@ -158,9 +159,9 @@ void host_connect(const __u32 isn[2], const __u32 is_proxy[2], __u32 pods_count,
 	memset(&switches, 0, sizeof(switches));
 	last_beat = 0;
 	memset(passes, 0, sizeof(passes));
-	allocated = 0;
+	allocated = under_pressure = 0;
 	marks[0] = 1;
-	tcp_prot = (struct proto){(__u64)&allocated, (__u64)marks};
+	tcp_prot = (struct proto){(__u64)&allocated, (__u64)&under_pressure, (__u64)marks};
 	member_prot = tls_prot = tcp_prot;
 	container = pod = (struct memcg){.memory = {.high = ~0ULL >> 13, .max = ~0ULL >> 13}};
 	container.memory.parent = (__u64)&pod.memory;
@@ -353,6 +354,7 @@ void host_offer(int end, __u32 window)
 void host_memory_pressure(int pressure)
 {
 	allocated = pressure;
+	under_pressure = pressure > 0;
 }
 
 /* Of both ends' container or of the pod above it, in pages. */
