@@ -48,8 +48,9 @@ apps: build .venv/.apps-ready
 
 test: lint pytest
 
+# Two processes; the tests of one file, which may share what they need, run in one of them.
 pytest: build .venv/.apps-ready
-	$(PY) -m pytest -n 2 --dist loadgroup tests
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # Random traffic on all three hops, every byte checked, for MINUTES; a load and pauses meanwhile.
 MINUTES ?= 30

@@ -17,9 +17,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-# pytest-xdist runs each lane in a process of its own, its tests one after another. The two take
-# about as long, and share nothing but the machine.
-FIRST_LANE = ("integration", "unit")
 WITHOUT_ROOT = "unit"
 
 
@@ -29,4 +26,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(Path(__file__).parent).parts[0]
         if folder != WITHOUT_ROOT and os.geteuid() != 0:
             pytest.exit(f"tests/{folder} must run as root", returncode=1)
-        item.add_marker(pytest.mark.xdist_group("first" if folder in FIRST_LANE else "second"))
