@@ -26,8 +26,6 @@
 #define CANNOT_RUN                                                                                 \
 	"tcpip-bypass: warning: it cannot run, and answers as a plugin that does nothing: it "     \
 	"was removed from this node, or its folder is damaged: `tcpip-bypass-node install`\n"
-/* install/program/trial.py knows it. */
-#define KILLED "tcpip-bypass: it was killed, or no process could be made\n"
 #define VERSIONS                                                                                   \
 	"{\"cniVersion\": \"1.1.0\", \"supportedVersions\": [\"0.3.0\", \"0.3.1\", "               \
 	"\"0.4.0\", \"1.0.0\", \"1.1.0\"]}\n"
@@ -182,11 +180,14 @@ static void keep_call(void)
 {
 	long file = system_call(__NR_memfd_create, (long)"call", 0, 0, 0), length;
 
-	if (file < 0)
-		return;
-	while ((length = system_call(__NR_read, 0, call, (const void *)MAX_CALL, 0)) > 0)
+	/* 0: standard input is closed, and stays so */
+	while (file > 0 &&
+	       (length = system_call(__NR_read, 0, call, (const void *)MAX_CALL, 0)) > 0)
 		write_to(file, call, call + length);
-	system_call(__NR_dup3, file, 0, 0, 0);
+	if (file > 0)
+		system_call(__NR_dup3, file, 0, 0, 0);
+	if (file >= 0)
+		system_call(__NR_close, file, 0, 0, 0);
 	system_call(__NR_lseek, 0, 0, SEEK_SET, 0);
 }
 
@@ -251,8 +252,8 @@ static void on_signal(long signal, long handler)
 /* Runs the plugin, which ends with this process. Returns its status as wait4(2) has it. */
 static long run(char **arguments, char **environment)
 {
-	long parent = system_call(__NR_getpid, 0, 0, 0, 0), child, status = -1;
-	int waited = -1;
+	long parent = system_call(__NR_getpid, 0, 0, 0, 0), child;
+	int status = -1;
 
 	on_signal(SIGCHLD, 0); /* a runtime may ignore it: the status would be lost */
 	child = system_call(__NR_clone, SIGCHLD, 0, 0, 0);
@@ -263,8 +264,11 @@ static long run(char **arguments, char **environment)
 		SAY(2, "tcpip-bypass: ld-glibc.so.2 in its folder cannot be executed\n");
 		system_call(__NR_exit_group, 127, 0, 0, 0);
 	}
-	if (child > 0 && system_call(__NR_wait4, child, &waited, 0, 0) == child)
-		status = waited;
+	if (child < 0) /* the plugin can take this one */
+		system_call(__NR_execve, (long)loader, arguments, environment, 0);
+	system_call(__NR_wait4, child, &status, 0, 0);
+	if ((status & 0x7f) == SIGKILL) /* a runtime tries again: so for want of memory */
+		system_call(__NR_kill, parent, (void *)SIGKILL, 0, 0);
 	return status;
 }
 
@@ -306,12 +310,8 @@ __attribute__((used)) void start(long *stack)
 	if (status == REFUSED << 8) {
 		status = 1;
 	} else if (status != 0) {
-		bool was_killed = status < 0 || (status & 0x7f);
-
 		on_signal(SIGPIPE, 1); /* SIG_IGN */
 		status = answer(command);
-		if (was_killed)
-			SAY(2, KILLED);
 		SAY(2, CANNOT_RUN);
 	}
 	for (;;)

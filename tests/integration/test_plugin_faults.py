@@ -66,16 +66,16 @@ def strace(trace: Path, *options: str) -> list[str | Path]:
 def steps(trace: Path, pod: Sandbox) -> list[Step]:
     """The calls on our folders, the pod's cgroup and namespace, and every bpf(2)."""
     ours = [str(pod.bed.folder), str(pod.cgroup), str(pod.netns.path)]
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()  # as strace counts: of each process
     found = []
     for line in trace.read_text(encoding="utf-8", errors="replace").splitlines():
-        match = re.match(r"\d+ +(\w+)\(", line)
+        match = re.match(r"(\d+) +(\w+)\(", line)
         if match is None:
             continue
-        name = match[1]
-        counts[name] += 1
+        process, name = match.groups()
+        counts[process, name] += 1
         if name in {"bpf", "flock"} or any(path in line for path in ours):
-            found.append(Step(name, counts[name], line))
+            found.append(Step(name, counts[process, name], line))
     return found
 
 
