@@ -248,7 +248,7 @@ def unload(node: Node) -> None:
             try:
                 take_out(record)
             except OSError as error:
-                log.warning("pod_stays", f"{record.cgroup}: {error}", **log.of(record))
+                log.warning("attachment_stays", f"{record.cgroup}: {error}", **log.of(record))
         generations.remove_all()
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)

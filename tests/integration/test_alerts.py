@@ -137,6 +137,8 @@ def keeping(metrics: Metrics, bed: Bed, tmp_path: Path, monkeypatch: pytest.Monk
     conf_dir.mkdir()
     plugin(source, PLUGIN)
     node = Node(bed.node.bpffs, bed.node.state_dir)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/bridge").touch()
     places = Places(conf_dir, tmp_path / "bin", source, OWN_PROC)
     ours = entry(node.bpffs, node.state_dir, None)
     settings = Settings(places, ours, [], [], [], (), None, None, once=False)

@@ -96,12 +96,15 @@ def install(scratch: Scratch, names: frozenset[str]) -> Done:
     """The plugin, tried on the node, and our entry in a conflist that is another user's."""
     conf_dir = scratch.bed.folder / "net.d"
     conflist = conf_dir / "10-pods.conflist"
-    conf_dir.mkdir(exist_ok=True)
+    bin_dir = scratch.bed.folder / "bin"
+    for folder in (conf_dir, bin_dir):
+        folder.mkdir(exist_ok=True)
+    (bin_dir / "bridge").touch()
     conflist.write_text(json.dumps(CONFLIST))
     conflist.chmod(0o600)
     for path in (conf_dir, conflist):
         os.chown(path, NOBODY, NOBODY)
-    places: Argv = ["--cni-conf-dir", conf_dir, "--cni-bin-dir", scratch.bed.folder / "bin"]
+    places: Argv = ["--cni-conf-dir", conf_dir, "--cni-bin-dir", bin_dir]
     places += ["--host-proc", scratch.proc, "--plugin-dir", FROZEN_PLUGIN]
     answer = scratch.program(names, "install", *places)
     if answer.done:
