@@ -184,7 +184,7 @@ def test_the_plugin_is_killed(tmp_path: Path) -> None:
         assert frozen(tmp_path, command, "{}").returncode == -signal.SIGKILL
 
 
-def test_nobody_hears_the_answer(tmp_path: Path) -> None:
+def test_the_answer_cannot_be_written(tmp_path: Path) -> None:
     starter = shutil.copy(FROZEN_PLUGIN / names.PLUGIN, tmp_path)
     for command, code in (("ADD", 1), ("DEL", 0)):
         with Path("/dev/full").open("w") as full:
