@@ -195,7 +195,7 @@ static void keep_call(void)
 static bool pass_on(void)
 {
 	static const char key[] = "\"prevResult\"";
-	char *at = call, *end;
+	char *at, *end;
 	long length = 0, more;
 
 	system_call(__NR_lseek, 0, 0, SEEK_SET, 0);

@@ -157,20 +157,19 @@ class ConfDir:
 
     def ours(self) -> Ours | None:
         """None when the configuration that the runtime uses is not there or does without us."""
-        file, chain = self._used() or (None, None)
-        if file is None or chain is None or chain.version is None:
+        used = self._used()
+        if used is None:
             return None
+        file, chain = used
         at = chain.ours()
-        if not any(at):  # none, or only where it cannot work
+        if not any(at) or chain.version is None:  # none, or only where it cannot work
             return None
         return Ours(file.path, chain.name, chain.version, chain.plugins[at[-1]].value)
 
     def first_plugin(self) -> tuple[Path, str] | None:
         """The configuration that the runtime uses, and the type of its first plugin."""
-        file, chain = self._used() or (None, None)
-        if file is None or chain is None:
-            return None
-        return file.path, chain.types()[0]
+        used = self._used()
+        return used and (used[0].path, used[1].types()[0])
 
     def _used(self) -> tuple[_File, Conflist] | None:
         for file in self._files((_LIST, *_SINGLE)):

@@ -89,12 +89,12 @@ def install(places: Places, entry: Entry) -> Installed:
         InstallError: the plugin is missing, or cannot be read, written or tried.
         OSError: a configuration cannot be read or written.
     """
-    if ConfDir(places.conf_dir).ours() is None:
+    files, conf = places.files, ConfDir(places.conf_dir)
+    if conf.ours() is None:
         check_is_looked_for(places)
     with _as_install_error():
         places.bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     with alone(places.bin_dir):
-        files, conf = places.files, ConfDir(places.conf_dir)
         try:
             with _as_install_error():
                 intact = files.is_intact()  # reads 23 MB: once, when all is well

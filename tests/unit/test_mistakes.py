@@ -142,9 +142,17 @@ def test_the_plugin_cannot_run(damage: str, tmp_path: Path) -> None:
         assert "warning: it cannot run" in done.stderr
     done = frozen(folder, "VERSION", "")
     assert json.loads(done.stdout)["supportedVersions"] == list(names.CNI_VERSIONS)
-    for command, stdin, code in (("ADD", "{}", 11), ("ADD", "", 11), ("OTHER", conf, 4)):
+    for command, stdin, code in (
+        ("ADD", "{}", 11),
+        ("ADD", "", 11),
+        ("OTHER", conf, 4),
+        ("", "", 4),
+    ):
         done = frozen(folder, command, stdin)
-        assert (done.returncode, json.loads(done.stdout)["code"]) == (1, code)
+        answer = json.loads(done.stdout)
+        assert (done.returncode, answer["code"]) == (1, code)
+        advice = "take its entry out of the network configuration"
+        assert (advice in answer["msg"]) == (code == 11)
 
 
 def test_a_runtime_that_ignores_its_childrens_ends() -> None:

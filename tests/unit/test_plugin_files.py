@@ -218,7 +218,8 @@ def test_executions_go_on_while_the_plugin_is_replaced(tmp_path: Path) -> None:
             time.sleep(0.01)
         for release in ("2", "3"):
             PluginFiles(frozen.made(tmp_path / release, release), bin_dir).install()
-        assert running.pid in files.running()
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text()
+        assert sorted(files.running()) == sorted([running.pid, *map(int, children.split())])
         assert (files.store / files.wanted).exists(), "an execution runs from it"
         answer, _ = running.communicate(conf, timeout=60)
         assert running.returncode == 0
