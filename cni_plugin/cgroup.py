@@ -22,7 +22,7 @@ _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_DEPTH = 8
 
 
-def mount() -> Path | None:
+def find_mount() -> Path | None:
     """The cgroup2 mount that shows the most of the hierarchy; None if there is none.
 
     The root of the hierarchy shows all of it, and alone has no ``cgroup.type`` (cgroup-v2, "Core
@@ -55,10 +55,11 @@ def mount_point(text: str) -> Path | None:
             found = (fields[3], fields[4])
             if best is None or len(found[0]) < len(best[0]):
                 best = found
-    return Path(_unescape(best[1])) if best else None
+    return Path(unescaped(best[1])) if best else None
 
 
-def _unescape(text: str) -> str:
+def unescaped(text: str) -> str:
+    """Of mountinfo, where space, tab, newline and backslash stand as three octal digits."""
     return _OCTAL.sub(lambda match: chr(int(match.group(1), 8)), text)
 
 
@@ -69,7 +70,7 @@ def find(cgroup_path: object, pod_uid: str) -> tuple[Path | None, str]:
     :param pod_uid: ``K8S_POD_UID``, possibly empty
     :raises OSError: when /proc is not there
     """
-    root = mount()
+    root = find_mount()
     if root is None:
         return None, "no cgroup2 file system is mounted"
     if isinstance(cgroup_path, str) and cgroup_path:

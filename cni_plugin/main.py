@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cni_plugin.protocol import Json, Request
 
-MUST_WORK = ("DEL", "STATUS")  # whatever has become of the program
+MUST_WORK = ("DEL", "STATUS", "CHECK")  # whatever has become of the program
 
 
 def main() -> int:

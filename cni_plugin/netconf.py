@@ -116,7 +116,8 @@ def under_switch(conf: NetConf, switch: Json | None) -> NetConf:
             exclude_ports=(*conf.exclude_ports, *parse_ports(",".join(ports))),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the cluster's switch is damaged: {error}") from error
+        said = f"the cluster's switch is damaged ({names.SWITCH_JSON} in the state folder)"
+        raise ValueError(f"{said}: {error!r}") from error
 
 
 def mode_named_by(switch: Json | None) -> str:
@@ -127,8 +128,8 @@ def mode_named_by(switch: Json | None) -> str:
 def folders(conf: Json) -> tuple[str, str]:
     """bpffs and state folder of a configuration that need not be valid.
 
-    DEL and GC go by these alone: a mistake elsewhere in the configuration must not keep a pod
-    from ending.
+    A mistake in the configuration must not keep a pod from starting, or from ending: so CHECK, DEL
+    and GC validate none.
     """
     return (
         _folder(conf.get("bpffs"), names.BPFFS),

@@ -26,6 +26,10 @@
 #define CANNOT_RUN                                                                                 \
 	"tcpip-bypass: warning: it cannot run, and answers as a plugin that does nothing: it "     \
 	"was removed from this node, or its folder is damaged: `tcpip-bypass-node install`\n"
+/* install/program/trial.py knows this one. */
+#define KILLED                                                                                     \
+	"tcpip-bypass: warning: it was killed, perhaps for want of memory, and answers as a "      \
+	"plugin that does nothing\n"
 #define VERSIONS                                                                                   \
 	"{\"cniVersion\": \"1.1.0\", \"supportedVersions\": [\"0.3.0\", \"0.3.1\", "               \
 	"\"0.4.0\", \"1.0.0\", \"1.1.0\"]}\n"
@@ -267,8 +271,6 @@ static long run(char **arguments, char **environment)
 	if (child < 0) /* the plugin can take this one */
 		system_call(__NR_execve, (long)loader, arguments, environment, 0);
 	system_call(__NR_wait4, child, &status, 0, 0);
-	if ((status & 0x7f) == SIGKILL) /* a runtime tries again: so for want of memory */
-		system_call(__NR_kill, parent, (void *)SIGKILL, 0, 0);
 	return status;
 }
 
@@ -278,6 +280,7 @@ __attribute__((used)) void start(long *stack)
 	char **variables = (char **)stack + 1 + stack[0] + 1;
 	const char *command = "";
 	long count = 0, status;
+	bool was_killed;
 
 	while (variables[count])
 		count++;
@@ -307,12 +310,18 @@ __attribute__((used)) void start(long *stack)
 	if (is_equal(command, "ADD"))
 		keep_call();
 	status = run(arguments, environment);
+	was_killed = (status & 0x7f) == SIGKILL;
+	if (was_killed && is_equal(command, "ADD")) /* the runtime calls it again */
+		system_call(__NR_kill, system_call(__NR_getpid, 0, 0, 0, 0), (void *)SIGKILL, 0, 0);
 	if (status == REFUSED << 8) {
 		status = 1;
 	} else if (status != 0) {
 		on_signal(SIGPIPE, 1); /* SIG_IGN */
 		status = answer(command);
-		SAY(2, CANNOT_RUN);
+		if (was_killed)
+			SAY(2, KILLED);
+		else
+			SAY(2, CANNOT_RUN);
 	}
 	for (;;)
 		system_call(__NR_exit_group, status, 0, 0, 0);

@@ -153,6 +153,10 @@ class State:
             path.unlink(missing_ok=True)
             raise
 
+    def has_failed(self, key: Key) -> bool:
+        """Whether its last ADD has left a note of a failure."""
+        return self._files(key)[2].exists()
+
     def read(self, key: Key) -> Attachment | None:
         """None when there is none or it is torn."""
         try:

@@ -37,7 +37,7 @@ def status(request: Request) -> None:
 def _missing(conf: NetConf) -> list[str]:
     found = []
     try:
-        if cgroup.mount() is None:
+        if cgroup.find_mount() is None:
             found.append("no cgroup2 file system is mounted")
     except OSError as error:
         found.append(str(error))

@@ -84,7 +84,9 @@ def _try(program: Path) -> str:
         raise NotTried("it was killed, perhaps for want of memory")
     if done.returncode:
         return f"it ends with {done.returncode}: {_text(done.stderr or done.stdout)!r:.200}"
-    if done.stderr:  # start.c has answered in the plugin's place
+    if b"was killed" in done.stderr:  # start.c has answered in the plugin's place
+        raise NotTried("it was killed, perhaps for want of memory")
+    if done.stderr:  # likewise
         return f"it does not start: {_text(done.stderr).splitlines()[0]!r:.200}"
     try:
         if names.NEWEST_CNI_VERSION in json.loads(done.stdout)["supportedVersions"]:

@@ -107,9 +107,9 @@ def test_the_root_in_its_usual_place_is_enough(
             (folder / f"cgroup.{name}").touch()
     monkeypatch.setattr(cgroup, "mountinfo", lambda: UNIFIED)
     monkeypatch.setattr(cgroup, "USUAL_PLACES", (absent, below, root))
-    assert cgroup.mount() == root
+    assert cgroup.find_mount() == root
     monkeypatch.setattr(cgroup, "USUAL_PLACES", (absent, below))
-    assert cgroup.mount() == Path("/sys/fs/cgroup")
+    assert cgroup.find_mount() == Path("/sys/fs/cgroup")
 
 
 def test_find_by_path(mounted: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cni_plugin import names
-from cni_plugin.state import State
+from cni_plugin.state import Attachment, Key, State
 from tests.bed.bed import FROZEN_PLUGIN
 from tests.unit.cases import ROOT
 
@@ -71,7 +71,7 @@ def call(
         [sys.executable, "-c", code, *arguments],
         env={
             **{"CNI_COMMAND": command, "CNI_CONTAINERID": "c", "CNI_IFNAME": "eth0"},
-            **{"CNI_NETNS": "/no/such", "CNI_PATH": "/no/such"},
+            **{"CNI_NETNS": "/", "CNI_PATH": "/no/such"},
         },
         cwd=ROOT,
         input=json.dumps(conf),
@@ -92,7 +92,7 @@ def check_passed_through(command: str, done: subprocess.CompletedProcess[str]) -
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_lost(module: str, tmp_path: Path) -> None:
-    for command in ("ADD", "DEL", "STATUS"):
+    for command in ("ADD", "DEL", "CHECK", "STATUS"):
         check_passed_through(command, call(command, tmp_path, WITHOUT, module))
 
 
@@ -183,13 +183,14 @@ def test_the_plugin_dies_when_it_has_read_the_call(end: str, tmp_path: Path) -> 
 
 
 def test_the_plugin_is_killed(tmp_path: Path) -> None:
-    """For want of memory, say: the runtime calls it again."""
+    """For want of memory, say. The runtime calls ADD again; the others need no second call."""
     shutil.copy(FROZEN_PLUGIN / names.PLUGIN, tmp_path)
     loader = tmp_path / "ld-glibc.so.2"
     loader.write_text("#!/bin/sh\nkill -9 $$\n")
     loader.chmod(0o755)
-    for command in COMMANDS:
-        assert frozen(tmp_path, command, "{}").returncode == -signal.SIGKILL
+    assert frozen(tmp_path, "ADD", "{}").returncode == -signal.SIGKILL
+    for command in ("DEL", "CHECK", "GC", "STATUS", "VERSION"):
+        assert frozen(tmp_path, command, "{}").returncode == 0
 
 
 def test_the_answer_cannot_be_written(tmp_path: Path) -> None:
@@ -230,13 +231,25 @@ def test_the_plugin_ends_with_what_the_runtime_has_started() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_mistake_of_ours(command: str, tmp_path: Path) -> None:
     done = call(command, tmp_path, MISTAKEN)
-    if command in ("ADD", "DEL", "STATUS"):
+    if command != "GC":
         check_passed_through(command, done)
         assert "warning: internal error: RuntimeError" in done.stderr
         return
     answer: Any = json.loads(done.stdout)
     assert (done.returncode, answer["code"]) == (1, 999)
     assert answer["msg"] == "internal error: RuntimeError"
+
+
+def test_a_record_that_a_failed_add_has_left_is_not_checked(tmp_path: Path) -> None:
+    state, key = State(str(tmp_path)), Key("c", "eth0")
+    state.make()
+    pod = ("pods", "/", "shop", "cart", "uid")
+    state.write(Attachment(*key, *pod, "/no/such/cgroup", 1, 1, 1, "gen-1", 0, 0, [], []))
+    plugin = "import sys; from cni_plugin.main import main; sys.exit(main())"
+    done = call("CHECK", tmp_path, plugin)
+    assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 100), done
+    state.note_failure(key, "shop", "cart", "the kernel refused it")
+    check_passed_through("CHECK", call("CHECK", tmp_path, plugin))
 
 
 def test_what_is_recorded_cannot_be_read(tmp_path: Path) -> None:
@@ -246,8 +259,7 @@ def test_what_is_recorded_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         State(str(tmp_path)).keys()
     plugin = "import sys; from cni_plugin.main import main; sys.exit(main())"
-    for command, code in (("CHECK", 100), ("GC", 101)):
-        done = call(command, tmp_path, plugin)
-        assert (done.returncode, json.loads(done.stdout)["code"]) == (1, code), done
-    for command in ("ADD", "DEL", "STATUS"):
+    done = call("GC", tmp_path, plugin)
+    assert (done.returncode, json.loads(done.stdout)["code"]) == (1, 101), done
+    for command in ("ADD", "DEL", "CHECK", "STATUS"):
         check_passed_through(command, call(command, tmp_path, plugin))
