@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf(2) for programs that are loaded already: pins, maps, cgroup attachments.
+"""bpf(2): pins, maps, cgroup attachments, iterators.
 
 Raw system calls through libc's syscall(2). libbpf would do, but it is a shared library of the
 build machine's age that every node then had to be young enough for.
@@ -14,7 +14,7 @@ import ctypes
 import os
 import struct
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -209,12 +209,8 @@ def visit_files(prog_fd: int, pid: int) -> bytes:
         closing(_bpf(_LINK_CREATE, attr)) as link,
         closing(_bpf(_ITER_CREATE, _attr("=II", link, 0))) as iterator,
     ):
-        parts = list[bytes]()
-        while True:
-            with suppress(BlockingIOError):  # after a million files without a word
-                if not (part := os.read(iterator, 4096)):
-                    return b"".join(parts)
-                parts.append(part)
+        # Any word ends a read: what the process has closed meanwhile is released then.
+        return b"".join(iter(lambda: os.read(iterator, 4), b""))
 
 
 def iterator_load(instructions: bytes, function: int) -> int:

@@ -8,8 +8,9 @@
  *                   sockets into the sockhash, and takes them out again.
  *   tb_visit_socket does that for one socket, where tb_visit_file must only name it (lookup.h).
  *   tb_sk_msg       runs for each message sent on a socket in the sockhash. It redirects the bytes
- *                   to the peer's socket (bypass), or lets them go by TCP.
- *   tb_refuse_splice runs before splice(2) takes bytes from a socket, where it can be attached.
+ *                   to the peer's socket (bypass), or lets them go by TCP. The kernel does not ask
+ *                   it for the one after a message by TCP that found no room: that goes by TCP.
+ *   tb_refuse_splice runs when a file is read, and refuses splice(2), where it can be attached.
  *   tb_mend         runs after ioctl(FIONREAD), where the kernel's own answer is wrong.
  *   tb_take_in      runs for sockets that are older than the program on their pod's cgroup.
  *
@@ -178,6 +179,7 @@ int tb_visit_file(__u64 *context)
 	__u32 fd = context[2], again = TB_VISIT_AGAIN;
 	int found;
 
+	tb_count_file(meta);
 	if (!file)
 		return 0;
 	socket = tb_sock_from_file(file);

@@ -15,6 +15,7 @@
 #define TB_MAX_IPS 8
 #define TB_MAX_PORT_RANGES 16
 #define TB_FIRST_COST 500 /* what a first pass is taken to cost, in exchanges */
+#define TB_SILENCE_S 5	  /* after so long without a joiner all bytes go by TCP */
 
 /* An IPv6 address in network byte order; IPv4 a.b.c.d is ::ffff:a.b.c.d. */
 struct tb_addr {
@@ -66,7 +67,7 @@ struct tb_control {
 	__u32 reserved;
 };
 
-/* Which of the hops of a request a connection is; see docs/architecture.md. */
+/* Which of the hops of a request a connection is; docs/operating.md names them. */
 enum tb_hop {
 	TB_HOP_NONE,	 /* not paired, so not known */
 	TB_HOP_INBOUND,	 /* sidecar -> application, in one pod */
@@ -131,6 +132,9 @@ struct tb_fionread {
 
 /* What a visit writes for a process with a socket that needs another visit to leave. */
 #define TB_VISIT_AGAIN 0xffffffff
+
+/* What it writes now and then for the visitor's read(2) to return. */
+#define TB_NO_FILE 0xfffffffd
 
 /* The visit to a file writes this where it may not go on to the file's socket: lookup.h. */
 #define TB_LOOK_UP 0xfffffffe

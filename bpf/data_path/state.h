@@ -174,15 +174,13 @@ static __always_inline __u32 tb_control_flags(void)
 	return node ? node->flags : TB_CONTROL_PAUSED;
 }
 
-/* Without a joiner no reader gets a fresh edge (edge.h). So once it is silent, all goes by TCP. */
-#define TB_SILENCE (5 * NS_PER_S)
-
+/* Without a joiner no reader gets a fresh edge: edge.h. */
 static __always_inline int tb_is_joiner_silent(__u64 now)
 {
 	int zero = 0;
 	__u64 *last = beat.lookup(&zero);
 
-	return last && *last && tb_has_passed(TB_SILENCE, *last, now);
+	return last && *last && tb_has_passed(TB_SILENCE_S * NS_PER_S, *last, now);
 }
 
 static __always_inline int tb_is_paused(const struct tb_conn *conn)

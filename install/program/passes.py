@@ -50,7 +50,7 @@ def visit_pod(visit: int, folder: Path) -> None:
     with lock.held(folder / "cgroup.procs"):
         left, failures = list(_processes(folder)), list[OSError]()
         for _ in range(MOST_VISITS):
-            left = [pid for pid in left if _is_to_go_on(visit, pid, failures)]
+            left = [pid for pid in left if _visit_or_note(visit, pid, failures)]
             if not left:
                 break
             time.sleep(BETWEEN_VISITS_S)
@@ -58,7 +58,7 @@ def visit_pod(visit: int, folder: Path) -> None:
         raise failures[0]
 
 
-def _is_to_go_on(visit: int, pid: int, failures: list[OSError]) -> bool:
+def _visit_or_note(visit: int, pid: int, failures: list[OSError]) -> bool:
     """visit_process(); one that fails does not keep the others from theirs."""
     try:
         return visit_process(visit, pid)
@@ -110,7 +110,7 @@ def parsed(written: bytes) -> tuple[list[int], list[abi.Found], bool]:
             continue
         if words[at] == abi.VISIT_AGAIN:
             is_again = True
-        else:
+        elif words[at] != abi.NO_FILE:
             fds.append(words[at])
         at += 1
     return fds, found, is_again
@@ -314,11 +314,11 @@ class Runner:
         worker.line.close()
         raise PassTimeout(f"a pass over {path} took {cost_ns / 1e9:.1f} s of CPU time", cost_ns)
 
-    def hung(self) -> int:
-        """How many passes were left to themselves and have not ended."""
-        ended = [path for path, worker in self._hung.items() if worker.has_ended()]
-        for path in ended:
-            if not Path(path).exists():  # else the next pass asks what it has cost
+    def count_hung(self) -> int:
+        """How many passes were left to themselves and have not ended. Forgets those of pods that
+        have gone; else the next pass asks what it has cost."""
+        for path in [each for each in self._hung if not Path(each).exists()]:
+            if self._hung[path].has_ended():
                 self._hung.pop(path).line.close()
         return sum(not worker.has_ended() for worker in self._hung.values())
 
@@ -405,7 +405,7 @@ class _Worker:
 
 def leave_container() -> None:
     """Into a cgroup of its own, so that the container can end before this process does."""
-    mount = cgroup.mount()
+    mount = cgroup.find_mount()
     if mount is None:
         return
     own = mount / OWN_CGROUP
@@ -418,7 +418,7 @@ def leave_container() -> None:
 
 def remove_cgroup(*, is_within: bool = False) -> None:
     """Unless a process is left in it; one that is within goes to the root first, and ends soon."""
-    mount = cgroup.mount()
+    mount = cgroup.find_mount()
     if mount is not None:
         with contextlib.suppress(OSError):
             if is_within:

@@ -4,12 +4,13 @@ that would soon leave: known.h, TB_LARGE_EXCHANGE. How they are visited: lookup.
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -430,11 +431,22 @@ def test_one_process_that_fails_does_not_keep_others_from_their_visits(
     assert visited == [1, 2, 3]
 
 
+def test_a_visit_to_many_files_returns_between_them(pod: LightPod) -> None:
+    """What the process closes meanwhile is released then."""
+    with ExitStack() as files:
+        for _ in range(600):
+            files.callback(os.close, os.dup(0))
+        written = bpfsys.visit_files(pod.programs.fds[VISIT], os.getpid())
+    words = list(memoryview(written).cast("I"))
+    assert words.count(abi.NO_FILE) >= 2
+
+
 def test_what_a_visit_wrote_is_told_apart() -> None:
     """Numbers of files, sockets that are yet to be visited, and that a next step may follow."""
     named = [abi.Found(mark=abi.LOOK_UP, fd=fd, visitor=7, sk=1 << 40) for fd in (3, 4)]
     again = abi.VISIT_AGAIN.to_bytes(4, "little")
-    written = bytes(named[0]) + b"\5\0\0\0" + again + bytes(named[1]) + b"\6\0\0\0"
+    none = abi.NO_FILE.to_bytes(4, "little")
+    written = bytes(named[0]) + b"\5\0\0\0" + again + none + bytes(named[1]) + b"\6\0\0\0"
     readers, found, is_again = passes.parsed(written)
     assert (readers, is_again) == ([5, 6], True)
     assert [(each.fd, each.visitor, each.sk) for each in found] == [

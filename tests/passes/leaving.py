@@ -116,7 +116,7 @@ def subgroups(pod: LightPod) -> Iterator[tuple[Path, Path, bool]]:
     usual.mkdir()
     throttled.mkdir()
     is_throttled = False
-    root = cgroup.mount()
+    root = cgroup.find_mount()
     with contextlib.suppress(OSError):
         for folder in (root, pod.folder):
             if folder:
@@ -199,7 +199,7 @@ def run(leaves: int, edit: Callable[[str], str]) -> dict[str, Any]:
         try:
             processes, senders, lines = connect_all((usual, folders[1]), is_over)
         finally:
-            root = cgroup.mount()
+            root = cgroup.find_mount()
             assert root, home
             (root / "cgroup.procs").write_text(str(os.getpid()))
         stopper = threading.Thread(target=keep_stopping, args=(senders, stopped))
