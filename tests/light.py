@@ -129,7 +129,7 @@ def away_from_pods() -> None:
 
 
 def _mount() -> Path:
-    mount = cgroup.mount()
+    mount = cgroup.find_mount()
     if mount is None:
         raise RuntimeError("no cgroup2 file system is mounted")
     return mount

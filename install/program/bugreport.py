@@ -198,7 +198,7 @@ def _runtime(socket: Path | None) -> str:
     """Name and version, as the runtime tells them, or why it does not."""
     if socket is None:
         return "no container runtime's socket is there"
-    from install.program.agent.cri import CriError, Runtime, connected  # noqa: PLC0415 - 30 MB
+    from install.program.agent.cri import CriError, Runtime, connected  # noqa: PLC0415 - see there
 
     try:
         with connected(socket) as channel:

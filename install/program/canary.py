@@ -103,7 +103,7 @@ class Canary:
     def look(self, state: State) -> None:
         """Sends the sockets back to TCP when a program does not run, and lets them join once it
         does again. ``state`` has the node's lock."""
-        is_pinned, why = not self._missing(), self.why_not_well()
+        is_pinned, why = not self._missing(), self.try_programs()
         # The kernel leaves a program out while a thread that runs it is preempted on this CPU.
         is_well = not why or (is_pinned and not self._failed and self.is_well)
         self._failed = why
@@ -126,7 +126,7 @@ class Canary:
             return set(self.traces)
         return self.traces.keys() - self.generation.traces()
 
-    def why_not_well(self) -> str:
+    def try_programs(self) -> str:
         """Which program does not run, tried now; empty when all do."""
         if missing := self._missing():
             return f"pins are gone: {', '.join(sorted(missing))}"
@@ -159,12 +159,12 @@ class Canary:
             each.close()
 
 
-def why_not_well(generation: Generation) -> str:
+def try_programs(generation: Generation) -> str:
     """As the joiner would find it, without a joiner. Raises OSError."""
     canary = Canary.of(generation)
     if canary is None:
         return "pins are gone"
     try:
-        return canary.why_not_well()
+        return canary.try_programs()
     finally:
         canary.close()

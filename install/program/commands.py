@@ -162,18 +162,13 @@ def _is_enough(node: Node, current: Generation, verdict: selftests.Verdict) -> b
 
 
 def _mount_bpffs(node: Node, host_proc: Path) -> None:
-    """As the agent does, but never over files that a mistyped --bpffs would hide."""
-    folder = node.bpffs.parent
-    by_hand = f"{node.bpffs} is not on a bpffs; mount one: mount -t bpf bpf {folder}"
-    if is_bpffs(node.bpffs):
-        return
-    if not folder.is_dir() or any(folder.iterdir()):
-        raise NodeError(by_hand)
+    """As the agent does."""
     try:
-        bpffs.mount(node.bpffs, host_proc)
+        if bpffs.mount(node.bpffs, host_proc):
+            said = "mounted a bpffs, there was none"
+            log.warning("bpffs_mounted", said, path=node.bpffs.parent)
     except NotDone as error:
-        raise NodeError(f"{by_hand} ({error})") from error
-    log.warning("bpffs_mounted", "mounted a bpffs, there was none", path=folder)
+        raise NodeError(str(error)) from error
 
 
 def _move_pods(node: Node, generation: Generation, ours: set[int], mode: str) -> None:
@@ -233,11 +228,16 @@ def _lock(node: Node) -> leaving.Locked:
 
 
 def unload(node: Node) -> None:
-    """Everything of ours off this node. Open connections go on over TCP."""
+    """Everything of ours off this node. Open connections go on over TCP.
+
+    A folder of pins that is on no bpffs is not ours, and stays as it is.
+    """
+    has_pins = is_bpffs(node.bpffs)
     with _locked_if_possible(node):
         generations = node.generations
         ours = generations.program_ids()
-        generations.withdraw()
+        if has_pins:
+            generations.withdraw()
         folders = list(_folders(generations))
         for generation in leaving.empty_all(generations.complete(), folders):
             with contextlib.suppress(OSError):  # what is ours goes all the same
@@ -248,8 +248,10 @@ def unload(node: Node) -> None:
             try:
                 take_out(record)
             except OSError as error:
-                log.warning("attachment_stays", f"{record.cgroup}: {error}", **log.of(record))
-        generations.remove_all()
+                said = f"our program stays on {record.cgroup}: {error}; run unload again"
+                log.warning("attachment_stays", said, **log.of(record))
+        if has_pins:
+            generations.remove_all()
         for folder in (names.ATTACHMENTS, names.FAILURES, names.VALIDATED):
             shutil.rmtree(node.state_dir / folder, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -257,10 +259,10 @@ def unload(node: Node) -> None:
                 *(names.NODE_JSON, names.JOINER_JSON, names.SWITCH_JSON),
                 names.TAKE_IN_JSON,
             )
-            for name in (*written, *names.AGENT_LOGS, *names.JOINER_LOGS):
-                (node.state_dir / name).unlink(missing_ok=True)
-            for part in node.state_dir.glob("*.part"):  # of a process that was killed
-                part.unlink(missing_ok=True)
+            for name in (*written, *names.AGENT_LOGS, *names.JOINER_LOGS, names.PLUGIN_PROBLEM):
+                path = node.state_dir / name
+                path.unlink(missing_ok=True)
+                path.with_suffix(".part").unlink(missing_ok=True)  # a process was killed
             node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
     passes.remove_cgroup()
@@ -284,7 +286,8 @@ def install(node: Node, places: installer.Places, options: dict[str, Any] | None
     try:
         done = installer.install(places, wanted)
     except DoesNotRun as error:
-        node.note_plugin_problem(str(error))
+        with contextlib.suppress(OSError):  # that it does not run is graver
+            node.note_plugin_problem(str(error))
         raise
     node.note_plugin_problem("")
     print(f"{places.files.link}: {'installed' if done.program_changed else 'was up to date'}")
@@ -304,6 +307,8 @@ def uninstall(node: Node, places: installer.Places, *, purge: bool) -> None:
         log.warning("plugin_running", f"process {pid} still runs the plugin that is now removed")
     if done.conf.changed:
         print(f"{done.conf.conflist}: our entry is out")
+    for left in done.conf.left:
+        print(left)
     if done.program_removed:
         print(f"{places.files.link}: removed")
     if done.left_stub:

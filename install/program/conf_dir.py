@@ -54,6 +54,7 @@ class Outcome:
     conflist: Path | None  # that has our entry now; on taking it out: that had it
     changed: bool
     problems: tuple[str, ...]
+    left: tuple[str, ...] = ()  # on taking it out: lists of our own that others still need
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,10 @@ class ConfDir:
                 problems.append(f"{file.path} {done}: {error}")
             break
         else:
-            problems.append(f"there is no network configuration in {self.path} yet")
+            problems.append(
+                f"there is no network configuration in {self.path} yet; if the runtime uses "
+                "another folder: --cni-conf-dir, in the chart platform or cniConfDir"
+            )
         for file in own.values():
             if file.path != used:
                 changed |= self._let_go(file, files, dry=dry)
@@ -325,13 +329,18 @@ class ConfDir:
         return text != file.text
 
     def _take_out(self, *, for_good: bool) -> Outcome:
-        problems, changed = [], None
+        problems, left, changed = list[str](), list[str](), None
         files = list(self._files((_LIST, *_SINGLE, _BAKED)))
         for file in files:
             try:
                 if file.original:
                     if self._let_go(file, files, dry=False):
                         changed = changed or file.path
+                    if file.path.exists():
+                        left.append(
+                            f"{file.path} stays without our entry, for other plugins use it; "
+                            f"{file.original} is not read until they and it are gone"
+                        )
                     continue
                 if not file.chain.ours():
                     if _calls_us(json.loads(file.text)):
@@ -348,9 +357,11 @@ class ConfDir:
             else:
                 _replace(file, bare)
             changed = changed or file.path
+        if for_good and self._withdrawn.exists():
+            _unlink(self._withdrawn)
         if for_good and not problems:
             self._sweep()
-        return Outcome(changed, changed is not None, tuple(problems))
+        return Outcome(changed, changed is not None, tuple(problems), tuple(left))
 
     def _sweep(self) -> None:
         """What was moved aside or not finished; by now no list needs it."""

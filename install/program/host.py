@@ -7,13 +7,13 @@ it sees what the node sees.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from cni_plugin import cgroup, netns
 
 OWN_PROC = Path("/proc")
 POD_PROC = Path("/host/proc")  # where the DaemonSet's pod has the node's
@@ -40,9 +40,7 @@ def node_proc() -> Path:
 def enter_mounts(namespace: Path) -> None:
     """This process, which has one thread, moves into a mount namespace. Raises OSError."""
     with namespace.open("rb") as file:
-        if ctypes.CDLL(None, use_errno=True).setns(file.fileno(), _CLONE_NEWNS):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), str(namespace))
+        netns.enter(file.fileno(), str(namespace), _CLONE_NEWNS)
 
 
 def enter(proc: Path) -> None:
@@ -108,17 +106,12 @@ def _mounts(process: Path) -> list[_Mount]:
             _Mount(
                 int(number),
                 device,
-                Path(_unescaped(root)),
-                Path(_unescaped(point)),
+                Path(cgroup.unescaped(root)),
+                Path(cgroup.unescaped(point)),
                 "noexec" in options.split(","),
             )
         )
     return found
-
-
-def _unescaped(text: str) -> str:
-    """Space, tab, newline and backslash stand there as three octal digits."""
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def _is(path: Path, same: os.stat_result) -> bool:

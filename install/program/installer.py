@@ -137,7 +137,8 @@ def check_is_looked_for(places: Places) -> None:
 def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoReturn:
     """Raises the problem; if the installed plugin does not run either, our entry goes first.
 
-    A runtime may have cached the configuration, so there is a stub in the plugin's place.
+    A stub takes the plugin's place where something may still call it: a runtime that has cached the
+    configuration, an entry that cannot be taken out, or is not ours to take out.
     """
     try:
         files.check_runs()
@@ -145,15 +146,21 @@ def _spare_pods(files: PluginFiles, conf: ConfDir, problem: Exception) -> NoRetu
         try:
             out = conf.withdraw()
         except OSError as error:
+            _put_stub_if_possible(files)
             raise DoesNotRun(f"{problem}; our entry cannot be taken out: {error}") from why
+        if out.changed or out.problems or files.is_there:
+            _put_stub_if_possible(files)
         if not out.changed:
             raise problem from None
-        with contextlib.suppress(OSError):
-            files.put_stub()
         raise Withdrawn(f"{problem}; so {out.conflist} no longer has our entry") from why
     except InstallError:  # not known
         pass
     raise problem
+
+
+def _put_stub_if_possible(files: PluginFiles) -> None:
+    with contextlib.suppress(OSError):
+        files.put_stub()
 
 
 def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) -> Uninstalled:
@@ -179,7 +186,7 @@ def uninstall(places: Places, switch_off: Callable[[], None], *, purge: bool) ->
         removed = files.remove()
         if purge and not again.problems:
             files.remove_stub()
-        done = again if again.changed else replace(conf, problems=again.problems)
+        done = again if again.changed else replace(conf, problems=again.problems, left=again.left)
         return Uninstalled(done, removed, files.has_stub, still_running)
 
 
@@ -196,7 +203,8 @@ def _wait_until_unused(files: PluginFiles) -> list[int]:
 
 def _check_writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK):
-        raise OSError(errno.EROFS, "cannot be written; nothing was changed", str(folder))
+        said = "cannot be written, and nothing was changed; is it mounted read-only?"
+        raise OSError(errno.EROFS, said, str(folder))
 
 
 @contextlib.contextmanager

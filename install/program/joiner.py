@@ -150,7 +150,7 @@ class Joiner:
                 self._look_for_generations()
                 self._look_at_canaries()
                 wait_s = self._serve()
-                self.done = replace(self.done, hung=self.runner.hung())
+                self.done = replace(self.done, hung=self.runner.count_hung())
                 is_silent = self._served and time.monotonic() - self._written_at >= BEAT_S
                 if self.done != before or is_silent:
                     self.done.write(self.state_dir)
@@ -346,7 +346,7 @@ class Joiner:
         self.done = replace(self.done, failed=self.done.failed + 1)
         if pod_id not in self._troubled:
             self._troubled[pod_id] = problem
-            log.warning("pass_failed", problem, **self._named(pod_id))
+            log.warning("pass_failed", f"tried again: {problem}", **self._named(pod_id))
 
     def _put_off(self, served: Served, pod_id: int, cost: int) -> None:
         """A pass that did not come is due again. It may be for an edge: the visits did not tell."""

@@ -208,7 +208,7 @@ class PluginFiles:
 
         It is the program that starts the plugin, without the plugin's folder.
         """
-        starters = (folder / names.PLUGIN for folder in (self._current(), self.source) if folder)
+        starters = (folder / names.PLUGIN for folder in (self.source, self._current()) if folder)
         starter = next((path for path in starters if path.is_file()), None)
         if starter and not self.has_stub and self.bin_dir.exists():
             staged = self.bin_dir / _STAGED

@@ -67,7 +67,7 @@ def programs_of(record: Attachment) -> list[int]:
 
 def attached_cgroups(program_ids: set[int]) -> Iterator[AttachedCgroup]:
     """Every cgroup to which one of these programs is attached."""
-    mount = cgroup.mount()
+    mount = cgroup.find_mount()
     if mount is None:
         return
     for name, _, _ in os.walk(mount):
@@ -82,4 +82,5 @@ def attached_cgroups(program_ids: set[int]) -> Iterator[AttachedCgroup]:
                         yield AttachedCgroup(Path(name), fd, inode, ours)
         except OSError as error:
             if not isinstance(error, FileNotFoundError):  # a pod that has just gone
-                log.warning("cgroup_skipped", f"{name}: {error}", cgroup=name)
+                said = f"its programs cannot be looked at; tried again: {error}"
+                log.warning("cgroup_skipped", said, cgroup=name)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 OPERATOR, SWITCH = "operator", "switch"  # what pauses a node or a pod
 
-JOINER_PATIENCE_S = 5.0  # TB_SILENCE: after that the programs send all bytes by TCP
 NO_JOINER = "no joiner runs: the agent runs it, or tcpip-bypass-node join"
 RETIRED = "its sockets were told to leave: see `mend_lost` in the log, or load again"
 
@@ -187,7 +186,7 @@ def _joining_problem(generations: list[Generation], current: Generation | None) 
             return RETIRED
         if silent_s is None:
             return NO_JOINER
-        if silent_s > JOINER_PATIENCE_S:
+        if silent_s > abi.SILENCE_S:
             return f"{NO_JOINER}; the last one fell silent {silent_s:.0f} s ago"
     return ""
 

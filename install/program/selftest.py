@@ -124,7 +124,7 @@ def run(*, mends: bool = True) -> Verdict:
         sweep()
         found = _behaviour(mends)
     except LoadError as error:
-        loads = Check("load", "The programs load", "both load", str(error), False)
+        loads = Check("load", "The programs load", "all load", str(error), False)
         return Verdict(OFF, [f"load: {error}"], [loads])
     return replace(decide(found.checks), is_mended=found.is_mended)
 
@@ -252,7 +252,7 @@ def _probe(folder: Path | None, *only: str) -> dict[str, dict[str, Any]]:
 
 
 def _mount() -> Path:
-    mount = cgroup.mount()
+    mount = cgroup.find_mount()
     if mount is None:
         raise LoadError("no cgroup2 file system is mounted")
     return mount
@@ -275,7 +275,7 @@ def _scratch_cgroup() -> Iterator[Path]:
 
 def sweep() -> None:
     """Removes the scratch cgroups of self-tests that were killed, and the programs with them."""
-    mount = cgroup.mount()
+    mount = cgroup.find_mount()
     for folder in mount.glob(f"{SCRATCH_PREFIX}*") if mount else ():
         try:
             with lock.held(folder):

@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -485,6 +486,21 @@ def test_a_port_that_is_taken_is_waited_for(agent: Agent) -> None:
     finally:
         second.kill()
     agent.start_and_wait()
+
+
+def test_a_port_of_another_program_keeps_no_agent_from_its_work(agent: Agent) -> None:
+    """No probe reaches it, so it is killed now and then; until then it repairs."""
+    agent.end()
+    seen = len(agent.events())
+    with agent.bed.node.host.entered():
+        stranger = socket.create_server(("127.0.0.1", agent.port))
+    with stranger:
+        (agent.bin_dir / names.PLUGIN).unlink()
+        agent.start()
+        agent.wait_for("port_taken", since=seen)
+        agent.wait_for("sandboxes_checked", since=seen)
+        assert (agent.bin_dir / names.PLUGIN).is_file()
+    agent.wait_until("ready", lambda: agent.reasons() == [])
 
 
 def test_a_taken_port_does_not_keep_the_agent_from_ending(agent: Agent) -> None:

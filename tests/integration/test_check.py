@@ -156,3 +156,16 @@ def test_load_mounts_a_bpffs_where_there_is_none(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert f"mount -t bpf bpf {folder}" in done.stderr
+    assert (folder / "data").exists()
+
+
+def test_unload_leaves_a_folder_that_is_not_ours(tmp_path: Path) -> None:
+    """A mistyped one, with a layout like that of our pins: what is on no bpffs is not ours."""
+    (tmp_path / "gen-1").mkdir()
+    (tmp_path / "current").symlink_to("gen-1")
+    before = sorted(tmp_path.rglob("*"))
+    argv: list[str | Path] = [PROGRAM, "unload", "--bpffs", tmp_path]
+    argv += ["--state-dir", tmp_path / "state"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before

@@ -62,7 +62,7 @@ def rest(pod: LightPod, ready: int, go: int) -> bool:
 
 def left_behind(of: str) -> set[str]:
     """Processes for passes, with this in their command line."""
-    mount = cgroup.mount()
+    mount = cgroup.find_mount()
     assert mount is not None
     found = set()
     with suppress(FileNotFoundError):  # there is none

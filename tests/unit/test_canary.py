@@ -145,7 +145,7 @@ def test_check_asks_as_the_joiner_does(node: Node, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Canary, "of", lambda _generation: node.canary)
     monkeypatch.setattr(Canary, "close", close)
-    ask = canary.why_not_well
+    ask = canary.try_programs
     assert ask(node.canary.generation) == ""
     node.kernel.answer = 0
     assert ask(node.canary.generation) == "FIONREAD is mended no more"

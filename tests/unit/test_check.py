@@ -201,7 +201,7 @@ def test_whether_fionread_is_mended_where_the_mode_rests_on_it(
             raise answers
         return answers
 
-    monkeypatch.setattr(canary, "why_not_well", why_not)
+    monkeypatch.setattr(canary, "try_programs", why_not)
     (tmp_path / names.NODE_JSON).write_text(json.dumps({"mode": "full", "mended": mended}))
     asked = Asked(Node(tmp_path, tmp_path), PLACES, (), ROOT)
     facts = replace(WELL, lost_answers=lost)

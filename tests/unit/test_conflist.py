@@ -379,13 +379,15 @@ def test_list_of_a_single_keeps_what_others_put_there(conf: ConfDir) -> None:
         (conf.path / "10-ptp.conf").write_text(text)
         assert not conf.lacks(PLAIN)
         assert not conf.put_in(PLAIN).changed
-    conf.take_out()
+    out = conf.take_out()
+    assert out.problems == ()
+    assert f"{done.conflist} stays" in out.left[0]
     left = json.loads(done.conflist.read_text())
     assert [plugin["type"] for plugin in left["plugins"]] == ["ptp", "istio-cni"]
     conf.put_in(PLAIN)
     assert has_entry(done.conflist)
     (conf.path / "10-ptp.conf").unlink()
-    conf.take_out()
+    assert conf.take_out().left == ()
     assert files_in(conf.path) == {}
 
 

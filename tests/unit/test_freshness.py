@@ -108,7 +108,7 @@ def test_a_selftest_that_could_not_run_is_tried_again_and_no_more(
         (node.bpffs / "gen-3" / pin).touch()
     verdicts = [untried, replace(untried, reasons=["load: no memory"]), verdict("proxy-only")]
     monkeypatch.setattr(selftest, "run", lambda **_: verdicts.pop(0))
-    monkeypatch.setattr(commands, "is_bpffs", lambda _folder: True)
+    monkeypatch.setattr(bpffs, "mount", lambda *_: False)
     monkeypatch.setattr(commands, "Programs", lambda: pytest.fail("it would load anew"))
     path = node.state_dir / names.NODE_JSON
     write(node, {**json.loads(path.read_text()), "mode": "off", "reasons": ["x"], "tried": False})
@@ -161,7 +161,7 @@ def test_a_selftest_is_not_all_that_is_missing(
         raise LoadError("asked for")
 
     monkeypatch.setattr(selftest, "run", lambda **_: found)
-    monkeypatch.setattr(commands, "is_bpffs", lambda _folder: True)
+    monkeypatch.setattr(bpffs, "mount", lambda *_: False)
     monkeypatch.setattr(commands, "Programs", programs)
     if lost:
         (node.bpffs / "gen-3" / lost).unlink()

@@ -6,6 +6,7 @@ The kernel's side is left out: what uninstall switches off is a list here.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -294,6 +295,44 @@ def test_what_the_node_can_no_longer_run_is_named_no_more(node: Node) -> None:
     assert node.files() == installed, "with its options"
 
 
+def test_an_entry_that_cannot_be_taken_out_names_a_stub(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installer.install(node.places, PLAIN)
+    installed = node.files()
+
+    def fail(_: ConfDir) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ConfDir, "withdraw", fail)
+        patched.setattr(trial, "why_not", lambda *_: "its libraries are lost")
+        with pytest.raises(DoesNotRun, match=r"our entry cannot be taken out: .*Read-only"):
+            installer.install(node.places, PLAIN)
+    assert node.files() == installed
+    check_stub(node)
+
+
+def check_stub(node: Node) -> None:
+    """It is the starter of the plugin that was to be installed."""
+    assert node.places.files.has_stub
+    starter = node.places.plugin_dir / names.PLUGIN
+    assert node.places.files.link.read_bytes() == starter.read_bytes()
+
+
+def test_an_entry_that_is_not_ours_names_a_stub(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Multus' copy of it, where nothing of the plugin is left, and the new one does not run."""
+    delegate = {"plugins": [{"type": names.PLUGIN}]}
+    multus = {"cniVersion": "1.0.0", "name": "m", "type": "multus", "delegates": [delegate]}
+    (node.places.conf_dir / "20-multus.conf").write_text(json.dumps(multus))
+    monkeypatch.setattr(trial, "why_not", lambda *_: "its libraries are lost")
+    with pytest.raises(DoesNotRun):
+        installer.install(node.places, PLAIN)
+    check_stub(node)
+
+
 def test_a_stub_is_not_named(node: Node) -> None:
     """No pod would be accelerated, and nothing would tell."""
     installer.install(node.places, PLAIN)
@@ -576,7 +615,10 @@ def test_disks_that_refuse(node: Node) -> None:
         folder.mkdir(exist_ok=True)
         code, said = on_a_disk(node, read_only(folder), "install", "--conf-json", options)
         assert code == 1
-        assert f"cannot be written; nothing was changed: '{folder}'" in said
+        assert (
+            f"cannot be written, and nothing was changed; is it mounted read-only?: '{folder}'"
+            in said
+        )
         assert node.files() == before
         assert node.programs() == []
 

@@ -77,6 +77,9 @@ class Agent:
         self._lock = FolderLock(node.state_dir)
         self._watch = Watch()
         self._stopped, self._stop = os.pipe()
+        self._at_end = contextlib.ExitStack()
+        self._serve: Callable[[], Server] | None = None  # until the server runs
+        self._is_port_taken = False
         self._leaving = False
         self._was_loaded = False
         self._second_look = False
@@ -106,10 +109,9 @@ class Agent:
 
         Raises OSError when it cannot be started for another reason than that its port is taken.
         """
-        with self._signals(), contextlib.ExitStack() as stack:
-            stack.callback(self._lock.release)  # what it leaves behind must not keep it
-            if serve is not None:
-                self._listen(serve, stack)
+        self._serve = serve
+        with self._signals(), self._at_end:
+            self._at_end.callback(self._lock.release)  # what it leaves behind must not keep it
             self._own_the_node()
             while not self._leaving:
                 for folder in filter(_is_orphaned, self._mounted()):
@@ -118,7 +120,8 @@ class Agent:
                 self._turn()
                 if self._settings.once:
                     return int(bool(self._problems()))
-                self._sleep(min(task.due for task in self._tasks) - time.monotonic())
+                due = min(task.due for task in self._tasks) - time.monotonic()
+                self._sleep(due if self._serve is None else min(due, LOCK_POLL_S))
                 self._own_the_node()
             self._end_joiner()
             return self._leave()
@@ -146,27 +149,31 @@ class Agent:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _listen(self, serve: Callable[[], Server], stack: contextlib.ExitStack) -> None:
-        """Starts the server; an agent whose pod was deleted by force may hold the port a while."""
-        said = False
-        while not self._leaving:
-            try:
-                server = stack.enter_context(serve())
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                if not said:
-                    log.warning("port_taken", f"waiting until the port is free: {error}")
-                said = True
-                self._sleep(LOCK_POLL_S)
-                continue
-            log.info("serving", "probes and metrics are served", at=server.address)
+    def _listen(self) -> None:
+        """Starts the server, unless it runs or its port is taken. The agent works without it.
+
+        An agent whose pod was deleted by force holds the port for a while, a stranger for ever.
+        """
+        if self._serve is None:
             return
+        try:
+            server = self._at_end.enter_context(self._serve())
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            if not self._is_port_taken:
+                advice = "if it is another program's: --listen, in the chart `port`"
+                log.warning("port_taken", f"{error}; tried again; {advice}")
+            self._is_port_taken = True
+            return
+        self._serve = None
+        log.info("serving", "probes and metrics are served", at=server.address)
 
     def _own_the_node(self) -> None:
         """One agent at a time: in a rolling update the new one may come before the old one goes."""
         said = ""
         while not self._leaving:
+            self._listen()
             try:
                 reason = self._take_lock()
                 if not reason:
@@ -432,7 +439,7 @@ class Agent:
         """An attachment for every running pod, and none for those that are gone."""
         if self._runtime is None:
             names = ", ".join(map(str, self._settings.cri_sockets))
-            raise Waiting(f"no container runtime: none of {names} is there")
+            raise Waiting(f"no container runtime: none of {names} is there; name --cri-socket")
         if ConfDir(self._settings.places.conf_dir).ours() is None:
             raise Waiting("our entry is in no network configuration yet")
         socket, *_ = self._runtime
@@ -458,7 +465,7 @@ class Agent:
     def _know_daemonset(self) -> bool:
         """Whether it may be asked for, while all is well."""
         if self._settings.question is not None:
-            answer = self._settings.question.may_be_asked()
+            answer = self._settings.question.ask_first()
             problem = f"it would not be seen if the DaemonSet was deleted: {answer.why}"
             if answer.status == 0:  # kube-proxy, say, starts after us
                 raise Waiting(problem, is_seen=False)

@@ -9,6 +9,7 @@ runs as `python -m install.program.agent.bpffs FOLDER [NAMESPACE]`.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def mount(bpffs: Path, host_proc: Path) -> bool:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode or not is_bpffs(bpffs):
         why = done.stderr.strip().rpartition("\n")[2] or "the mount does not show in this pod"
-        raise NotDone(f"{bpffs.parent} is no bpffs and cannot be made one: {why}")
+        by_hand = f"; on the node: mount -t bpf bpf {bpffs.parent}" if done.returncode else ""
+        raise NotDone(f"{bpffs} is not on a bpffs: {why}{by_hand}")
     return True
 
 
@@ -42,6 +44,10 @@ def main(folder: str, namespace: str | None = None) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if namespace:
         host.enter_mounts(Path(namespace))
+    if is_bpffs(Path(folder)):
+        return
+    if any(Path(folder).iterdir()):
+        raise OSError(errno.ENOTEMPTY, "a mount would hide what is in it", folder)
     if libc.mount(b"bpf", os.fsencode(folder), b"bpf", 0, b"mode=0700"):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), folder)
 

@@ -56,7 +56,9 @@ def _wait(
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
-            return f"ended with {child.wait(_LOOK_S)}"
+            status = child.wait(_LOOK_S)
+            hint = " (for want of memory? `resources.limits.memory`)" if status == -9 else ""
+            return f"ended with {status}{hint}"
         except subprocess.TimeoutExpired:
             meanwhile()
         if stop():

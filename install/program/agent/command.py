@@ -27,12 +27,14 @@ CRI_SOCKETS = (
 
 def gc(node: Node, places: Places, arguments: argparse.Namespace) -> int:
     """Returns the exit status."""
-    from install.program.agent import cri, repair  # noqa: PLC0415 - 22 MB, see cri.py
+    from install.program.agent import cri, repair  # noqa: PLC0415 - see cri.py
 
     sockets = sockets_of(arguments)
     socket = next((each for each in sockets if each.is_socket()), None)
     if socket is None:
-        raise NodeError(f"no container runtime: none of {_listed(sockets)} is there")
+        raise NodeError(
+            f"no container runtime: none of {_listed(sockets)} is there; name --cri-socket"
+        )
     try:
         done = repair.run(node, places, socket, attach=arguments.adopt)
     except cri.CriError as error:

@@ -115,7 +115,10 @@ def serve(address: str, metrics: Metrics, health: Health) -> Server:
 
     Raises ValueError for an address that is none, OSError when it cannot be bound.
     """
-    return Server(parse_address(address), metrics, health)
+    try:
+        return Server(parse_address(address), metrics, health)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, address) from error
 
 
 def parse_address(text: str) -> tuple[str, int]:

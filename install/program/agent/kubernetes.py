@@ -60,10 +60,11 @@ class Question:
         self._daemonset = daemonset
         self._was_allowed = False
 
-    def may_be_asked(self) -> Answer:
+    def ask_first(self) -> Answer:
         """Asks for the first time, while all is well."""
         answer = _ask(self._daemonset)
-        self._was_allowed = answer.status == http.client.OK
+        if answer.status:
+            self._was_allowed = answer.status == http.client.OK
         return answer
 
     def ask(self) -> Answer:

@@ -8,7 +8,7 @@ any process, our counters begin at zero with the agent, and a rate over its rest
 a pod counts between the last scrape and its DEL is missing from the sums, at most one scrape
 interval of its traffic; `status` and the kernel are exact while the pod is there.
 
-By default there are sums by hop only, some 100 series. Series per pod are the operator's to ask
+By default there are sums by hop only, some 200 series. Series per pod are the operator's to ask
 for (`per_pod`): every pod that comes is some twenty more for Prometheus to keep.
 """
 

@@ -50,7 +50,7 @@ def _btf(path: Path) -> Finding:
 
 def _cgroup2() -> Finding:
     try:
-        mount = cgroup.mount()
+        mount = cgroup.find_mount()
     except OSError as error:
         return finding.broken("cgroup2", str(error), "mount /proc", finding.NEEDS)
     if mount is None:

@@ -182,7 +182,7 @@ def _traced(asked: Asked, facts: report.Facts) -> Iterator[Finding]:
         return
     hint = "sysctl kernel.ftrace_enabled=1, then tcpip-bypass-node load; sockets go back to TCP"
     try:
-        why_not = canary.why_not_well(facts.current)
+        why_not = canary.try_programs(facts.current)
     except OSError as error:
         why_not = f"it could not be tried: {error}"
     if why_not:
@@ -226,7 +226,7 @@ def _forced(name: str, named: tuple[str, str], allowed: str, reason: str) -> Fin
 
 def pods(asked: Asked, facts: report.Facts) -> tuple[Finding, list[PodState]]:
     """How many pods are accelerated, and each one's state; without a runtime, those recorded."""
-    from install.program.agent.cri import CriError  # noqa: PLC0415 - 22 MB, see there
+    from install.program.agent.cri import CriError  # noqa: PLC0415 - see there
 
     found = of_pods.recorded(facts)
     unseen = ""

@@ -88,7 +88,7 @@ def others(sandboxes: Iterable[Sandbox], known: Sequence[PodState], now: InForce
 
 def sandboxes_of(socket: Path) -> list[Sandbox]:
     """The runtime's list; raises CriError."""
-    from install.program.agent.cri import Runtime, connected  # noqa: PLC0415 - 30 MB, see there
+    from install.program.agent.cri import Runtime, connected  # noqa: PLC0415 - see there
 
     with connected(socket) as channel:
         return Runtime(channel).sandboxes()

@@ -56,7 +56,7 @@ def pods_of(arguments: argparse.Namespace, conf: NetConf) -> list[Pod]:
     """By the runtime; where none answers, by the network namespaces of processes."""
     socket = next((each for each in sockets_of(arguments) if each.is_socket()), None)
     if socket is not None:
-        from install.program.agent.cri import CriError  # noqa: PLC0415 - 30 MB, see there
+        from install.program.agent.cri import CriError  # noqa: PLC0415 - see there
 
         try:
             return of_pods.of_runtime(socket, conf)

@@ -61,7 +61,7 @@ def _mode(conf: NetConf) -> str:
 
 def of_runtime(socket: Path, conf: NetConf) -> list[Pod]:
     """The running pods that the container runtime lists; raises CriError."""
-    from install.program.agent.cri import Runtime, connected  # noqa: PLC0415 - 30 MB, see there
+    from install.program.agent.cri import Runtime, connected  # noqa: PLC0415 - see there
 
     found = []
     with connected(socket) as channel:
