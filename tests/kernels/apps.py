@@ -38,9 +38,9 @@ HOPS: tuple[HopName, ...] = ("outbound", "inbound")
 BYPASS_WITHIN_S = 120  # of an emulated CPU
 PASS_S = 0.1
 BODY = 50_000_000
-AT_ONCE = 5  # bodies of one connection
+SMALL = range(100, 1100, 100)  # bytes of answers, at least 160, before a body
 LOAD_S = 25.0
-TRANSFER_S = 300  # for the bodies of one connection
+TRANSFER_S = 300  # for the bodies of one connection, down and up
 
 
 @dataclass(frozen=True)
@@ -139,20 +139,28 @@ def applications(node: AppNode, mode: str) -> dict[str, object]:
 
 
 def transfers(node: AppNode, mode: str, count: int) -> dict[str, object]:
-    """So many bodies of 50 MB down and up through nginx's proxy_pass; all compared."""
-    errors, right = [], 0
-    with bed.served(node, APPLICATIONS["nginx-proxy"], "inbound", "bypass") as where:
-        for number in range(count // AT_ONCE):
-            size: object = BODY if number % 2 else f"echo={BODY}"
-            argv = tools.CLIENTS["http.client"](where.front.url, "check", *([size] * AT_ONCE))
-            start = time.monotonic()
+    """So many bodies of 50 MB down and up through nginx's proxy_pass; all compared.
+
+    Each two have an nginx and connections of their own, which have joined before: nginx asks
+    FIONREAD of members.
+    """
+    errors, right, bypassed = list[str](), 0, 0
+    for _ in range(count // 2):
+        start = time.monotonic()
+        with bed.served(node, APPLICATIONS["nginx-proxy"], "inbound", "bypass") as where:
+            before = bed.counted(node, where.pair)
+            argv = tools.CLIENTS["http.client"](where.front.url, "check", *SMALL, f"then={BODY}")
             try:
                 where.front.client.run(argv, timeout_s=TRANSFER_S)
-                right += AT_ONCE
+                right += 2
             except Exception as failure:
                 errors.append(f"{type(failure).__name__}: {failure}")
-            print(size, f"{time.monotonic() - start:.1f} s", errors[-1:], file=sys.stderr)
-        bypassed = bed.total(node, where.pair).bypassed
+            after = bed.counted(node, where.pair)
+        by_hop = {hop: after[hop].bypassed - before[hop].bypassed for hop in HOPS}
+        if mode == "full" and not all(by_hop.values()):
+            errors.append(f"a connection has not joined: {by_hop} bytes bypassed")
+        bypassed += sum(by_hop.values())
+        print(by_hop, f"{time.monotonic() - start:.1f} s", errors[-1:], file=sys.stderr)
     return {"mode": mode, "right": right, "errors": errors, "bypassed_bytes": bypassed}
 
 
