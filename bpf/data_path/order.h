@@ -238,14 +238,6 @@ static __always_inline void tb_give_up(struct tb_conn *conn, __u32 outcome)
 	tb_ring(conn->peer.pod_id);
 }
 
-/* Is the kernel to tell the sender what has become of its bytes? Of bypassed ones it tells nothing.
- */
-static __always_inline int tb_expects_notice(const void *tp)
-{
-	return (TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
-	       TB_OWN(__u16, tp, OFF_SOCK_TSFLAGS);
-}
-
 /* RULE (urgent). Why this message goes by TCP, whatever lies unread. Others that are no plain send
  * may be urgent, too. */
 static __always_inline __u32 tb_send_urgently(struct tb_conn *conn, __u32 state)

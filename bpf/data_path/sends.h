@@ -72,3 +72,11 @@ static __always_inline int tb_is_plain_send(void)
 	return call != SENDMMSG && call != SENDMMSG_OF_32_BITS && call != IO_URING_ENTER &&
 	       call != TB_UNKNOWN_CALL;
 }
+
+/* Is the kernel to tell the sender what has become of its bytes? Of bypassed ones it tells nothing.
+ */
+static __always_inline int tb_expects_notice(const void *tp)
+{
+	return (TB_OWN(__u64, tp, OFF_SOCK_FLAGS) & (1ULL << BIT_SOCK_ZEROCOPY)) ||
+	       TB_OWN(__u16, tp, OFF_SOCK_TSFLAGS);
+}

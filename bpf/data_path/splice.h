@@ -53,8 +53,8 @@ static __always_inline int tb_is_in_sockhash(__u64 sk)
 	return map && tb_read32(map + OFF_BPF_MAP_ID) == *id;
 }
 
-/* May a thread splice from this struct tcp_sock now? Notes that it has asked. */
-static __always_inline int tb_may_splice(void *socket, int is_splice)
+/* A thread asks to splice from this struct tcp_sock, which is noted. Returns 1 if it may. */
+static __always_inline int tb_ask_to_splice(void *socket, int is_splice)
 {
 	__u64 cookie = tb_socket_cookie(socket);
 	__u64 netns = tb_netns_cookie((__u64)socket);
@@ -96,5 +96,5 @@ int tb_refuse_splice(__u64 *arguments)
 	socket = *(void *volatile *)(socket + OFF_SOCKET_SK); /* its struct sock */
 	if (socket)
 		socket = bpf_skc_to_tcp_sock(socket);
-	return !socket || tb_may_splice(socket, is_splice) ? 0 : -EINVAL;
+	return !socket || tb_ask_to_splice(socket, is_splice) ? 0 : -EINVAL;
 }
