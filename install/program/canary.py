@@ -20,11 +20,11 @@ from bpf import abi, bpfsys, pins
 from cni_plugin.state import State
 from install.program import log
 from install.program.generations import Generation, Generations, kept_open
+from install.program.lookups import SO_COOKIE
 from install.program.probes import unread_bytes
 
 LOOK_S = 1.0  # between two looks
 LOCK_PATIENCE_S = 0.1
-_SO_COOKIE = 57  # asm-generic/socket.h
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)  # one for each program
 
 
@@ -45,7 +45,7 @@ def _mark(conns: int, canary: socket.socket) -> None:
 
 def _try_splice(splicers: int, canary: socket.socket) -> bool:
     """Calls splice(2); returns whether the program that refuses it has seen the call."""
-    cookie = canary.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+    cookie = canary.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8)
     with contextlib.suppress(FileNotFoundError):
         bpfsys.map_delete(splicers, cookie)
     splice(canary)

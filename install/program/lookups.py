@@ -18,7 +18,7 @@ _ETHERNET_HEADER = bytes(14)
 _HOME = "/proc/thread-self/ns/net"
 _SIOCGSKNS = 0x894C
 _SYS_PIDFD_GETFD = 438
-_SO_COOKIE = 57
+SO_COOKIE = 57  # asm-generic/socket.h
 # The file was closed meanwhile, its process has ended, the number is no socket's any more, or the
 # device that the socket is bound to has gone.
 _GONE = {errno.EBADF, errno.ESRCH, errno.ENOTSOCK, errno.ENODEV}
@@ -62,7 +62,7 @@ def _cookie(fd: int) -> int:
     """Of a socket. Python's own getsockopt() is a method of an object that asks for more, under the
     socket's lock. Raises OSError."""
     value, size = ctypes.c_uint64(), ctypes.c_uint32(8)
-    arguments = (fd, socket.SOL_SOCKET, _SO_COOKIE, ctypes.byref(value), ctypes.byref(size))
+    arguments = (fd, socket.SOL_SOCKET, SO_COOKIE, ctypes.byref(value), ctypes.byref(size))
     if _libc.getsockopt(*arguments):
         raise OSError(ctypes.get_errno(), f"getsockopt: {os.strerror(ctypes.get_errno())}")
     return value.value
