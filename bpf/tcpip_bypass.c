@@ -179,7 +179,7 @@ int tb_visit_file(__u64 *context)
 	__u32 fd = context[2], again = TB_VISIT_AGAIN;
 	int found;
 
-	tb_count_file(meta);
+	tb_end_read(meta);
 	if (!file)
 		return 0;
 	socket = tb_sock_from_file(file);

@@ -241,9 +241,9 @@ def _version(command: str, conf: Json) -> str:
         raise DecodingFailure(
             "key cniVersion is not a string", f"cniVersion: {json.dumps(version)[:80]}"
         )
-    if command == "DEL" and version not in names.CNI_VERSIONS:
-        return names.NEWEST_CNI_VERSION  # it answers nothing, in no version
     if version not in names.CNI_VERSIONS:
+        if command == "DEL":  # it answers nothing, in no version
+            return names.NEWEST_CNI_VERSION
         raise IncompatibleVersion(
             f"incompatible CNI version: {version}",
             f"this plugin supports {', '.join(names.CNI_VERSIONS)}; set cniVersion in the conflist",

@@ -248,7 +248,7 @@ static __always_inline void tb_visit_outsider(struct tb_conn *conn, void *socket
 /* The kernel releases a file that is closed during its visit when the visitor's read(2) returns.
  * Until then no FIN goes out, and epoll keeps the file. So the read returns every TB_FILES files.
  * `meta` is a struct bpf_iter_meta. */
-static __always_inline void tb_count_file(void *meta)
+static __always_inline void tb_end_read(void *meta)
 {
 	__u64 number = *(volatile __u64 *)(meta + 2 * sizeof(__u64)); /* seq_num */
 	__u32 none = TB_NO_FILE;

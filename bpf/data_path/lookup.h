@@ -106,7 +106,7 @@ int tb_visit_file(__u64 *context)
 	__u64 now = bpf_ktime_get_ns(), at;
 	int zero = 0, needs_edge;
 
-	tb_count_file(meta);
+	tb_end_read(meta);
 	ids = own_ids.lookup(&zero);
 	if (!file || !ids)
 		return 0;

@@ -263,7 +263,6 @@ def unload(node: Node) -> None:
                 path = node.state_dir / name
                 path.unlink(missing_ok=True)
                 path.with_suffix(".part").unlink(missing_ok=True)  # a process was killed
-            node.note_plugin_problem("")
             node.state_dir.rmdir()  # unless something that is not ours is in it
     passes.remove_cgroup()
     selftests.sweep()

@@ -26,6 +26,9 @@ _CALL = f'{{"cniVersion": "{names.NEWEST_CNI_VERSION}"}}'.encode()
 _PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ETXTBSY)
 
 
+_KILLED = "it was killed, perhaps for want of memory"  # cni_plugin/start.c says so, too
+
+
 class NotTried(Exception):
     """Nothing is known of the plugin; the message says what was in the way."""
 
@@ -81,12 +84,12 @@ def _try(program: Path) -> str:
             raise
         return _why_not_started(program, error)
     if done.returncode == -signal.SIGKILL:
-        raise NotTried("it was killed, perhaps for want of memory")
+        raise NotTried(_KILLED)
     if done.returncode:
         return f"it ends with {done.returncode}: {_text(done.stderr or done.stdout)!r:.200}"
-    if b"was killed" in done.stderr:  # start.c has answered in the plugin's place
-        raise NotTried("it was killed, perhaps for want of memory")
-    if done.stderr:  # likewise
+    if _KILLED.encode() in done.stderr:
+        raise NotTried(_KILLED)
+    if done.stderr:  # start.c has answered in the plugin's place
         return f"it does not start: {_text(done.stderr).splitlines()[0]!r:.200}"
     try:
         if names.NEWEST_CNI_VERSION in json.loads(done.stdout)["supportedVersions"]:

@@ -76,7 +76,7 @@ def test_it_is_not_known_to_be_deleted(server: ApiServer, answer: Answer) -> Non
 
 def test_it_is_deleted_when_the_right_to_ask_was_taken_away(server: ApiServer) -> None:
     question = Question(OURS)
-    assert question.ask_first().status == 200
+    assert question.ask_while_well().status == 200
     server.answer = FORBIDDEN
     assert question.ask().deleted
     assert len(server.asked) > 2  # it was no passing mood
@@ -84,10 +84,10 @@ def test_it_is_deleted_when_the_right_to_ask_was_taken_away(server: ApiServer) -
 
 def test_no_answer_takes_no_right_away(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     question = Question(OURS)
-    assert question.ask_first().status == 200
+    assert question.ask_while_well().status == 200
     with monkeypatch.context() as patched:
         patched.setenv("KUBERNETES_SERVICE_PORT", "1")
-        assert question.ask_first().status == 0
+        assert question.ask_while_well().status == 0
     server.answer = FORBIDDEN
     assert question.ask().deleted
 
@@ -95,7 +95,7 @@ def test_no_answer_takes_no_right_away(server: ApiServer, monkeypatch: pytest.Mo
 def test_a_refused_token_is_no_removal(server: ApiServer) -> None:
     """It ends with its pod: one that was deleted by force, or while kubelet was down."""
     question = Question(OURS)
-    assert question.ask_first().status == 200
+    assert question.ask_while_well().status == 200
     server.answer = UNAUTHORIZED
     found = question.ask()
     assert (found.status, found.deleted) == (401, False)
@@ -104,7 +104,7 @@ def test_a_refused_token_is_no_removal(server: ApiServer) -> None:
 
 def test_a_refusal_that_passes_is_none(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     question = Question(OURS)
-    assert question.ask_first().status == 200
+    assert question.ask_while_well().status == 200
     server.answer = FORBIDDEN
 
     def recover(_seconds: float) -> None:

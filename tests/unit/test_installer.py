@@ -323,7 +323,7 @@ def check_stub(node: Node) -> None:
 def test_an_entry_that_is_not_ours_names_a_stub(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Multus' copy of it, where nothing of the plugin is left, and the new one does not run."""
+    """Multus has copied it. The old plugin has gone, and the new one does not run."""
     delegate = {"plugins": [{"type": names.PLUGIN}]}
     multus = {"cniVersion": "1.0.0", "name": "m", "type": "multus", "delegates": [delegate]}
     (node.places.conf_dir / "20-multus.conf").write_text(json.dumps(multus))

@@ -465,7 +465,7 @@ class Agent:
     def _know_daemonset(self) -> bool:
         """Whether it may be asked for, while all is well."""
         if self._settings.question is not None:
-            answer = self._settings.question.ask_first()
+            answer = self._settings.question.ask_while_well()
             problem = f"it would not be seen if the DaemonSet was deleted: {answer.why}"
             if answer.status == 0:  # kube-proxy, say, starts after us
                 raise Waiting(problem, is_seen=False)

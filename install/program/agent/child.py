@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,7 +58,8 @@ def _wait(
     while time.monotonic() < deadline:
         try:
             status = child.wait(_LOOK_S)
-            hint = " (for want of memory? `resources.limits.memory`)" if status == -9 else ""
+            is_killed = status == -signal.SIGKILL
+            hint = " (for want of memory? `resources.limits.memory`)" if is_killed else ""
             return f"ended with {status}{hint}"
         except subprocess.TimeoutExpired:
             meanwhile()

@@ -60,8 +60,8 @@ class Question:
         self._daemonset = daemonset
         self._was_allowed = False
 
-    def ask_first(self) -> Answer:
-        """Asks for the first time, while all is well."""
+    def ask_while_well(self) -> Answer:
+        """Asks while all is well, and keeps whether we may ask."""
         answer = _ask(self._daemonset)
         if answer.status:
             self._was_allowed = answer.status == http.client.OK
